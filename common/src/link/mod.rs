@@ -1,0 +1,1 @@
+//! QUIC connections between programs: identity, TLS, tuning.

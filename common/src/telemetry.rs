@@ -1,1 +1,74 @@
-//! How a program reports on itself.
+//! How a program reports on itself: logs and metrics.
+//!
+//! Owns the set-up of both, once per process. Leaves alone what is logged and measured: each module names its own. Promises that
+//! without a set-up (tests) both cost nearly nothing.
+//!
+//! Levels: `error`, the operator asked and did not get it; `warn`, it went on but somebody should look; `info`, what happened to a
+//! job or a peer; `debug`, why; `trace`, each batch.
+
+use std::time::Duration;
+
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use serde::{Deserialize, Serialize};
+use tracing_subscriber::EnvFilter;
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    /// For people and journald.
+    #[default]
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// The `[log]` section of every program.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogSettings {
+    /// `tracing` filter, e.g. "info" or "info,longhaul_gateway::send=debug".
+    pub level: String,
+    pub format: LogFormat,
+}
+
+impl Default for LogSettings {
+    fn default() -> Self {
+        Self { level: "info".to_owned(), format: LogFormat::Text }
+    }
+}
+
+/// Why reporting cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum TelemetryError {
+    #[error("log.level '{level}' is not a filter; write \"info\" or \"info,longhaul_agent=debug\"")]
+    Level { level: String, source: tracing_subscriber::filter::ParseError },
+    #[error("metrics cannot be set up")]
+    Metrics(#[from] metrics_exporter_prometheus::BuildError),
+}
+
+/// Sends logs to standard error from now on.
+pub fn start_logs(settings: &LogSettings) -> Result<(), TelemetryError> {
+    let level = |source| TelemetryError::Level { level: settings.level.clone(), source };
+    let filter = EnvFilter::builder().parse(&settings.level).map_err(level)?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // A second set-up in one process (tests) keeps the first.
+    let _ = match settings.format {
+        LogFormat::Text => builder.with_ansi(false).with_target(false).try_init(),
+        LogFormat::Json => builder.json().try_init(),
+    };
+    Ok(())
+}
+
+/// Collects metrics from now on; the handle renders them as Prometheus text.
+pub fn start_metrics() -> Result<PrometheusHandle, TelemetryError> {
+    let seconds = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0];
+    let builder = PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &seconds)?
+        .upkeep_timeout(Duration::from_secs(5));
+    let recorder = builder.build_recorder();
+    let handle = recorder.handle();
+    // As with logs: the first set-up of a process wins.
+    let _ = metrics::set_global_recorder(recorder);
+    Ok(handle)
+}

@@ -34,7 +34,10 @@ pub struct LogSettings {
 
 impl Default for LogSettings {
     fn default() -> Self {
-        Self { level: "info".to_owned(), format: LogFormat::Text }
+        Self {
+            level: "info".to_owned(),
+            format: LogFormat::Text,
+        }
     }
 }
 
@@ -42,16 +45,24 @@ impl Default for LogSettings {
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
     #[error("log.level '{level}' is not a filter; write \"info\" or \"info,longhaul_agent=debug\"")]
-    Level { level: String, source: tracing_subscriber::filter::ParseError },
+    Level {
+        level: String,
+        source: tracing_subscriber::filter::ParseError,
+    },
     #[error("metrics cannot be set up")]
     Metrics(#[from] metrics_exporter_prometheus::BuildError),
 }
 
 /// Sends logs to standard error from now on.
 pub fn start_logs(settings: &LogSettings) -> Result<(), TelemetryError> {
-    let level = |source| TelemetryError::Level { level: settings.level.clone(), source };
+    let level = |source| TelemetryError::Level {
+        level: settings.level.clone(),
+        source,
+    };
     let filter = EnvFilter::builder().parse(&settings.level).map_err(level)?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
     // A second set-up in one process (tests) keeps the first.
     let _ = match settings.format {
         LogFormat::Text => builder.with_ansi(false).with_target(false).try_init(),

@@ -129,7 +129,9 @@ impl Share {
 /// Splits "1.5 MiB" into its number and its unit in lower case.
 fn split(text: &str) -> Option<(f64, String)> {
     let text = text.trim();
-    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.' && c != '_').unwrap_or(text.len());
+    let end = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.' && c != '_')
+        .unwrap_or(text.len());
     let number: f64 = text[..end].replace('_', "").parse().ok()?;
     Some((number, text[end..].trim().to_ascii_lowercase()))
 }
@@ -140,30 +142,63 @@ fn whole(number: f64) -> Option<u64> {
 
 /// The largest of `units` (name, factor; ascending) that `value` reaches, with at most three significant decimals.
 fn in_units(f: &mut fmt::Formatter<'_>, value: f64, units: &[(&str, f64)]) -> fmt::Result {
-    let (name, factor) = units.iter().rev().find(|(_, factor)| value >= *factor).unwrap_or(&units[0]);
+    let (name, factor) = units
+        .iter()
+        .rev()
+        .find(|(_, factor)| value >= *factor)
+        .unwrap_or(&units[0]);
     let number = value / factor;
-    let decimals = if number.fract() == 0.0 || number >= 1000.0 { 0 } else { 3 - (number.max(1.0).log10() as usize + 1).min(3) };
+    let decimals = if number.fract() == 0.0 || number >= 1000.0 {
+        0
+    } else {
+        3 - (number.max(1.0).log10() as usize + 1).min(3)
+    };
     let text = format!("{number:.decimals$}");
-    let text = if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
+    let text = if text.contains('.') {
+        text.trim_end_matches('0').trim_end_matches('.')
+    } else {
+        &text
+    };
     write!(f, "{text} {name}")
 }
 
 impl fmt::Display for Rate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        in_units(f, self.0 as f64, &[("bit/s", 1.0), ("kbit/s", 1e3), ("Mbit/s", 1e6), ("Gbit/s", 1e9)])
+        in_units(
+            f,
+            self.0 as f64,
+            &[("bit/s", 1.0), ("kbit/s", 1e3), ("Mbit/s", 1e6), ("Gbit/s", 1e9)],
+        )
     }
 }
 
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const K: f64 = 1024.0;
-        in_units(f, self.0 as f64, &[("B", 1.0), ("KiB", K), ("MiB", K * K), ("GiB", K * K * K), ("TiB", K * K * K * K)])
+        in_units(
+            f,
+            self.0 as f64,
+            &[
+                ("B", 1.0),
+                ("KiB", K),
+                ("MiB", K * K),
+                ("GiB", K * K * K),
+                ("TiB", K * K * K * K),
+            ],
+        )
     }
 }
 
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let units = [("us", 1e-6), ("ms", 1e-3), ("s", 1.0), ("min", 60.0), ("h", 3600.0), ("d", 86_400.0)];
+        let units = [
+            ("us", 1e-6),
+            ("ms", 1e-3),
+            ("s", 1.0),
+            ("min", 60.0),
+            ("h", 3600.0),
+            ("d", 86_400.0),
+        ];
         in_units(f, self.0.as_secs_f64(), &units)
     }
 }
@@ -191,7 +226,15 @@ mod tests {
 
     #[test]
     fn a_missing_or_foreign_unit_is_refused_with_an_example() {
-        for text in ["200", "", "fast", "1 MB", "-1 Mbit/s", "1e99 Mbit/s", "99999999999999 Gbit/s"] {
+        for text in [
+            "200",
+            "",
+            "fast",
+            "1 MB",
+            "-1 Mbit/s",
+            "1e99 Mbit/s",
+            "99999999999999 Gbit/s",
+        ] {
             let refused = text.parse::<Rate>().unwrap_err().to_string();
             assert!(refused.contains("\"200 Mbit/s\""), "{refused}");
         }
@@ -201,7 +244,12 @@ mod tests {
 
     #[test]
     fn printing_reads_well_and_parses_back() {
-        for (rate, text) in [(200_000_000, "200 Mbit/s"), (1_500, "1.5 kbit/s"), (93_400_000, "93.4 Mbit/s"), (0, "0 bit/s")] {
+        for (rate, text) in [
+            (200_000_000, "200 Mbit/s"),
+            (1_500, "1.5 kbit/s"),
+            (93_400_000, "93.4 Mbit/s"),
+            (0, "0 bit/s"),
+        ] {
             assert_eq!(Rate(rate).to_string(), text);
             assert_eq!(text.parse(), Ok(Rate(rate)));
         }

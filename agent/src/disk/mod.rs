@@ -7,6 +7,7 @@ pub mod apply;
 pub mod free_map;
 pub mod fs;
 pub mod image;
+pub(crate) mod spans;
 pub mod volume;
 
 use std::io;

@@ -17,9 +17,18 @@ pub enum SettingsError {
     #[error("{path} is not valid TOML: {cause}")]
     Syntax { path: PathBuf, cause: String },
     #[error("{path}: unknown key '{key}'{hint}; known here: {known}")]
-    UnknownKey { path: PathBuf, key: String, hint: String, known: String },
+    UnknownKey {
+        path: PathBuf,
+        key: String,
+        hint: String,
+        known: String,
+    },
     #[error("{path}: {key}: {cause}")]
-    Value { path: PathBuf, key: String, cause: String },
+    Value {
+        path: PathBuf,
+        key: String,
+        cause: String,
+    },
 }
 
 /// A settings file larger than this is a mistake, not a config.
@@ -27,7 +36,9 @@ const SIZE_MAX: u64 = 1 << 20;
 
 /// Reads settings from `path`, overlaid with `LONGHAUL__*` from the environment.
 pub fn load<T: DeserializeOwned>(path: &Path) -> Result<T, SettingsError> {
-    let environment = Environment::with_prefix("LONGHAUL").prefix_separator("__").separator("__");
+    let environment = Environment::with_prefix("LONGHAUL")
+        .prefix_separator("__")
+        .separator("__");
     read(path, Some(environment))
 }
 
@@ -42,17 +53,29 @@ pub fn parse<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, Settings
 }
 
 fn read<T: DeserializeOwned>(path: &Path, environment: Option<Environment>) -> Result<T, SettingsError> {
-    let failed = |source| SettingsError::Read { path: path.to_owned(), source };
+    let failed = |source| SettingsError::Read {
+        path: path.to_owned(),
+        source,
+    };
     let size = std::fs::metadata(path).map_err(failed)?.len();
     if size > SIZE_MAX {
-        return Err(failed(std::io::Error::other(format!("{size} bytes are too many for a config file"))));
+        return Err(failed(std::io::Error::other(format!(
+            "{size} bytes are too many for a config file"
+        ))));
     }
     let text = std::fs::read_to_string(path).map_err(failed)?;
     build(path, &text, environment)
 }
 
-fn build<T: DeserializeOwned>(path: &Path, text: &str, environment: Option<Environment>) -> Result<T, SettingsError> {
-    let syntax = |cause: String| SettingsError::Syntax { path: path.to_owned(), cause };
+fn build<T: DeserializeOwned>(
+    path: &Path,
+    text: &str,
+    environment: Option<Environment>,
+) -> Result<T, SettingsError> {
+    let syntax = |cause: String| SettingsError::Syntax {
+        path: path.to_owned(),
+        cause,
+    };
     // Parsed once by itself: its messages carry line and column, and duplicate keys are refused.
     toml::from_str::<toml::Table>(text).map_err(|error| syntax(error.to_string().trim_end().to_owned()))?;
     let mut builder = Config::builder().add_source(File::from_str(text, FileFormat::Toml));
@@ -69,16 +92,32 @@ fn explain(path: &Path, error: &serde_path_to_error::Error<config::ConfigError>)
     let cause = error.inner().to_string();
     let Some((unknown, known)) = unknown_field(&cause) else {
         let cause = cause.split(" for key `").next().unwrap_or(&cause).to_owned();
-        return SettingsError::Value { path, key: place, cause };
+        return SettingsError::Value {
+            path,
+            key: place,
+            cause,
+        };
     };
-    let near = known.iter().map(|key| (strsim::damerau_levenshtein(key, &unknown), key)).min();
+    let near = known
+        .iter()
+        .map(|key| (strsim::damerau_levenshtein(key, &unknown), key))
+        .min();
     let hint = match near {
         Some((distance, key)) if distance <= 1 + key.len() / 3 => format!(" (did you mean '{key}'?)"),
         _ => String::new(),
     };
     let section = place.strip_suffix(&unknown).unwrap_or("").trim_end_matches('.');
-    let key = if section.is_empty() || section == "." { unknown } else { format!("{section}.{unknown}") };
-    SettingsError::UnknownKey { path, key, hint, known: known.join(", ") }
+    let key = if section.is_empty() || section == "." {
+        unknown
+    } else {
+        format!("{section}.{unknown}")
+    };
+    SettingsError::UnknownKey {
+        path,
+        key,
+        hint,
+        known: known.join(", "),
+    }
 }
 
 /// serde's sentence "unknown field `x`, expected one of `a`, `b`", taken apart.
@@ -118,13 +157,26 @@ mod tests {
     #[test]
     fn a_mistake_is_named_with_file_key_and_remedy() {
         let typo = refused("nmae = 'a'");
-        assert!(typo.contains("x.toml") && typo.contains("'nmae'") && typo.contains("did you mean 'name'"), "{typo}");
+        assert!(
+            typo.contains("x.toml") && typo.contains("'nmae'") && typo.contains("did you mean 'name'"),
+            "{typo}"
+        );
         let nested = refused("name = 'a'\n[[peer]]\nrat = '1 Mbit/s'");
-        assert!(nested.contains("rat'") && nested.contains("did you mean 'rate'"), "{nested}");
+        assert!(
+            nested.contains("rat'") && nested.contains("did you mean 'rate'"),
+            "{nested}"
+        );
         let value = refused("name = 'a'\n[[peer]]\nrate = '5'");
-        assert!(value.contains("peer[0].rate") && value.contains("200 Mbit/s"), "{value}");
+        assert!(
+            value.contains("peer[0].rate") && value.contains("200 Mbit/s"),
+            "{value}"
+        );
         assert!(refused("name = ").contains("line 1"), "{}", refused("name = "));
-        assert!(refused("peer = []").contains("missing"), "{}", refused("peer = []"));
+        assert!(
+            refused("peer = []").contains("missing"),
+            "{}",
+            refused("peer = []")
+        );
     }
 
     #[test]

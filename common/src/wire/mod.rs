@@ -1,1 +1,37 @@
-//! The wire.
+//! What crosses the links, byte for byte. This header is the specification.
+//!
+//! Goals, in order: nothing is applied that the source did not send; a lost program or link loses no durable byte; each frame is
+//! bounded before it is read. Not goals: third-party peers, and more than one version in one process.
+//!
+//! ```text
+//! source agent        source gateway            target gateway          target agent
+//!      |  <- SourceOpen ----|                          |                      |
+//!      |--- Opened -------->|---- PeerHello, Open ---->|------ Open --------->|
+//!      |                    |<--------------- Opened, Have..., Credit --------|
+//!      |  <- Have.., Start -|                          |                      |
+//!      |=== batch =========>|=== payload ============> |=== batch ==========> |   one uni stream each, any order
+//!      |                    |<-- Accepted -------------|                      |   restored: the payload may be forgotten
+//!      |  <-- Credit -------|<--------------- Credit, Durable ----------------|   written and flushed: progress
+//!      |--- DiskDone.. ---->|---- Verify ------------------------------------>|   after the last Durable
+//!      |  <- Finish --------|<--------------- Verified -----------------------|
+//!      |--- Finished ------>|---- Commit ------------------------------------>|
+//!      |                    |<--------------- Committed ----------------------|
+//! ```
+//!
+//! Control messages are frames (`frame`): length as u32 LE, then postcard. They cross on one bidirectional stream for each job and
+//! hop; the stream's end is the end of the attempt on that hop. Batches (`batch`) cross on unidirectional streams.
+//!
+//! Versions: the ALPN carries the major version, one line each:
+//! - 1: move of cold disks; (attempt, disk, round) order, LZ4 payloads.
+//!
+//! A peer of another version fails the handshake; both ends say so.
+
+pub mod batch;
+pub mod frame;
+pub mod sequences;
+pub mod session;
+
+/// ALPN between an agent and its gateway.
+pub const ALPN_AGENT: &[u8] = b"longhaul-agent/1";
+/// ALPN between two gateways.
+pub const ALPN_PEER: &[u8] = b"longhaul-peer/1";

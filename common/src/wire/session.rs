@@ -1,0 +1,316 @@
+//! Control messages of a job, on each hop.
+//!
+//! Owns the dialogue's words. Leaves alone what either end does about them. Each hop carries one bidirectional stream for each job
+//! and attempt; its first frame says what the stream is for ([`AgentTask`] towards an agent, [`PeerTask`] towards a gateway), the
+//! following ones go on as drawn in the parent module's header.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::sequences::Sequences;
+use crate::digest::Digest;
+use crate::extent::Extent;
+use crate::ids::{Attempt, DiskIndex, JobId};
+
+/// Most disks of one VM.
+pub const DISKS_MAX: usize = 256;
+/// Most leaves in one [`FromTarget::Have`] frame.
+pub const HAVE_MAX: usize = 8192;
+/// Largest definition file of a VM, in bytes.
+pub const DEFINITION_MAX: usize = 512 << 10;
+
+/// Why one end refuses or gives up, with enough to tell a person and to decide what comes next.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    pub kind: RefusalKind,
+    /// A sentence with cause and remedy.
+    pub text: String,
+}
+
+/// What a refusal means for the job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RefusalKind {
+    /// The request cannot succeed until somebody changes something: a path, a setting, a permission.
+    Refused,
+    /// The target has no room left; the job goes on by itself when there is.
+    NoSpace,
+    /// The source image changed while it was copied, or is in use.
+    SourceChanged,
+    /// Both ends hold different content.
+    Mismatch,
+    /// A link or a program is gone; trying again is right.
+    Lost,
+    /// A newer attempt of the same job has taken over.
+    Superseded,
+    /// Somebody asked for it.
+    Cancelled,
+    /// A bug: an end did what the protocol forbids.
+    Protocol,
+}
+
+impl RefusalKind {
+    /// Whether another attempt may succeed without anybody's help.
+    pub fn is_transient(self) -> bool {
+        matches!(self, Self::Lost | Self::NoSpace)
+    }
+}
+
+impl Refusal {
+    pub fn new(kind: RefusalKind, text: impl Into<String>) -> Self {
+        Self {
+            kind,
+            text: text.into(),
+        }
+    }
+
+    /// A refusal that says the whole chain of causes of `error`.
+    pub fn because(kind: RefusalKind, error: &dyn std::error::Error) -> Self {
+        Self {
+            kind,
+            text: chain(error),
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// An error and its causes as one sentence. A cause that its outer text already repeats is left out.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let said = inner.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
+        cause = inner.source();
+    }
+    text
+}
+
+/// First frame of a stream from a gateway to an agent of its site.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AgentTask {
+    Source(SourceOpen),
+    Target(TargetOpen),
+}
+
+/// First frame of a stream from the source gateway to the target gateway.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PeerTask {
+    /// The job's target side; `agent` is the name of the target agent.
+    Target { agent: String, open: TargetOpen },
+}
+
+/// What the source agent is to read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceOpen {
+    pub job: JobId,
+    pub attempt: Attempt,
+    pub disks: Vec<SourceDisk>,
+    /// The VM's opaque definition file.
+    pub definition: Option<PathBuf>,
+    /// Whether free blocks of the guest's file systems stay behind.
+    pub filter: bool,
+}
+
+/// One disk to read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceDisk {
+    pub path: PathBuf,
+    /// "raw", "qcow2" ...; `None`: found out by the agent.
+    pub format: Option<String>,
+    /// Whether backing chains and internal snapshots are flattened; refused otherwise.
+    pub flatten: bool,
+}
+
+/// One disk as the source agent found it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenedDisk {
+    /// Guest-visible size in bytes.
+    pub size: u64,
+    pub format: String,
+    /// Bytes that are no hole of the image.
+    pub allocated: u64,
+    /// Bytes proven free, over all parts; holes among them count as holes.
+    pub free: u64,
+    /// Bytes to be read: neither hole nor free.
+    pub used: u64,
+    pub parts: Vec<PartReport>,
+    /// Facts a person should know, such as "2 internal snapshots are left behind".
+    pub notes: Vec<String>,
+    /// Milliseconds the scan took.
+    pub scan_ms: u64,
+}
+
+/// One part of a disk, and what the filter made of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartReport {
+    /// "partition 2: ext4 'root'".
+    pub name: String,
+    pub extent: Extent,
+    pub kind: String,
+    /// The proof by which free blocks were skipped; `None`: copied whole.
+    pub proof: Option<String>,
+    pub free_bytes: u64,
+    /// Why it was copied whole.
+    pub reason: Option<String>,
+}
+
+/// What the source agent says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromSource {
+    Opened {
+        disks: Vec<OpenedDisk>,
+        definition: Option<Vec<u8>>,
+    },
+    /// Every batch of this disk was sent.
+    DiskDone {
+        disk: DiskIndex,
+        digest: Digest,
+        counts: DiskCounts,
+    },
+    /// The image did not change while it was read; the locks are held until the stream ends.
+    Finished,
+    Failed(Refusal),
+}
+
+/// What the source agent read of a disk, in bytes unless said otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskCounts {
+    pub batches: u64,
+    /// Data sent in this attempt.
+    pub data: u64,
+    /// Holes of the image.
+    pub hole: u64,
+    /// Read, and found to be zeros.
+    pub zero: u64,
+    /// Proven free.
+    pub free: u64,
+    /// Read, and found durable at the target with equal digest.
+    pub kept: u64,
+    /// Milliseconds spent reading, summed over threads.
+    pub read_ms: u64,
+    /// Milliseconds spent hashing, summed over threads.
+    pub hash_ms: u64,
+}
+
+/// What the source agent is told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToSource {
+    /// Leaves that are durable at the target.
+    Have(Have),
+    /// All `Have` are said: read and send, within credit.
+    Start,
+    /// So many more bytes may be sent.
+    Credit(u64),
+    /// These batches are written and flushed at the target.
+    Durable(Sequences),
+    /// Check that nothing changed, and say `Finished`.
+    Finish,
+}
+
+/// Durable leaves of one disk at the target: from `first` on `count` leaves, zeros but for `digests`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Have {
+    pub disk: DiskIndex,
+    pub first: u64,
+    pub count: u64,
+    pub digests: Vec<(u64, Digest)>,
+}
+
+/// What the target agent is to write.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TargetOpen {
+    pub job: JobId,
+    pub attempt: Attempt,
+    /// The job's name, for the hook.
+    pub name: String,
+    pub disks: Vec<TargetDisk>,
+    pub definition: Option<Vec<u8>>,
+    /// Only check: paths, space, hook; touch nothing and say `Opened`.
+    pub dry_run: bool,
+}
+
+/// One disk to write.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TargetDisk {
+    pub path: PathBuf,
+    /// "raw" or "qcow2"; a path that is a block device is written as such.
+    pub format: String,
+    pub size: u64,
+    /// Bytes that the content will take at most.
+    pub needed: u64,
+    pub preallocate: bool,
+    pub overwrite: bool,
+}
+
+/// What the target agent says, relayed by the target gateway.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromTarget {
+    Opened {
+        notes: Vec<String>,
+    },
+    Have(Have),
+    /// All `Have` are said.
+    Ready,
+    Credit(u64),
+    /// By the target gateway: restored and checked; the source gateway may forget these.
+    Accepted(Sequences),
+    Durable(Sequences),
+    /// The target cannot go on yet, such as for want of space; it tries again by itself.
+    Waiting(Refusal),
+    /// It goes on.
+    Resumed,
+    Verifying {
+        disk: DiskIndex,
+        bytes: u64,
+    },
+    Verified {
+        disk: DiskIndex,
+        digest: Digest,
+        verify_ms: u64,
+        flush_ms: u64,
+    },
+    Committed {
+        paths: Vec<PathBuf>,
+        hook: Option<String>,
+    },
+    Aborted,
+    Failed(Refusal),
+}
+
+/// What the target agent is told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToTarget {
+    /// Everything was sent and is durable: read it all back, and say `Verified` for each disk.
+    Verify,
+    /// Digests are equal: promote, call the hook.
+    Commit { digests: Vec<Digest> },
+    /// Remove what was written.
+    Abort(Refusal),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("the disk cannot be read")]
+    struct Outer(#[source] std::io::Error);
+
+    #[test]
+    fn a_chain_reads_as_one_sentence() {
+        let error = Outer(std::io::Error::other("bad sector"));
+        assert_eq!(chain(&error), "the disk cannot be read: bad sector");
+    }
+}

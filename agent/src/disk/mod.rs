@@ -6,7 +6,9 @@
 pub mod apply;
 pub mod free_map;
 pub mod fs;
+pub(crate) mod have;
 pub mod image;
+pub(crate) mod reader;
 pub(crate) mod spans;
 pub mod volume;
 

@@ -31,8 +31,19 @@ pub(crate) struct Span {
     pub pieces: Vec<Piece>,
 }
 
+impl Span {
+    /// Bytes to be read.
+    pub(crate) fn data_len(&self) -> u64 {
+        self.pieces
+            .iter()
+            .filter(|piece| piece.content == Content::Data)
+            .map(|piece| piece.extent.len())
+            .sum()
+    }
+}
+
 /// Asks an image what a range holds, as runs that cover it in order.
-pub(crate) type AskAllocation<'a> = &'a dyn Fn(Extent) -> io::Result<Vec<Run>>;
+pub(crate) type AskAllocation<'a> = &'a (dyn Fn(Extent) -> io::Result<Vec<Run>> + Sync);
 
 /// The cut in progress: a cursor over the disk.
 pub(crate) struct Spans {
@@ -45,7 +56,11 @@ pub(crate) struct Spans {
 impl Spans {
     /// For a disk of `size` bytes, from its start.
     pub(crate) fn new(size: u64) -> Self {
-        Self { size, at: 0, runs: Vec::new() }
+        Self {
+            size,
+            at: 0,
+            runs: Vec::new(),
+        }
     }
 
     /// The next span; `None` behind the last.
@@ -70,8 +85,16 @@ impl Spans {
                 break;
             }
         }
-        let end = if self.at == self.size { leaf_count(self.size) } else { self.at / LEAF };
-        Ok(Some(Span { first, count: end - first, pieces: building.pieces }))
+        let end = if self.at == self.size {
+            leaf_count(self.size)
+        } else {
+            self.at / LEAF
+        };
+        Ok(Some(Span {
+            first,
+            count: end - first,
+            pieces: building.pieces,
+        }))
     }
 
     /// Adds pieces up to `leaf_end`, or up to a later leaf's end where nothing in between is read.
@@ -92,7 +115,10 @@ impl Spans {
                 end = end / LEAF * LEAF;
             }
             has_data |= piece.content == Content::Data;
-            building.push(Piece { extent: Extent::between(self.at, end), content: piece.content });
+            building.push(Piece {
+                extent: Extent::between(self.at, end),
+                content: piece.content,
+            });
             self.at = end;
         }
         building.data_leaves += usize::from(has_data);
@@ -106,11 +132,17 @@ impl Spans {
             self.runs.pop();
         }
         if self.runs.is_empty() {
-            self.runs = ask(Extent::between(at, at.saturating_add(LOOK_AHEAD).min(self.size)))?;
-            self.runs.retain(|run| !run.extent.is_empty());
+            self.runs = joined(ask(Extent::between(
+                at,
+                at.saturating_add(LOOK_AHEAD).min(self.size),
+            ))?);
             self.runs.reverse();
         }
-        let known = self.runs.last().copied().filter(|run| run.extent.offset() <= at && run.extent.end() > at);
+        let known = self
+            .runs
+            .last()
+            .copied()
+            .filter(|run| run.extent.offset() <= at && run.extent.end() > at);
         let known = known.ok_or_else(|| io::Error::other("the image's allocation map has a gap"))?;
         let hole = match known.state {
             Allocation::Data => None,
@@ -118,12 +150,37 @@ impl Spans {
             Allocation::Hole | Allocation::Zero => hole_blocks(at, known.extent.end(), self.size),
         };
         if let Some(extent) = hole {
-            return Ok(Piece { extent, content: Content::Hole });
+            return Ok(Piece {
+                extent,
+                content: Content::Hole,
+            });
         }
-        let limit = known.extent.end().checked_next_multiple_of(BLOCK).unwrap_or(self.size).min(self.size);
+        let limit = known
+            .extent
+            .end()
+            .checked_next_multiple_of(BLOCK)
+            .unwrap_or(self.size)
+            .min(self.size);
         let (is_free, extent) = free.run(at, limit);
-        Ok(Piece { extent, content: if is_free { Content::Free } else { Content::Data } })
+        Ok(Piece {
+            extent,
+            content: if is_free { Content::Free } else { Content::Data },
+        })
     }
+}
+
+/// The runs without empty ones, neighbours that read as zeros joined: a block may be half hole, half zero cluster.
+fn joined(runs: Vec<Run>) -> Vec<Run> {
+    let mut all: Vec<Run> = Vec::with_capacity(runs.len());
+    for run in runs.into_iter().filter(|run| !run.extent.is_empty()) {
+        match all.last_mut() {
+            Some(last) if (last.state == Allocation::Data) == (run.state == Allocation::Data) => {
+                last.extent = Extent::between(last.extent.offset(), run.extent.end());
+            }
+            _ => all.push(run),
+        }
+    }
+    all
 }
 
 /// The whole blocks from `at` (a block's start) up to `end`; the disk's last, short block counts as whole.
@@ -145,7 +202,8 @@ impl Building {
             self.data += piece.extent.len();
         }
         match self.pieces.last_mut() {
-            Some(last) if last.content == piece.content => {
+            // Data is kept apart at leaf boundaries: each leaf is read and hashed by itself.
+            Some(last) if last.content == piece.content && !starts_leaf_with_data(&piece) => {
                 last.extent = Extent::between(last.extent.offset(), piece.extent.end());
             }
             _ => self.pieces.push(piece),
@@ -153,7 +211,12 @@ impl Building {
     }
 
     fn mark(&self) -> (usize, Option<Piece>, u64, usize) {
-        (self.pieces.len(), self.pieces.last().copied(), self.data, self.data_leaves)
+        (
+            self.pieces.len(),
+            self.pieces.last().copied(),
+            self.data,
+            self.data_leaves,
+        )
     }
 
     fn back_to(&mut self, (len, last, data, data_leaves): (usize, Option<Piece>, u64, usize)) {
@@ -171,6 +234,10 @@ impl Building {
     }
 }
 
+fn starts_leaf_with_data(piece: &Piece) -> bool {
+    piece.content == Content::Data && piece.extent.offset().is_multiple_of(LEAF)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -181,7 +248,10 @@ mod tests {
     fn cut(size: u64, runs: &[Run], free: &FreeMap) -> Vec<Span> {
         let ask = |range: Extent| {
             let inside = runs.iter().filter_map(|run| {
-                run.extent.intersect(&range).map(|extent| Run { extent, state: run.state })
+                run.extent.intersect(&range).map(|extent| Run {
+                    extent,
+                    state: run.state,
+                })
             });
             Ok(inside.collect())
         };
@@ -211,7 +281,10 @@ mod tests {
             let end = at + len.min(size - at);
             if end > at {
                 let state = if data { Allocation::Data } else { Allocation::Hole };
-                runs.push(Run { extent: Extent::between(at, end), state });
+                runs.push(Run {
+                    extent: Extent::between(at, end),
+                    state,
+                });
             }
             at = end;
         }
@@ -254,7 +327,10 @@ mod tests {
     #[test]
     fn a_sparse_tebibyte_is_few_spans() {
         let size = 1 << 40;
-        let runs = runs_of(size, &[(4096, true), (1 << 39, false), (4096, true), (1 << 40, false)]);
+        let runs = runs_of(
+            size,
+            &[(4096, true), (1 << 39, false), (4096, true), (1 << 40, false)],
+        );
         assert!(cut(size, &runs, &FreeMap::new(size)).len() < 5);
     }
 

@@ -1,0 +1,2 @@
+//! The sending side.
+pub mod outbox;

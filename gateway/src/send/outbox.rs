@@ -1,0 +1,255 @@
+//! Which payload goes next, on which connection, and which may be forgotten. Pure: no socket, no clock.
+//!
+//! Owns stage 4: lanes, turns between jobs within a lane, what is in flight on each connection. Leaves transmitting to the
+//! parent module. Promises: a lane goes before every lower one; jobs of a lane take turns by bytes; a payload is kept until the peer
+//! accepted it and is sent again when its connection dies; nothing is sent for a job that was closed.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+use bytes::Bytes;
+use longhaul_common::ids::{Attempt, JobId, Sequence};
+
+/// Priority classes, highest first. Control messages have streams of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Lane {
+    /// A disk's first round.
+    Bulk,
+}
+
+/// One of the connections to the peer, for as long as it lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnectionId(pub u64);
+
+/// A job's attempt, as far as sending is concerned.
+pub type Flow = (JobId, Attempt);
+
+/// One stream's worth: header, encoding and payload, ready to be written.
+#[derive(Clone, Debug)]
+pub struct Ready {
+    pub flow: Flow,
+    pub sequence: Sequence,
+    pub lane: Lane,
+    /// Bytes to be written, in order.
+    pub parts: [Bytes; 2],
+}
+
+impl Ready {
+    /// Bytes on the stream.
+    pub fn len(&self) -> u64 {
+        self.parts.iter().map(|part| part.len() as u64).sum()
+    }
+
+    /// Whether there is nothing to write; never true of a real payload.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+#[derive(Default)]
+struct FlowQueue {
+    waiting: VecDeque<Ready>,
+    /// Bytes taken so far, beyond what flows that are not waiting were given: the flow with the least goes next.
+    taken: u64,
+}
+
+/// What waits and what is in flight to one peer.
+#[derive(Default)]
+pub struct Outbox {
+    lanes: BTreeMap<Lane, BTreeMap<Flow, FlowQueue>>,
+    in_flight: HashMap<(Flow, Sequence), (ConnectionId, Ready)>,
+    on_connection: HashMap<ConnectionId, u64>,
+}
+
+impl Outbox {
+    /// Takes a payload in.
+    pub fn push(&mut self, ready: Ready) {
+        let lane = self.lanes.entry(ready.lane).or_default();
+        // A flow that was idle starts level with the others, instead of making up for its silence.
+        let level = lane
+            .values()
+            .filter(|flow| !flow.waiting.is_empty())
+            .map(|flow| flow.taken)
+            .min();
+        let flow = lane.entry(ready.flow).or_default();
+        if flow.waiting.is_empty() {
+            flow.taken = flow.taken.max(level.unwrap_or(0));
+        }
+        flow.waiting.push_back(ready);
+    }
+
+    /// Whether anything waits.
+    pub fn has_waiting(&self) -> bool {
+        self.lanes
+            .values()
+            .flat_map(BTreeMap::values)
+            .any(|flow| !flow.waiting.is_empty())
+    }
+
+    /// The payload to send next on `connection`, unless its `window` (bytes) is full; one payload may always be in flight.
+    pub fn take(&mut self, connection: ConnectionId, window: u64) -> Option<Ready> {
+        let on_connection = self.on_connection.get(&connection).copied().unwrap_or(0);
+        if on_connection >= window && on_connection > 0 {
+            return None;
+        }
+        let waiting =
+            |lane: &mut &mut BTreeMap<Flow, FlowQueue>| lane.values().any(|f| !f.waiting.is_empty());
+        let lane = self.lanes.values_mut().rev().find(waiting)?;
+        let flow = lane
+            .values_mut()
+            .filter(|flow| !flow.waiting.is_empty())
+            .min_by_key(|flow| flow.taken)?;
+        let ready = flow.waiting.pop_front()?;
+        flow.taken += ready.len();
+        *self.on_connection.entry(connection).or_default() += ready.len();
+        self.in_flight
+            .insert((ready.flow, ready.sequence), (connection, ready.clone()));
+        Some(ready)
+    }
+
+    /// The peer has restored this one: it is forgotten. `None` where it was not in flight.
+    pub fn accepted(&mut self, flow: Flow, sequence: Sequence) -> Option<Ready> {
+        let (connection, ready) = self.in_flight.remove(&(flow, sequence))?;
+        self.release(connection, ready.len());
+        Some(ready)
+    }
+
+    fn release(&mut self, connection: ConnectionId, bytes: u64) {
+        if let Some(on_connection) = self.on_connection.get_mut(&connection) {
+            *on_connection = on_connection.saturating_sub(bytes);
+        }
+    }
+
+    /// The connection is gone: what was in flight on it goes to the front again. Gives the bytes that will be sent twice.
+    pub fn connection_lost(&mut self, connection: ConnectionId) -> u64 {
+        self.on_connection.remove(&connection);
+        let lost: Vec<_> = self
+            .in_flight
+            .iter()
+            .filter(|(_, (on, _))| *on == connection)
+            .map(|(key, _)| *key)
+            .collect();
+        let mut again: Vec<_> = lost
+            .iter()
+            .filter_map(|key| self.in_flight.remove(key))
+            .map(|(_, r)| r)
+            .collect();
+        again.sort_by_key(|ready| std::cmp::Reverse(ready.sequence));
+        let bytes = again.iter().map(Ready::len).sum();
+        for ready in again {
+            let lane = self.lanes.entry(ready.lane).or_default();
+            lane.entry(ready.flow).or_default().waiting.push_front(ready);
+        }
+        bytes
+    }
+
+    /// Forgets everything of a flow: its attempt has ended.
+    pub fn close(&mut self, flow: Flow) {
+        for lane in self.lanes.values_mut() {
+            lane.remove(&flow);
+        }
+        let gone: Vec<_> = self
+            .in_flight
+            .keys()
+            .filter(|(of, _)| *of == flow)
+            .copied()
+            .collect();
+        for (flow, sequence) in gone {
+            self.accepted(flow, sequence);
+        }
+    }
+
+    /// Bytes in flight on all connections.
+    pub fn in_flight(&self) -> u64 {
+        self.on_connection.values().sum()
+    }
+}
+
+/// How many bytes may be in flight on a connection whose congestion window is `congestion_window`: enough that it never runs dry
+/// between two acknowledgements (one window in the network, one on its way through the peer's restore), and two batches at least.
+pub fn window(congestion_window: u64) -> u64 {
+    congestion_window.saturating_mul(2).saturating_add(2 << 20)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn ready(flow: Flow, sequence: u64, len: usize) -> Ready {
+        let parts = [Bytes::from(vec![0; len]), Bytes::new()];
+        Ready {
+            flow,
+            sequence: Sequence(sequence),
+            lane: Lane::Bulk,
+            parts,
+        }
+    }
+
+    fn flow() -> Flow {
+        (JobId::random(), Attempt(1))
+    }
+
+    #[test]
+    fn jobs_take_turns_by_bytes() {
+        let (big, small) = (flow(), flow());
+        let mut outbox = Outbox::default();
+        for n in 0..100 {
+            outbox.push(ready(big, n, 1000));
+            outbox.push(ready(small, n, 100));
+        }
+        let mut sent = HashMap::new();
+        for _ in 0..55 {
+            let next = outbox.take(ConnectionId(0), u64::MAX).unwrap();
+            *sent.entry(next.flow).or_insert(0) += next.len();
+        }
+        assert!(sent[&big].abs_diff(sent[&small]) <= 1000, "{sent:?}");
+    }
+
+    #[test]
+    fn a_full_window_waits_but_one_payload_always_goes() {
+        let job = flow();
+        let mut outbox = Outbox::default();
+        outbox.push(ready(job, 0, 500));
+        outbox.push(ready(job, 1, 500));
+        assert!(outbox.take(ConnectionId(0), 10).is_some());
+        assert!(outbox.take(ConnectionId(0), 10).is_none());
+        assert!(
+            outbox.take(ConnectionId(1), 10).is_some(),
+            "another connection has its own window"
+        );
+    }
+
+    proptest! {
+        /// Whatever connections die and whenever acceptance comes: each payload is accepted exactly once, or still known.
+        #[test]
+        fn nothing_is_lost(steps in prop::collection::vec((0u8..4, 0u64..3), 1..200)) {
+            let job = flow();
+            let mut outbox = Outbox::default();
+            let mut pushed = 0;
+            let mut on_wire: Vec<(u64, Sequence)> = Vec::new();
+            let mut accepted = std::collections::BTreeSet::new();
+            for (what, connection) in steps {
+                match what {
+                    0 => { outbox.push(ready(job, pushed, 100)); pushed += 1; }
+                    1 => if let Some(next) = outbox.take(ConnectionId(connection), 350) {
+                        on_wire.push((connection, next.sequence));
+                    },
+                    2 => { outbox.connection_lost(ConnectionId(connection)); on_wire.retain(|(on, _)| *on != connection); }
+                    _ => if let Some((_, sequence)) = on_wire.pop() {
+                        prop_assert!(outbox.accepted(job, sequence).is_some());
+                        prop_assert!(accepted.insert(sequence));
+                    },
+                }
+                prop_assert_eq!(outbox.in_flight(), on_wire.len() as u64 * 100);
+            }
+            for _ in 0..pushed { // drain
+                if let Some(next) = outbox.take(ConnectionId(9), u64::MAX) { on_wire.push((9, next.sequence)); }
+            }
+            accepted.extend(on_wire.iter().map(|(_, sequence)| *sequence));
+            prop_assert_eq!(accepted.len() as u64, pushed);
+            outbox.close(job);
+            prop_assert!(!outbox.has_waiting() && outbox.in_flight() == 0);
+        }
+    }
+}

@@ -91,9 +91,8 @@ impl Outbox {
         if on_connection >= window && on_connection > 0 {
             return None;
         }
-        let waiting =
-            |lane: &mut &mut BTreeMap<Flow, FlowQueue>| lane.values().any(|f| !f.waiting.is_empty());
-        let lane = self.lanes.values_mut().rev().find(waiting)?;
+        let mut lanes = self.lanes.values_mut();
+        let lane = lanes.find(|lane| lane.values().any(|flow| !flow.waiting.is_empty()))?;
         let flow = lane
             .values_mut()
             .filter(|flow| !flow.waiting.is_empty())

@@ -44,6 +44,12 @@ impl HaveLeaves {
         Ok(())
     }
 
+    /// What is known of `leaf`: nothing, zeros (`Some(None)`), or a digest.
+    pub(crate) fn get(&self, leaf: u64) -> Option<Option<Digest>> {
+        let digest = *self.digests.get(leaf as usize)?;
+        (digest != UNKNOWN).then(|| (digest != ZEROS).then_some(digest))
+    }
+
     /// Whether the target's `leaf` holds `digest` (`None`: zeros).
     pub(crate) fn holds(&self, leaf: u64, digest: Option<Digest>) -> bool {
         self.digests

@@ -14,7 +14,7 @@ use longhaul_common::digest::{Digest, DigestError, DiskDigest, LEAF, leaf_extent
 use longhaul_common::extent::{BLOCK, Extent};
 use longhaul_common::ids::{Attempt, DiskIndex, JobId, Round, Sequence};
 use longhaul_common::wire::batch::{BatchError, BatchHeader, Content, Leaves, Piece, RAW_MAX};
-use longhaul_common::wire::session::DiskCounts;
+use longhaul_common::wire::session::{DiskCounts, Have};
 
 use super::ReadAt;
 use super::free_map::FreeMap;
@@ -52,10 +52,49 @@ pub(crate) struct DiskRead<'a> {
     pub allocation: AskAllocation<'a>,
     pub free: &'a FreeMap,
     pub have: &'a HaveLeaves,
+    /// What an earlier attempt on the same, unchanged image has read.
+    pub known: &'a KnownLeaves,
     /// Next batch's number, shared by all disks of the job.
     pub sequence: &'a AtomicU64,
     /// Takes a batch; false ends the reading.
     pub emit: &'a (dyn Fn(Outgoing) -> bool + Sync),
+}
+
+/// Digests of leaves that were read once; lets a later attempt pass over what the target holds without reading it again.
+/// 32 bytes for each leaf once anything was read.
+pub(crate) struct KnownLeaves {
+    size: u64,
+    digests: Mutex<HaveLeaves>,
+}
+
+impl KnownLeaves {
+    /// Of a disk of `size` bytes, nothing yet.
+    pub(crate) fn new(size: u64) -> Self {
+        Self { size, digests: Mutex::default() }
+    }
+
+    fn learn(&self, leaves: &ReadLeaves) {
+        let (first, count, digests) = (leaves.first, leaves.count, leaves.digests.clone());
+        let learned = Have { disk: DiskIndex(0), first, count, digests };
+        if let Ok(mut known) = self.digests.lock() {
+            // What was read lies inside the disk by construction.
+            let _ = known.add(&learned, self.size);
+        }
+    }
+
+    /// The span's digests, where every leaf of it is known and `have` holds each of them.
+    fn settled(&self, span: &Span, have: &HaveLeaves) -> Option<Vec<(u64, Digest)>> {
+        let known = self.digests.lock().ok()?;
+        let mut digests = Vec::new();
+        for leaf in span.first..span.first + span.count {
+            let digest = known.get(leaf)?;
+            if !have.holds(leaf, digest) {
+                return None;
+            }
+            digests.extend(digest.map(|digest| (leaf, digest)));
+        }
+        Some(digests)
+    }
 }
 
 impl DiskRead<'_> {
@@ -98,7 +137,11 @@ impl DiskRead<'_> {
                 .map_err(|_| ReadError::Died)?
                 .next(self.free, self.allocation)?;
             let Some(span) = span else { return Ok(()) };
-            let leaves = work.read(&span)?;
+            let leaves = match self.known.settled(&span, self.have) {
+                Some(digests) => work.pass(&span, digests),
+                None => work.read(&span)?,
+            };
+            self.known.learn(&leaves);
             let mut entered = total.lock().map_err(|_| ReadError::Died)?;
             enter(&mut entered.0, &leaves)?;
             drop(entered);
@@ -206,6 +249,19 @@ impl<'a> SpanWork<'a> {
             self.hash += started.elapsed();
         }
         Ok(leaves)
+    }
+
+    /// Counts a span that need not be read: an earlier attempt did, and the target holds it.
+    fn pass(&mut self, span: &Span, digests: Vec<(u64, Digest)>) -> ReadLeaves {
+        let mut pieces = Vec::new();
+        for piece in &span.pieces {
+            match piece.content {
+                Content::Data => self.counts.kept += piece.extent.len(),
+                _ => self.skip(*piece, &mut pieces),
+            }
+        }
+        let (first, count) = (span.first, span.count);
+        ReadLeaves { first, count, pieces, data: Vec::new(), digests }
     }
 
     fn skip(&mut self, piece: Piece, pieces: &mut Vec<Piece>) {

@@ -4,6 +4,8 @@
 //! file, key, and the nearest key that exists. Leaves alone which settings there are: each program declares its own. Promises
 //! that no unknown key is silently ignored.
 
+pub mod sections;
+
 use std::path::{Path, PathBuf};
 
 use config::{Config, Environment, File, FileFormat};

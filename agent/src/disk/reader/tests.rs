@@ -23,6 +23,7 @@ fn read(image: &Vec<u8>, free: &FreeMap, have: &HaveLeaves) -> (Digest, DiskCoun
         },
         free,
         have,
+        known: &KnownLeaves::new(image.len() as u64),
         sequence: &sequence,
         emit: &|outgoing| {
             batches.lock().unwrap().push(outgoing);

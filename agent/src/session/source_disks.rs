@@ -1,0 +1,199 @@
+//! A job's source images: opened, locked, scanned.
+//!
+//! Owns opening all disks of a job and keeping them over a lost link: the next attempt finds them as they were, if no image
+//! changed. Leaves reading to `disk::reader`. Promises that only paths below the configured roots are opened, and that an image
+//! shorter than its file systems say is refused.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use longhaul_common::extent::Extent;
+use longhaul_common::ids::JobId;
+use longhaul_common::units::ByteSize;
+use longhaul_common::wire::batch::Content;
+use longhaul_common::wire::session::{
+    DEFINITION_MAX, DISKS_MAX, OpenedDisk, PartReport, Refusal, RefusalKind, SourceDisk, SourceOpen,
+};
+
+use super::outcome;
+use crate::disk::ReadAt;
+use crate::disk::free_map::FreeMap;
+use crate::disk::image::{self, Flatten, OpenOptions, SourceImage};
+use crate::disk::reader::KnownLeaves;
+use crate::disk::roots;
+use crate::disk::scan::{self, Scan};
+use crate::disk::spans::Spans;
+use crate::settings::AgentSettings;
+
+/// One source image, ready to be read.
+pub(super) struct OpenDisk {
+    pub image: SourceImage,
+    pub free: FreeMap,
+    pub report: OpenedDisk,
+    /// Leaf digests that an earlier attempt has read already.
+    pub known: KnownLeaves,
+}
+
+/// All images of a job, and the VM's definition.
+pub(super) struct OpenSource {
+    pub disks: Vec<OpenDisk>,
+    pub definition: Option<Vec<u8>>,
+}
+
+struct Lingering {
+    asked: (Vec<SourceDisk>, Option<PathBuf>, bool),
+    source: Arc<OpenSource>,
+    since: Instant,
+}
+
+/// Sources whose attempt has ended without success.
+pub(super) struct OpenSources {
+    linger: Duration,
+    lingering: Mutex<HashMap<JobId, Lingering>>,
+}
+
+impl OpenSources {
+    pub(super) fn new(linger: Duration) -> Self {
+        Self { linger, lingering: Mutex::default() }
+    }
+
+    /// Opens what `open` asks for, or takes up what an earlier attempt left. Blocks.
+    pub(super) fn open(&self, open: &SourceOpen, settings: &AgentSettings) -> Result<Arc<OpenSource>, Refusal> {
+        let left = self.lingering.lock().unwrap_or_else(PoisonError::into_inner).remove(&open.job);
+        let same = left.filter(|left| left.asked == asked(open));
+        if let Some(left) = same
+            && left.source.disks.iter().all(|disk| disk.image.unchanged().is_ok())
+        {
+            return Ok(left.source);
+        }
+        OpenSource::open(open, settings).map(Arc::new)
+    }
+
+    /// Keeps the images open and locked for the next attempt, for a while.
+    pub(super) fn keep(&self, open: &SourceOpen, source: Arc<OpenSource>, now: Instant) {
+        let mut lingering = self.lingering.lock().unwrap_or_else(PoisonError::into_inner);
+        lingering.insert(open.job, Lingering { asked: asked(open), source, since: now });
+    }
+
+    /// Closes what nobody came back for.
+    pub(super) fn expire(&self, now: Instant) {
+        let mut lingering = self.lingering.lock().unwrap_or_else(PoisonError::into_inner);
+        lingering.retain(|_, left| now.saturating_duration_since(left.since) < self.linger);
+    }
+}
+
+fn asked(open: &SourceOpen) -> (Vec<SourceDisk>, Option<PathBuf>, bool) {
+    (open.disks.clone(), open.definition.clone(), open.filter)
+}
+
+impl OpenSource {
+    fn open(open: &SourceOpen, settings: &AgentSettings) -> Result<Self, Refusal> {
+        if open.disks.is_empty() || open.disks.len() > DISKS_MAX {
+            let text = format!("a VM with {} disks cannot be moved; 1 to {DISKS_MAX} can", open.disks.len());
+            return Err(Refusal::new(RefusalKind::Refused, text));
+        }
+        let definition = open.definition.as_deref().map(|path| read_definition(path, settings)).transpose()?;
+        let disks = open.disks.iter().map(|disk| OpenDisk::open(disk, open.filter, settings)).collect::<Result<_, _>>()?;
+        Ok(Self { disks, definition })
+    }
+}
+
+impl OpenDisk {
+    fn open(disk: &SourceDisk, filter: bool, settings: &AgentSettings) -> Result<Self, Refusal> {
+        let path = outcome::refused(roots::resolve_inside(&settings.paths.read, &disk.path))?;
+        let format = disk.format.as_deref().map(str::parse).transpose();
+        let allowed_roots = settings.paths.read.clone();
+        let options = OpenOptions {
+            format: outcome::refused(format)?,
+            flatten: if disk.flatten { Flatten::Yes } else { Flatten::Refuse },
+            connections: settings.limits.read_threads,
+            run_dir: settings.paths.run.clone(),
+            qemu_nbd: settings.programs.qemu_nbd.clone(),
+            qemu_img: settings.programs.qemu_img.clone(),
+            allowed: Arc::new(move |path: &Path| roots::resolve_inside(&allowed_roots, path).is_ok()),
+        };
+        let image = image::open(&path, &options).map_err(|error| outcome::image(&error))?;
+        let started = Instant::now();
+        let scan = if filter { scan::scan(&image) } else { unfiltered(&image) };
+        refuse_short(&path, &scan, image.size())?;
+        let sums = sum_contents(&image, &scan.free)
+            .map_err(|error| Refusal::new(RefusalKind::Refused, format!("cannot read the map of {}: {error}", path.display())))?;
+        let report = OpenedDisk {
+            size: image.size(),
+            format: image.format().to_string(),
+            allocated: sums.data + sums.free,
+            free: sums.free,
+            used: sums.data,
+            parts: scan.parts.iter().map(part_report).collect(),
+            notes: image.notes().to_vec(),
+            scan_ms: started.elapsed().as_millis() as u64,
+        };
+        Ok(Self { known: KnownLeaves::new(image.size()), image, free: scan.free, report })
+    }
+}
+
+/// The scan of a disk whose filter is switched off.
+fn unfiltered(image: &SourceImage) -> Scan {
+    let size = image.size();
+    Scan { free: FreeMap::new(size), parts: Vec::new(), needs: 0, shortfalls: Vec::new() }
+}
+
+fn refuse_short(path: &Path, scan: &Scan, size: u64) -> Result<(), Refusal> {
+    if scan.needs <= size {
+        return Ok(());
+    }
+    let text = format!(
+        "{} has {}, but its content needs {} ({}); it was cut off, copy it again from where it came",
+        path.display(),
+        ByteSize(size),
+        ByteSize(scan.needs),
+        scan.shortfalls.join("; "),
+    );
+    Err(Refusal::new(RefusalKind::Refused, text))
+}
+
+struct Sums {
+    data: u64,
+    free: u64,
+}
+
+/// How much of the disk is read, and how much is skipped as free.
+fn sum_contents(image: &SourceImage, free: &FreeMap) -> std::io::Result<Sums> {
+    let mut spans = Spans::new(image.size());
+    let mut sums = Sums { data: 0, free: 0 };
+    let ask = |range: Extent| image.allocation(range);
+    while let Some(span) = spans.next(free, &ask)? {
+        for piece in span.pieces {
+            match piece.content {
+                Content::Data => sums.data += piece.extent.len(),
+                Content::Free => sums.free += piece.extent.len(),
+                Content::Hole | Content::Zero => {}
+            }
+        }
+    }
+    Ok(sums)
+}
+
+fn part_report(part: &scan::Part) -> PartReport {
+    PartReport {
+        name: part.name.clone(),
+        extent: part.extent,
+        kind: part.kind.clone(),
+        proof: part.proof.as_ref().map(ToString::to_string),
+        free_bytes: part.free_bytes,
+        reason: part.reason.clone(),
+    }
+}
+
+fn read_definition(path: &Path, settings: &AgentSettings) -> Result<Vec<u8>, Refusal> {
+    let path = outcome::refused(roots::resolve_inside(&settings.paths.read, path))?;
+    let refused = |text: String| Refusal::new(RefusalKind::Refused, format!("definition {}: {text}", path.display()));
+    let size = std::fs::metadata(&path).map_err(|error| refused(error.to_string()))?.len();
+    if size > DEFINITION_MAX as u64 {
+        return Err(refused(format!("{size} bytes are more than {DEFINITION_MAX}")));
+    }
+    std::fs::read(&path).map_err(|error| refused(error.to_string()))
+}
+

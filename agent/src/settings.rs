@@ -1,0 +1,148 @@
+//! The agent's config file.
+//!
+//! Owns every key, its default and its unit; `configs/agent.toml` shows them all. Leaves reading to `longhaul_common::settings`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use longhaul_common::settings::sections::{IdentitySection, LinkSection};
+use longhaul_common::telemetry::LogSettings;
+use longhaul_common::units::{ByteSize, Span};
+use serde::{Deserialize, Serialize};
+
+/// The whole file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentSettings {
+    pub identity: IdentitySection,
+    pub gateway: GatewaySection,
+    pub paths: PathsSection,
+    #[serde(default)]
+    pub limits: LimitsSection,
+    #[serde(default)]
+    pub target: TargetSection,
+    #[serde(default)]
+    pub hooks: HooksSection,
+    #[serde(default)]
+    pub programs: ProgramsSection,
+    #[serde(default)]
+    pub link: LinkSection,
+    #[serde(default)]
+    pub log: LogSettings,
+    /// Prometheus text on `http://ADDRESS/metrics`; none without it.
+    pub metrics: Option<SocketAddr>,
+}
+
+/// `[gateway]`: the gateway of this agent's site.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GatewaySection {
+    /// "host:port".
+    pub address: String,
+    /// The name in the gateway's certificate.
+    pub name: String,
+}
+
+/// `[paths]`: what the agent may touch.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PathsSection {
+    /// Folders (and block devices) that a source image may lie in.
+    #[serde(default)]
+    pub read: Vec<PathBuf>,
+    /// Folders (and block devices) that a target image may lie in.
+    #[serde(default)]
+    pub write: Vec<PathBuf>,
+    /// Sockets of helper programs; emptied by a reboot.
+    pub run: PathBuf,
+    /// Progress of block devices, definitions of arrived VMs; survives a reboot.
+    pub state: PathBuf,
+}
+
+/// `[limits]`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitsSection {
+    /// Threads that read a source image.
+    pub read_threads: usize,
+    /// Threads that check and write arriving batches.
+    pub write_threads: usize,
+    /// Threads that read a target image back.
+    pub verify_threads: usize,
+    /// Raw bytes of one job between the source agent's read and the target agent's write: what all four programs together may
+    /// hold. Twice bandwidth x delay at the expected ratio: 1 Gbit/s x 100 ms x 2 x ratio 2 = 50 MB.
+    pub job_memory: ByteSize,
+    /// Written bytes are flushed, and so acknowledged, at least this often.
+    pub flush_bytes: ByteSize,
+    pub flush_time: Span,
+    /// How long a source image stays open and locked after its link was lost, so that the next attempt need not scan again.
+    pub source_linger: Span,
+}
+
+impl Default for LimitsSection {
+    fn default() -> Self {
+        Self {
+            read_threads: 2,
+            write_threads: 2,
+            verify_threads: 2,
+            job_memory: ByteSize(64 << 20),
+            flush_bytes: ByteSize(64 << 20),
+            flush_time: Span(Duration::from_millis(500)),
+            source_linger: Span(Duration::from_secs(600)),
+        }
+    }
+}
+
+/// `[target]`: how new image files are made.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TargetSection {
+    /// Numeric user and group.
+    pub owner: Option<(u32, u32)>,
+    /// Octal digits, such as "0640".
+    pub mode: Option<String>,
+    /// SELinux label.
+    pub label: Option<String>,
+}
+
+/// `[hooks]`: programs that the agent runs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HooksSection {
+    /// Runs on the target host when a VM has arrived, with `LONGHAUL_JOB`, `LONGHAUL_NAME`, `LONGHAUL_DISKS` (one path per line)
+    /// and `LONGHAUL_DEFINITION` in its environment.
+    pub arrived: Option<PathBuf>,
+    pub timeout: Span,
+}
+
+impl Default for HooksSection {
+    fn default() -> Self {
+        Self { arrived: None, timeout: Span(Duration::from_secs(60)) }
+    }
+}
+
+/// `[programs]`: QEMU's tools, by name or path.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ProgramsSection {
+    pub qemu_img: PathBuf,
+    pub qemu_nbd: PathBuf,
+}
+
+impl Default for ProgramsSection {
+    fn default() -> Self {
+        Self { qemu_img: "qemu-img".into(), qemu_nbd: "qemu-nbd".into() }
+    }
+}
+
+impl TargetSection {
+    /// The mode as a number; a sentence where it is none.
+    pub fn mode_bits(&self) -> Result<Option<u32>, String> {
+        let Some(mode) = &self.mode else { return Ok(None) };
+        match u32::from_str_radix(mode, 8) {
+            Ok(bits) if bits <= 0o7777 => Ok(Some(bits)),
+            _ => Err(format!("target.mode: '{mode}' is no octal mode; write it like \"0640\"")),
+        }
+    }
+}

@@ -12,11 +12,11 @@ use quinn::{ClientConfig, Connection, Endpoint, TokioRuntime};
 
 use super::endpoint::{Link, LinkParts, chain_of, close};
 use super::identity::Identity;
-use super::listen::WELCOME;
 use super::refusal::{LinkError, Refusal, code, explain};
 use super::tls::{Seen, TlsState};
 use super::transport;
 use super::tuning::LinkSettings;
+use super::welcome::{self, Unwelcome};
 use super::{congestion::RateHandle, socket};
 
 /// Calls the program `expected` at `address` and answers when it has accepted us.
@@ -145,23 +145,18 @@ impl Call<'_> {
     }
 
     async fn welcome(&self, connection: &Connection) -> Result<(), LinkError> {
-        let mut stream = connection
-            .accept_uni()
-            .await
-            .map_err(|error| self.explain(&error))?;
-        let content = stream.read_to_end(WELCOME.len()).await;
-        if content.as_deref().is_ok_and(|bytes| bytes == WELCOME) {
-            return Ok(());
+        match welcome::exchange(connection).await {
+            Ok(()) => Ok(()),
+            Err(Unwelcome::Gone(error)) => Err(self.explain(&error)),
+            Err(Unwelcome::Stranger) => {
+                let detail = "it did not say welcome as Longhaul does".to_owned();
+                close(connection, code::WRONG_NAME, &detail);
+                Err(LinkError::Broken {
+                    address: self.address,
+                    detail,
+                })
+            }
         }
-        if let Some(error) = connection.close_reason() {
-            return Err(self.explain(&error));
-        }
-        let detail = "it did not say welcome as Longhaul does".to_owned();
-        close(connection, code::WRONG_NAME, &detail);
-        Err(LinkError::Broken {
-            address: self.address,
-            detail,
-        })
     }
 
     fn refused(&self, why: Refusal) -> LinkError {

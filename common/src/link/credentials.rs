@@ -163,7 +163,6 @@ impl Credentials {
     pub fn load(&self, role: Option<Role>, now: SystemTime) -> Result<Material, CredentialsError> {
         let provider = provider();
         let chain = certificates("the certificate", &self.cert)?;
-        let key = Arc::new(self.load_key(&chain, &provider)?);
         let identity =
             Identity::of_certificate(&chain[0]).map_err(|source| CredentialsError::NoIdentity {
                 path: self.cert.clone(),
@@ -176,6 +175,7 @@ impl Credentials {
                 expected,
             });
         }
+        let key = Arc::new(self.load_key(&chain, &provider)?);
         let roots = Arc::new(self.load_roots()?);
         let (crls, crl_next_update) = self.load_crl()?;
         let (clients, servers) = self.verifiers(&roots, &crls, &provider)?;

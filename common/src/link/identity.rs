@@ -231,15 +231,19 @@ fn is_label(text: &str) -> bool {
 
 /// Foreign text for an error: short, and without control characters.
 pub(crate) fn shown(text: &str) -> String {
-    let mut clean: String = text
-        .chars()
-        .take(120)
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-        .collect();
-    if text.chars().nth(120).is_some() {
-        clean.push('…');
+    const LENGTH_MAX: usize = 400;
+    let clean = |c: char| {
+        if c.is_control() {
+            char::REPLACEMENT_CHARACTER
+        } else {
+            c
+        }
+    };
+    let mut short: String = text.chars().take(LENGTH_MAX).map(clean).collect();
+    if text.chars().nth(LENGTH_MAX).is_some() {
+        short.push('…');
     }
-    clean
+    short
 }
 
 #[cfg(test)]

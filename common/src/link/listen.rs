@@ -22,6 +22,7 @@ use super::identity::{Identity, Role};
 use super::refusal::{LinkError, Refusal, code, explain};
 use super::tls::{Seen, TlsState};
 use super::tuning::LinkSettings;
+use super::welcome::{self, Unwelcome};
 use super::{socket, transport};
 
 /// Handshakes at once.
@@ -34,8 +35,6 @@ const HANDSHAKES_TRUSTED: usize = 16;
 const ACCEPTED_MAX: usize = 16;
 /// Refused peers that are remembered.
 const REFUSED_MAX: usize = 64;
-/// What an accepting program says on its first one-way stream.
-pub(crate) const WELCOME: &[u8] = b"longhaul welcome 1\n";
 
 /// A peer that was refused, or failed to complete its handshake.
 #[derive(Clone, Debug)]
@@ -268,15 +267,14 @@ impl Shared {
             });
         };
         let link = self.judge(&connection, rate, permit)?;
-        let mut stream = connection.open_uni().await.map_err(explain)?;
-        let sent = stream.write_all(WELCOME).await.is_ok() && stream.finish().is_ok();
-        match connection.close_reason() {
-            Some(error) => Err(explain(error)),
-            None if sent => Ok(link),
-            None => Err(LinkError::Broken {
-                address,
-                detail: "it did not take the welcome".to_owned(),
-            }),
+        match welcome::exchange(&connection).await {
+            Ok(()) => Ok(link),
+            Err(Unwelcome::Gone(error)) => Err(explain(error)),
+            Err(Unwelcome::Stranger) => {
+                let detail = "it did not say welcome as Longhaul does".to_owned();
+                close(&connection, code::WRONG_NAME, &detail);
+                Err(LinkError::Broken { address, detail })
+            }
         }
     }
 

@@ -12,12 +12,9 @@
 //!  connect(address, expected identity, alpn)            Listener::bind(address, alpns, roles)
 //!    TLS 1.3: judges authority, dates, revocation  <->    the same, for the other certificate
 //!    judges trust domain, site, role, name                judges trust domain, role
-//!    waits for the welcome  <---------------------------  sends the welcome on its first one-way stream
+//!    welcome  <---------------------------------------->  welcome
 //!  Link                                                 Link, from accept()
 //! ```
-//!
-//! The welcome is there because in TLS 1.3 the connecting side is done before its certificate was judged: without it,
-//! "connected" would mean nothing, and a refusal would surface later, somewhere else.
 
 pub mod congestion;
 mod connect;
@@ -26,10 +23,12 @@ mod endpoint;
 mod identity;
 mod listen;
 mod refusal;
+mod reload;
 mod socket;
 mod tls;
 mod transport;
 mod tuning;
+mod welcome;
 
 pub use connect::connect;
 pub use credentials::{Credentials, CredentialsError};
@@ -43,6 +42,7 @@ pub use quinn::{
     VarInt, WriteError,
 };
 pub use refusal::{LinkError, Refusal, code};
+pub use reload::Reloader;
 pub use tls::{TlsState, https_client_config, https_server_config};
 pub use tuning::{Congestion, LinkSettings, MTU_JUMBO, MTU_WAN, PACKET_OVERHEAD, Tuning, tune};
 

@@ -134,12 +134,23 @@ impl Refusal {
             120 => Self::OtherProtocol(
                 "it does not speak our protocol version (update the older side)".to_owned(),
             ),
-            42 if text.contains("not valid for name") => Self::WrongName(detail()),
+            42 if text.contains("not valid for name") => Self::WrongName(called_as(text)),
             49 => Self::WrongRole(
                 "the certificate's role is not accepted there (issue one with another `--role`)".to_owned(),
             ),
             _ => Self::Unusable(detail()),
         }
+    }
+}
+
+/// From the TLS library's sentence about a name that does not fit, what the end that bears another name should know.
+fn called_as(text: &str) -> String {
+    match text.split('"').nth(1) {
+        Some(name) => format!(
+            "it called {}, which is not the name in this program's certificate",
+            shown(name)
+        ),
+        None => shown(text),
     }
 }
 
@@ -311,4 +322,93 @@ fn of_application(number: u64, reason: String, address: SocketAddr) -> LinkError
 /// The TLS alert in a QUIC error code (RFC 9001, section 4.8).
 fn alert(code: u64) -> Option<u8> {
     (0x100..0x200).contains(&code).then(|| (code & 0xff) as u8)
+}
+
+#[cfg(test)]
+mod tests {
+    use quinn::TransportErrorCode;
+
+    use super::*;
+
+    fn told(alert: u8, text: &str) -> String {
+        let close = quinn::ConnectionClose {
+            error_code: TransportErrorCode::crypto(alert),
+            frame_type: None,
+            reason: text.as_bytes().to_vec().into(),
+        };
+        let address = "192.0.2.1:4433".parse().unwrap();
+        explain(
+            &ConnectionError::ConnectionClosed(close),
+            address,
+            Duration::from_secs(30),
+        )
+        .to_string()
+    }
+
+    #[test]
+    fn every_alert_has_its_sentence() {
+        let cases = [
+            (
+                44,
+                "invalid peer certificate: Revoked",
+                "the certificate is revoked",
+            ),
+            (
+                45,
+                "invalid peer certificate: certificate expired: verification time",
+                "has expired",
+            ),
+            (
+                45,
+                "invalid peer certificate: certificate not valid yet: verification time",
+                "not valid yet",
+            ),
+            (
+                48,
+                "invalid peer certificate: UnknownIssuer",
+                "issued by an unknown authority",
+            ),
+            (
+                48,
+                "invalid peer certificate: UnknownRevocationStatus",
+                "the revocation list is from another",
+            ),
+            (116, "peer sent no certificates", "no certificate was shown"),
+            (120, "", "does not speak our protocol version"),
+            (49, "", "role is not accepted there"),
+            (
+                42,
+                "certificate not valid for name \"a.b.c.longhaul\"; certificate is only",
+                "it called a.b.c.longhaul",
+            ),
+            (80, "", "TLS alert 80"),
+        ];
+        for (alert, text, part) in cases {
+            let said = told(alert, text);
+            assert!(
+                said.starts_with("192.0.2.1:4433 refused us: ") && said.contains(part),
+                "{alert}: {said}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_a_peer_says_is_cleaned_and_cut() {
+        let close = quinn::ApplicationClose {
+            error_code: quinn::VarInt::from_u32(700),
+            reason: format!("a\x1b[31mb\n{}", "x".repeat(1000)).into_bytes().into(),
+        };
+        let address = "192.0.2.1:4433".parse().unwrap();
+        let said = explain(
+            &ConnectionError::ApplicationClosed(close),
+            address,
+            Duration::from_secs(30),
+        );
+        let text = said.to_string();
+        assert!(
+            !text.contains('\x1b') && !text.contains('\n') && text.len() < 600,
+            "{text}"
+        );
+        assert!(!said.is_transient());
+    }
 }

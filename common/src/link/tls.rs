@@ -144,16 +144,7 @@ impl TlsState {
         alpns: &[Vec<u8>],
         seen: &Arc<Seen>,
     ) -> Result<rustls::ServerConfig, LinkError> {
-        let judge = Judge::new(self, Some(Arc::clone(seen)), None);
-        let mut config = rustls::ServerConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(|error| LinkError::Settings(error.to_string()))?
-            .with_client_cert_verifier(Arc::clone(&judge) as Arc<dyn ClientCertVerifier>)
-            .with_cert_resolver(judge);
-        config.alpn_protocols = alpns.to_vec();
-        config.session_storage = Arc::new(NoServerSessionStorage {});
-        config.send_tls13_tickets = 0;
-        Ok(config)
+        server_config(Judge::new(self, Some(Arc::clone(seen)), None), alpns)
     }
 
     /// The client side of one handshake; what the peer shows is noted in `seen`.
@@ -183,18 +174,20 @@ pub fn https_server_config(
     state: &Arc<TlsState>,
     roles: &[Role],
 ) -> Result<Arc<rustls::ServerConfig>, LinkError> {
-    let mut config = state.server_config(&[b"http/1.1".to_vec()], &Arc::default())?;
     let judge = Judge::new(state, None, Some(roles.to_vec()));
-    config.cert_resolver = Arc::clone(&judge) as Arc<dyn ResolvesServerCert>;
-    let mut with_roles = rustls::ServerConfig::builder_with_provider(provider())
+    Ok(Arc::new(server_config(judge, &[b"http/1.1".to_vec()])?))
+}
+
+fn server_config(judge: Arc<Judge>, alpns: &[Vec<u8>]) -> Result<rustls::ServerConfig, LinkError> {
+    let mut config = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|error| LinkError::Settings(error.to_string()))?
         .with_client_cert_verifier(Arc::clone(&judge) as Arc<dyn ClientCertVerifier>)
         .with_cert_resolver(judge);
-    with_roles.alpn_protocols = std::mem::take(&mut config.alpn_protocols);
-    with_roles.session_storage = Arc::new(NoServerSessionStorage {});
-    with_roles.send_tls13_tickets = 0;
-    Ok(Arc::new(with_roles))
+    config.alpn_protocols = alpns.to_vec();
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(config)
 }
 
 /// TLS for the operator's program calling the API over TCP. The server name to expect is the gateway's

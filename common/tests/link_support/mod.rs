@@ -21,7 +21,7 @@ use rcgen::{
 };
 
 pub const TRUST_DOMAIN: &str = "test.example";
-const DAY: i64 = 86_400;
+pub const DAY: i64 = 86_400;
 
 pub struct Authority {
     pub directory: tempfile::TempDir,
@@ -29,7 +29,7 @@ pub struct Authority {
     label: String,
 }
 
-/// What is odd about a certificate; times in days from now.
+/// What is odd about a certificate; times in seconds from now.
 pub struct Wish {
     pub serial: u64,
     pub from: i64,
@@ -42,8 +42,8 @@ impl Wish {
     pub fn of(identity: &Identity) -> Self {
         Self {
             serial: 7,
-            from: -1,
-            until: 90,
+            from: -DAY,
+            until: 90 * DAY,
             uris: vec![identity.uri()],
             dns: identity.dns_name(),
         }
@@ -59,9 +59,9 @@ pub fn agent(name: &str) -> Identity {
 }
 
 macro_rules! at {
-    ($days:expr) => {{
+    ($seconds:expr) => {{
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64;
-        rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs((now + $days * DAY) as u64)
+        rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs((now + $seconds) as u64)
     }};
 }
 
@@ -93,13 +93,13 @@ impl Authority {
     pub fn publish(&self, revoked: &[u64], due: i64) {
         let entry = |serial: &u64| RevokedCertParams {
             serial_number: SerialNumber::from(*serial),
-            revocation_time: at!(-1),
+            revocation_time: at!(-DAY),
             reason_code: None,
             invalidity_date: None,
         };
         let params = CertificateRevocationListParams {
-            this_update: at!(-40),
-            next_update: at!(due),
+            this_update: at!(-40 * DAY),
+            next_update: at!(due * DAY),
             crl_number: SerialNumber::from(1),
             issuing_distribution_point: None,
             revoked_certs: revoked.iter().map(entry).collect(),

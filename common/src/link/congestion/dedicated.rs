@@ -87,18 +87,17 @@ pub struct Dedicated {
 struct Round {
     /// Ends when this packet is acknowledged.
     last_packet: u64,
-    started: Instant,
     delay_min: Option<Duration>,
     acked: u64,
     lost: u64,
 }
 
 impl Dedicated {
-    /// A controller for a connection made at `now`.
-    pub fn new(config: DedicatedConfig, now: Instant) -> Self {
+    /// A controller for a new connection.
+    pub fn new(config: DedicatedConfig) -> Self {
         let round = Round {
             last_packet: 0,
-            started: now,
+
             delay_min: None,
             acked: 0,
             lost: 0,
@@ -192,7 +191,7 @@ impl Dedicated {
     fn end_round(&mut self, now: Instant) {
         let next = Round {
             last_packet: self.sent_newest + 1,
-            started: now,
+
             delay_min: None,
             acked: 0,
             lost: 0,

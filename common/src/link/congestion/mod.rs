@@ -59,8 +59,8 @@ impl DedicatedFactory {
 }
 
 impl ControllerFactory for DedicatedFactory {
-    fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
-        let core = Dedicated::new(self.config.clone(), now);
+    fn build(self: Arc<Self>, _now: Instant, current_mtu: u16) -> Box<dyn Controller> {
+        let core = Dedicated::new(self.config.clone());
         Box::new(Plugged {
             rate: self.rate.clone(),
             core,

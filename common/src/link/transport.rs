@@ -1,0 +1,86 @@
+//! From a [`Tuning`] to quinn's configuration types.
+//!
+//! The only place where quinn's knobs are turned; the sums behind the numbers are in `tuning`. Leaves alone TLS and sockets.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::congestion::{BbrConfig, CubicConfig};
+use quinn::{AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
+
+use super::congestion::{DedicatedFactory, RateHandle};
+use super::refusal::LinkError;
+use super::tuning::{Congestion, LinkSettings, Tuning, tune};
+
+/// quinn's transport parameters, and the handle by which the rate can be changed later.
+pub(crate) fn transport(settings: &LinkSettings) -> Result<(Arc<TransportConfig>, RateHandle), LinkError> {
+    let tuning = tune(settings);
+    let handle = RateHandle::new(tuning.rate.unwrap_or(u64::MAX));
+    let idle = IdleTimeout::try_from(settings.idle)
+        .map_err(|_| LinkError::Settings(format!("idle time {:?} is too long", settings.idle)))?;
+    let mut config = TransportConfig::default();
+    config
+        .stream_receive_window(var(tuning.stream_window))
+        .receive_window(var(tuning.connection_window))
+        .send_window(tuning.send_window)
+        .max_concurrent_uni_streams(VarInt::from_u32(settings.uni_streams))
+        .max_concurrent_bidi_streams(VarInt::from_u32(settings.bi_streams))
+        .initial_rtt(tuning.initial_rtt)
+        .initial_mtu(tuning.mtu_initial)
+        .mtu_discovery_config(Some(mtu_discovery(&tuning)))
+        .packet_threshold(settings.packet_threshold.max(3))
+        .ack_frequency_config(Some(ack_frequency()))
+        .keep_alive_interval(Some(settings.keep_alive))
+        .max_idle_timeout(Some(idle))
+        .enable_segmentation_offload(settings.segmentation_offload)
+        // QUIC datagrams are not used: a peer must not fill a buffer with them.
+        .datagram_receive_buffer_size(None);
+    match tuning.congestion {
+        Congestion::Dedicated | Congestion::Auto => {
+            let factory = DedicatedFactory::new(handle.clone(), &tuning);
+            config.congestion_controller_factory(Arc::new(factory));
+        }
+        Congestion::Cubic => {
+            let mut cubic = CubicConfig::default();
+            cubic.initial_window(tuning.initial_window);
+            config.congestion_controller_factory(Arc::new(cubic));
+        }
+        Congestion::Bbr => {
+            let mut bbr = BbrConfig::default();
+            bbr.initial_window(tuning.initial_window);
+            config.congestion_controller_factory(Arc::new(bbr));
+        }
+    }
+    Ok((Arc::new(config), handle))
+}
+
+/// quinn's per-socket parameters: the receiver must allow what the sender probes for.
+pub(crate) fn endpoint(settings: &LinkSettings) -> Result<EndpointConfig, LinkError> {
+    let mut config = EndpointConfig::default();
+    config
+        .max_udp_payload_size(tune(settings).mtu_max.max(1472))
+        .map_err(|error| LinkError::Settings(error.to_string()))?;
+    Ok(config)
+}
+
+fn mtu_discovery(tuning: &Tuning) -> MtuDiscoveryConfig {
+    let mut discovery = MtuDiscoveryConfig::default();
+    // Random loss alone can look like a path that swallows full packets; with quinn's 60 s each such error is dear.
+    discovery
+        .upper_bound(tuning.mtu_max)
+        .black_hole_cooldown(Duration::from_secs(10));
+    discovery
+}
+
+/// Fewer acknowledgements on fast links (draft-ietf-quic-ack-frequency-04): one per 10 packets or 20 ms.
+fn ack_frequency() -> AckFrequencyConfig {
+    let mut frequency = AckFrequencyConfig::default();
+    frequency
+        .ack_eliciting_threshold(VarInt::from_u32(10))
+        .max_ack_delay(Some(Duration::from_millis(20)));
+    frequency
+}
+
+fn var(value: u64) -> VarInt {
+    VarInt::from_u64(value).unwrap_or(VarInt::MAX)
+}

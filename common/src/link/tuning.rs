@@ -1,0 +1,192 @@
+//! How a connection is tuned: the arithmetic from rate and delay to windows.
+//!
+//! Owns [`LinkSettings`] (what people configure) and [`Tuning`] (what quinn is told), with the sums in the open in [`tune`],
+//! which is pure. Every window is bounded: what a peer may make us hold is `connection_window` received and `send_window` sent
+//! per connection. Leaves alone how a window is used (`congestion`) and sockets (`socket`).
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// Bytes of IP and UDP headers around each QUIC packet: 20 (IPv4) + 8. The configured rate is meant to include them.
+pub const PACKET_OVERHEAD: u64 = 28;
+/// The largest UDP payload that fits a 1500-byte Ethernet over IPv6: 1500 - 40 - 8.
+pub const MTU_WAN: u16 = 1452;
+/// The largest UDP payload that fits a 9000-byte jumbo frame over IPv6: 9000 - 40 - 8.
+pub const MTU_JUMBO: u16 = 8952;
+
+const MIB: u64 = 1 << 20;
+/// A batch is at most 1 MiB raw and a header, so twice that never stalls the one stream that carries it.
+const STREAM_WINDOW: u64 = 2 * MIB;
+/// Enough for a 10 Gbit/s LAN at 6 ms; the agent's whole budget is 160 MiB.
+const LAN_WINDOW: u64 = 8 * MIB;
+/// No connection holds more than this, whatever rate is configured.
+const WINDOW_MAX: u64 = 64 * MIB;
+/// Assumed where a rate is configured, but no round-trip time.
+const RTT_ASSUMED: Duration = Duration::from_millis(100);
+
+/// Which congestion controller a link uses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Congestion {
+    /// `dedicated` where a rate is configured, `cubic` otherwise.
+    #[default]
+    Auto,
+    /// Fill the configured rate, back off on queueing delay: for links whose rate is known and ours.
+    Dedicated,
+    /// RFC 9438, as quinn has it: fair to others, slow on lossy long links.
+    Cubic,
+    /// quinn's BBR version 1; experimental there.
+    Bbr,
+}
+
+/// What is configured about a link. All times and sizes are per connection unless said otherwise.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkSettings {
+    /// Rate of the whole link in bit/s, IP headers included. `None`: unknown, as on a LAN.
+    pub rate: Option<u64>,
+    /// Round-trip time without queues.
+    pub rtt: Option<Duration>,
+    /// Connections that share the rate, at least 1; each gets its part.
+    pub connections: u32,
+    /// Largest UDP payload to probe for: [`MTU_WAN`], or [`MTU_JUMBO`] on a LAN with jumbo frames.
+    pub mtu_max: u16,
+    /// Congestion control.
+    pub congestion: Congestion,
+    /// Wanted size of the UDP socket's buffers, in bytes; the kernel may grant less.
+    pub socket_buffer: usize,
+    /// A link is dead when nothing was heard for this long.
+    pub idle: Duration,
+    /// A quiet link is kept open with a packet this often.
+    pub keep_alive: Duration,
+    /// A handshake must be complete within this time.
+    pub handshake: Duration,
+    /// One-way streams that the peer may have open at once.
+    pub uni_streams: u32,
+    /// Two-way streams that the peer may have open at once.
+    pub bi_streams: u32,
+    /// Let the network card cut packets (GSO). Switch off for drivers that cannot.
+    pub segmentation_offload: bool,
+    /// Packets that may arrive out of order before one counts as lost; more than 3 only for links that reorder.
+    pub packet_threshold: u32,
+    /// Links that a listener holds at once.
+    pub links_max: usize,
+}
+
+impl Default for LinkSettings {
+    fn default() -> Self {
+        Self {
+            rate: None,
+            rtt: None,
+            connections: 1,
+            mtu_max: MTU_WAN,
+            congestion: Congestion::Auto,
+            socket_buffer: 8 << 20,
+            idle: Duration::from_secs(30),
+            keep_alive: Duration::from_secs(5),
+            handshake: Duration::from_secs(10),
+            uni_streams: 256,
+            bi_streams: 64,
+            segmentation_offload: true,
+            packet_threshold: 3,
+            links_max: 1024,
+        }
+    }
+}
+
+impl LinkSettings {
+    /// For a hop within a site: no rate, large window.
+    pub fn lan() -> Self {
+        Self::default()
+    }
+
+    /// For a WAN link of `rate` bit/s and `rtt`, over `connections` connections.
+    pub fn wan(rate: u64, rtt: Duration, connections: u32) -> Self {
+        Self {
+            rate: Some(rate),
+            rtt: Some(rtt),
+            connections: connections.max(1),
+            ..Self::default()
+        }
+    }
+}
+
+/// What quinn is told. Sizes in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tuning {
+    /// This connection's part of the configured rate, in bytes/s of QUIC packets (without IP and UDP headers).
+    pub rate: Option<u64>,
+    /// Rate times round-trip time, for this connection; 0 where no rate is known.
+    pub bandwidth_delay: u64,
+    /// What one stream may have in flight or unread.
+    pub stream_window: u64,
+    /// What all streams together may have in flight or unread: what the peer can make us hold.
+    pub connection_window: u64,
+    /// What we hold until the peer has it.
+    pub send_window: u64,
+    /// The congestion window of the first round trip.
+    pub initial_window: u64,
+    /// The round-trip time assumed until one is measured.
+    pub initial_rtt: Duration,
+    /// The UDP payload to start with: every path of QUIC carries it.
+    pub mtu_initial: u16,
+    /// The largest to probe for.
+    pub mtu_max: u16,
+    /// The controller, `Auto` resolved.
+    pub congestion: Congestion,
+}
+
+/// From settings to windows; pure.
+pub fn tune(settings: &LinkSettings) -> Tuning {
+    let mtu_max = settings.mtu_max.clamp(1200, 65_000);
+    let packet = u64::from(mtu_max);
+    // The share of this connection, less the headers that quinn does not count.
+    let rate = settings
+        .rate
+        .map(|bits| bits / 8 / u64::from(settings.connections.max(1)))
+        .map(|bytes| (u128::from(bytes) * u128::from(packet) / u128::from(packet + PACKET_OVERHEAD)) as u64)
+        .map(|bytes| bytes.max(1000));
+    let rtt = settings
+        .rtt
+        .unwrap_or(RTT_ASSUMED)
+        .clamp(Duration::from_micros(100), Duration::from_secs(5));
+    let bandwidth_delay = rate.map_or(0, |rate| bytes_in(rate, rtt));
+    let (connection_window, send_window) = match rate {
+        None => (LAN_WINDOW, LAN_WINDOW),
+        // Twice the product, because a full queue doubles the round-trip time; the sender twice that, because quinn counts
+        // bytes until they are acknowledged and released.
+        Some(_) => (
+            (2 * bandwidth_delay).clamp(2 * STREAM_WINDOW, WINDOW_MAX),
+            (4 * bandwidth_delay).clamp(2 * STREAM_WINDOW, WINDOW_MAX),
+        ),
+    };
+    let congestion = match (settings.congestion, rate) {
+        (Congestion::Auto | Congestion::Dedicated, None) => Congestion::Cubic,
+        (Congestion::Auto, Some(_)) => Congestion::Dedicated,
+        (chosen, _) => chosen,
+    };
+    Tuning {
+        rate,
+        bandwidth_delay,
+        stream_window: STREAM_WINDOW,
+        connection_window,
+        send_window,
+        // RFC 6928's ten packets are for strangers. A quiet LAN takes 256 KiB (about one default socket buffer) at once; on
+        // a link whose rate is configured, one product is what the path holds without a queue.
+        initial_window: rate.map_or(256 << 10, |_| bandwidth_delay.clamp(32 << 10, WINDOW_MAX)),
+        // Twice the configured time: a first packet must not count as lost because of a queue. A LAN without a word on
+        // its delay is given 20 ms.
+        initial_rtt: settings
+            .rtt
+            .or(settings.rate.map(|_| RTT_ASSUMED))
+            .map_or(Duration::from_millis(20), |_| 2 * rtt),
+        mtu_initial: 1200,
+        mtu_max,
+        congestion,
+    }
+}
+
+/// Bytes that pass at `rate` bytes/s within `time`, saturating.
+pub(crate) fn bytes_in(rate: u64, time: Duration) -> u64 {
+    u64::try_from(u128::from(rate) * time.as_nanos() / 1_000_000_000).unwrap_or(u64::MAX)
+}

@@ -4,3 +4,5 @@
 //! nothing of networks or of the async runtime.
 
 pub mod disk;
+pub mod session;
+pub mod settings;

@@ -12,6 +12,7 @@ mod source_disks;
 mod target;
 mod target_disks;
 mod threads;
+mod writers;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -1,0 +1,152 @@
+//! Batches that arrive, and the sessions they are for.
+//!
+//! Owns the table of target sessions and the reading of one stream. Leaves checking and writing to the session's threads. Promises
+//! that a batch reaches only the session of its own job and attempt, that a job has at most one session, and that a stream is never
+//! read beyond the limit of a batch.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use longhaul_common::ids::{Attempt, JobId};
+use longhaul_common::link::{RecvStream, VarInt};
+use longhaul_common::wire::batch::{BatchHeader, STREAM_MAX};
+use longhaul_common::wire::session::{Refusal, RefusalKind};
+use tokio::sync::{mpsc, watch};
+
+/// Tells the gateway that a stream found no session.
+const NO_SESSION: VarInt = VarInt::from_u32(1);
+
+/// One batch as it came.
+pub(super) struct Arrived {
+    pub header: BatchHeader,
+    pub data: Bytes,
+}
+
+struct Entry {
+    attempt: Attempt,
+    inbox: mpsc::Sender<Arrived>,
+    stop: watch::Sender<bool>,
+    /// Closed when the session has let go of its images.
+    gone: watch::Receiver<()>,
+}
+
+/// Every target session of this agent, by job.
+#[derive(Default)]
+pub(super) struct Arrivals {
+    sessions: Mutex<HashMap<JobId, Entry>>,
+}
+
+/// A session's place in the table; leaves it when dropped.
+pub(super) struct Seat<'a> {
+    table: &'a Arrivals,
+    job: JobId,
+    attempt: Attempt,
+    pub inbox: mpsc::Receiver<Arrived>,
+    pub stop: watch::Receiver<bool>,
+    _gone: watch::Sender<()>,
+}
+
+impl Arrivals {
+    fn table(&self) -> MutexGuard<'_, HashMap<JobId, Entry>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Enters a session. An older attempt of the same job is stopped first, and waited for: it holds the images.
+    pub(super) async fn enter(&self, job: JobId, attempt: Attempt, queue: usize) -> Result<Seat<'_>, Refusal> {
+        loop {
+            let mut gone = {
+                let mut table = self.table();
+                match table.get(&job) {
+                    Some(other) if other.attempt >= attempt => {
+                        let text = format!("attempt {} of this job is already under way here", other.attempt);
+                        return Err(Refusal::new(RefusalKind::Superseded, text));
+                    }
+                    Some(older) => {
+                        older.stop.send_replace(true);
+                        older.gone.clone()
+                    }
+                    None => return Ok(self.seat(&mut table, job, attempt, queue)),
+                }
+            };
+            while gone.changed().await.is_ok() {}
+            self.table().retain(|known, entry| *known != job || entry.gone.has_changed().is_ok());
+        }
+    }
+
+    fn seat(&self, table: &mut HashMap<JobId, Entry>, job: JobId, attempt: Attempt, queue: usize) -> Seat<'_> {
+        let (inbox, arrived) = mpsc::channel(queue);
+        let (stop, stopped) = watch::channel(false);
+        let (held, gone) = watch::channel(());
+        table.insert(job, Entry { attempt, inbox, stop, gone });
+        Seat { table: self, job, attempt, inbox: arrived, stop: stopped, _gone: held }
+    }
+
+    /// Reads one stream and hands its batch over.
+    pub(super) async fn receive(&self, mut stream: RecvStream) {
+        // A stream that breaks off belongs to a link or an attempt that is ending; the batch is sent again.
+        let Ok(bytes) = stream.read_to_end(STREAM_MAX).await else { return };
+        let bytes = Bytes::from(bytes);
+        let (header, data) = match BatchHeader::decode(&bytes) {
+            Ok((header, rest)) => (header, bytes.slice(bytes.len() - rest.len()..)),
+            Err(error) => return tracing::warn!("a batch was refused: {error}"),
+        };
+        let inbox = self.table().get(&header.job).filter(|e| e.attempt == header.attempt).map(|e| e.inbox.clone());
+        match inbox {
+            // The session has ended meanwhile: nobody waits for this batch.
+            Some(inbox) => drop(inbox.send(Arrived { header, data }).await),
+            None => {
+                let _ = stream.stop(NO_SESSION);
+                tracing::debug!(job = %header.job, attempt = %header.attempt, "a batch found no session");
+            }
+        }
+    }
+}
+
+impl Seat<'_> {
+    /// No more batches are taken from now on.
+    pub(super) fn close(&mut self) {
+        let mut table = self.table.table();
+        if table.get(&self.job).is_some_and(|entry| entry.attempt == self.attempt) {
+            // Replaced by a dead end: the seat stays taken until the images are let go.
+            let (dead, _) = mpsc::channel(1);
+            if let Some(entry) = table.get_mut(&self.job) {
+                entry.inbox = dead;
+            }
+        }
+        drop(table);
+        self.inbox.close();
+    }
+}
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        let mut table = self.table.table();
+        if table.get(&self.job).is_some_and(|entry| entry.attempt == self.attempt) {
+            table.remove(&self.job);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_newer_attempt_waits_for_the_older_one_to_let_go() {
+        let arrivals = Arrivals::default();
+        let job = JobId::random();
+        let older = arrivals.enter(job, Attempt(1), 1).await.unwrap_or_else(|e| panic!("{e}"));
+        assert!(arrivals.enter(job, Attempt(1), 1).await.is_err(), "the same attempt twice");
+        let mut stop = older.stop.clone();
+        let newer = arrivals.enter(job, Attempt(2), 1);
+        tokio::pin!(newer);
+        assert!(tokio::time::timeout(Duration::from_millis(20), &mut newer).await.is_err(), "did not wait");
+        assert!(*stop.borrow_and_update());
+        drop(older);
+        let newer = tokio::time::timeout(Duration::from_secs(5), newer).await.unwrap();
+        assert!(newer.is_ok());
+    }
+}

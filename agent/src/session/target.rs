@@ -1,0 +1,261 @@
+//! The target side of one attempt: open, tell what is there, write, verify, commit.
+//!
+//! Owns the order of these steps and the stream to the gateway. Leaves writing to `writers`, images to `target_disks`. Promises
+//! that nothing is promoted before the gateway said that all digests are equal, that an attempt whose stream ends flushes and
+//! keeps what it has, and that a commit which was cut is finished by the next attempt.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use longhaul_common::digest::Digest;
+use longhaul_common::ids::DiskIndex;
+use longhaul_common::link::{RecvStream, SendStream};
+use longhaul_common::wire::frame;
+use longhaul_common::wire::session::{
+    FromTarget, HAVE_MAX, Have, Refusal, RefusalKind, TargetOpen, ToTarget,
+};
+use tokio::sync::mpsc;
+
+use super::threads::on_thread;
+use super::writers::{Writers, Written};
+use super::{Agent, hook, outcome, target_disks};
+use crate::disk::apply::{self, Durable, Target};
+
+/// Batches between the link and the writers.
+const INBOX: usize = 4;
+/// Messages to the gateway that may wait.
+const OUTGOING: usize = 256;
+/// Verification tells how far it is each time it has read so much.
+const VERIFY_STEP: u64 = 256 << 20;
+
+/// Runs the attempt to its end.
+pub(super) async fn run(agent: &Arc<Agent>, send: SendStream, recv: RecvStream, open: TargetOpen) {
+    tracing::info!(job = %open.job, attempt = %open.attempt, disks = open.disks.len(), "target opens");
+    let (say, outgoing) = mpsc::channel(OUTGOING);
+    let (hear, heard) = mpsc::channel(8);
+    let speaker = tokio::spawn(speak(send, outgoing));
+    let listener = tokio::spawn(listen(recv, hear));
+    let mut attempt = Attempt { agent: Arc::clone(agent), open, say, heard };
+    let ended = attempt.converse().await;
+    let open = &attempt.open;
+    match ended {
+        Ok(words) => tracing::info!(job = %open.job, attempt = %open.attempt, "target: {words}"),
+        Err(refusal) => {
+            tracing::warn!(job = %open.job, attempt = %open.attempt, "target: {refusal}");
+            let _ = attempt.say.send(FromTarget::Failed(refusal)).await;
+        }
+    }
+    drop(attempt);
+    // The speaker ends when all it was given is said, or the gateway is gone.
+    let _ = speaker.await;
+    listener.abort();
+}
+
+async fn speak(mut send: SendStream, mut outgoing: mpsc::Receiver<FromTarget>) {
+    while let Some(message) = outgoing.recv().await {
+        if frame::write(&mut send, &message).await.is_err() {
+            return;
+        }
+    }
+    let _ = send.finish();
+    let _ = send.stopped().await;
+}
+
+async fn listen(mut recv: RecvStream, hear: mpsc::Sender<ToTarget>) {
+    loop {
+        match frame::read(&mut recv).await {
+            Ok(Some(message)) if hear.send(message).await.is_ok() => {}
+            Ok(_) => return,
+            Err(error) => return tracing::debug!("the target's control stream ended: {error}"),
+        }
+    }
+}
+
+struct Attempt {
+    agent: Arc<Agent>,
+    open: TargetOpen,
+    say: mpsc::Sender<FromTarget>,
+    heard: mpsc::Receiver<ToTarget>,
+}
+
+impl Attempt {
+    /// The whole dialogue; gives how it ended.
+    async fn converse(&mut self) -> Result<&'static str, Refusal> {
+        let agent = Arc::clone(&self.agent);
+        if self.open.dry_run {
+            let notes = self.blocking("target-check", target_disks::check).await?;
+            self.tell(FromTarget::Opened { notes }).await;
+            return Ok("checked for a plan");
+        }
+        let mut seat = agent.arrivals.enter(self.open.job, self.open.attempt, INBOX).await?;
+        if let Some(arrival) = target_disks::arrival(self.open.job, &agent.settings)? {
+            let paths = self.blocking("finish-commit", move |open, settings| {
+                target_disks::finish_commit(open, arrival, settings)
+            });
+            let paths = paths.await?;
+            self.arrived(paths).await;
+            return Ok("had arrived already");
+        }
+        let disks = self.blocking("target-open", target_disks::open).await?;
+        let targets = self.announce(disks).await?;
+        let (say, inbox) = (self.say.clone(), std::mem::replace(&mut seat.inbox, mpsc::channel(1).1));
+        let written = targets.into_iter().map(Written::new).collect();
+        let writers = Writers::start(written, inbox, &agent.settings.limits, say);
+        let writers = writers.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
+        let asked = tokio::select! {
+            asked = self.heard.recv() => asked,
+            _ = seat.stop.wait_for(|stop| *stop) => None,
+        };
+        seat.close();
+        let hurry = !matches!(asked, Some(ToTarget::Verify));
+        let targets = on_thread("writers-stop", move || writers.stop(hurry)).await;
+        let targets = targets.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??;
+        match asked {
+            Some(ToTarget::Verify) => self.verify_and_commit(targets).await,
+            Some(ToTarget::Abort(why)) => self.abort(targets, &why).await,
+            Some(ToTarget::Commit { .. }) => {
+                Err(Refusal::new(RefusalKind::Protocol, "the gateway asked to commit before anything was verified"))
+            }
+            None => Ok("the attempt ended, the partial copy stays"),
+        }
+    }
+
+    /// Says what is there already, and gives the first credit.
+    async fn announce(&self, disks: Vec<(Target, apply::Have)>) -> Result<Vec<Target>, Refusal> {
+        let notes = disks.iter().flat_map(|(target, _)| target.notes().to_vec()).collect();
+        self.tell(FromTarget::Opened { notes }).await;
+        let say = self.say.clone();
+        let told = on_thread("target-have", move || {
+            let mut targets = Vec::new();
+            for (index, (target, have)) in (0..).map(DiskIndex).zip(disks) {
+                tell_have(index, have, &say)?;
+                targets.push(target);
+            }
+            Ok(targets)
+        });
+        let targets = told.await.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??;
+        self.tell(FromTarget::Ready).await;
+        self.tell(FromTarget::Credit(self.agent.settings.limits.job_memory.0)).await;
+        Ok(targets)
+    }
+
+    async fn verify_and_commit(&mut self, targets: Vec<Target>) -> Result<&'static str, Refusal> {
+        let targets = self.verify(targets).await?;
+        match self.heard.recv().await {
+            Some(ToTarget::Commit { digests }) => {
+                let paths = self.blocking("commit", move |open, settings| {
+                    target_disks::commit(open.job, targets, &digests, settings)
+                });
+                let paths = paths.await?;
+                self.arrived(paths).await;
+                Ok("arrived")
+            }
+            Some(ToTarget::Abort(why)) => self.abort(targets, &why).await,
+            Some(ToTarget::Verify) => Err(Refusal::new(RefusalKind::Protocol, "the gateway asked to verify twice")),
+            None => Ok("the attempt ended before the commit, the partial copy stays"),
+        }
+    }
+
+    /// Reads every disk back from its storage and states its digest.
+    async fn verify(&self, targets: Vec<Target>) -> Result<Vec<Target>, Refusal> {
+        let (say, threads) = (self.say.clone(), self.agent.settings.limits.verify_threads);
+        let verified = on_thread("verify", move || {
+            for (disk, target) in (0..).map(DiskIndex).zip(&targets) {
+                let (digest, verify_ms, flush_ms) = verify_disk(disk, target, threads, &say)?;
+                let _ = say.blocking_send(FromTarget::Verified { disk, digest, verify_ms, flush_ms });
+            }
+            Ok(targets)
+        });
+        verified.await.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?
+    }
+
+    async fn abort(&self, targets: Vec<Target>, why: &Refusal) -> Result<&'static str, Refusal> {
+        tracing::info!(job = %self.open.job, "the partial copy is removed: {why}");
+        let discarded = on_thread("discard", move || {
+            targets.into_iter().try_for_each(|target| target.discard().map_err(|error| outcome::target(&error)))
+        });
+        discarded.await.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??;
+        self.tell(FromTarget::Aborted).await;
+        Ok("aborted")
+    }
+
+    /// Runs the hook and tells of the arrival.
+    async fn arrived(&self, paths: Vec<PathBuf>) {
+        let definition = self.blocking("definition", target_disks::keep_definition).await;
+        let (definition, problem) = match definition {
+            Ok(definition) => (definition, None),
+            Err(refusal) => (None, Some(refusal.text)),
+        };
+        let (job, name) = (self.open.job, self.open.name.as_str());
+        let arrival = hook::Arrival { job, name, disks: &paths, definition: definition.as_deref() };
+        let hook = hook::run(&self.agent.settings.hooks, &arrival).await.or(problem);
+        if let Some(problem) = &hook {
+            tracing::error!(job = %self.open.job, "{problem}");
+        }
+        self.tell(FromTarget::Committed { paths, hook }).await;
+    }
+
+    async fn tell(&self, message: FromTarget) {
+        // A gateway that is gone is noticed by `heard`.
+        let _ = self.say.send(message).await;
+    }
+
+    /// Runs a blocking step with the request and the settings at hand.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        name: &str,
+        step: impl FnOnce(&TargetOpen, &crate::settings::AgentSettings) -> Result<T, Refusal> + Send + 'static,
+    ) -> Result<T, Refusal> {
+        let (agent, open) = (Arc::clone(&self.agent), self.open.clone());
+        let done = on_thread(name, move || step(&open, &agent.settings)).await;
+        done.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?
+    }
+}
+
+fn verify_disk(
+    disk: DiskIndex,
+    target: &Target,
+    threads: usize,
+    say: &mpsc::Sender<FromTarget>,
+) -> Result<(Digest, u64, u64), Refusal> {
+    let started = std::time::Instant::now();
+    target.flush().map_err(|error| outcome::target(&error))?;
+    let flush_ms = started.elapsed().as_millis() as u64;
+    let told = std::sync::atomic::AtomicU64::new(0);
+    let progress = |bytes: u64| {
+        let before = told.load(std::sync::atomic::Ordering::Relaxed);
+        if bytes >= before + VERIFY_STEP {
+            told.store(bytes, std::sync::atomic::Ordering::Relaxed);
+            // Only a hint for people: dropped where the gateway does not keep up.
+            let _ = say.try_send(FromTarget::Verifying { disk, bytes });
+        }
+    };
+    let digest = target.verify(threads, &progress).map_err(|error| outcome::target(&error))?;
+    Ok((digest, started.elapsed().as_millis() as u64 - flush_ms, flush_ms))
+}
+
+/// Tells the durable leaves in frames of bounded size.
+fn tell_have(disk: DiskIndex, have: apply::Have, say: &mpsc::Sender<FromTarget>) -> Result<(), Refusal> {
+    let mut frame: Option<Have> = None;
+    for durable in have {
+        let (first, count, digest) = match durable.map_err(|error| outcome::target(&error))? {
+            Durable::Data { leaf, digest } => (leaf, 1, Some((leaf, digest))),
+            Durable::Zeros { first, count } => (first, count, None),
+        };
+        let joins = |f: &Have| f.first + f.count == first && f.digests.len() < HAVE_MAX;
+        if !frame.as_ref().is_some_and(joins)
+            && let Some(full) = frame.replace(Have { disk, first, count: 0, digests: Vec::new() })
+        {
+            let _ = say.blocking_send(FromTarget::Have(full));
+        }
+        if let Some(frame) = &mut frame {
+            frame.count += count;
+            frame.digests.extend(digest);
+        }
+    }
+    if let Some(last) = frame {
+        let _ = say.blocking_send(FromTarget::Have(last));
+    }
+    Ok(())
+}
+

@@ -1,0 +1,189 @@
+//! A job's target images: opened, checked, promoted, and remembered as arrived.
+//!
+//! Owns what must survive the agent between the first promoted disk and the last: a record below the state folder, written before
+//! the first and completed after the last, so that a commit that was cut in the middle is finished by the next attempt. Leaves the
+//! writing of one disk to `disk::apply`.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use longhaul_common::digest::Digest;
+use longhaul_common::ids::{DiskIndex, JobId};
+use longhaul_common::wire::session::{DISKS_MAX, Refusal, RefusalKind, TargetDisk, TargetOpen};
+use serde::{Deserialize, Serialize};
+
+use super::outcome;
+use crate::disk::apply::{self, Have, Target, TargetError, TargetFormat, TargetOptions};
+use crate::disk::roots;
+use crate::settings::AgentSettings;
+
+/// A commit, under way or done.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Arrival {
+    pub digests: Vec<String>,
+    pub paths: Vec<PathBuf>,
+    pub complete: bool,
+}
+
+/// Checks a request and opens nothing: what a plan needs.
+pub(super) fn check(open: &TargetOpen, settings: &AgentSettings) -> Result<Vec<String>, Refusal> {
+    let mut notes = Vec::new();
+    for (index, disk) in (0..).map(DiskIndex).zip(&open.disks) {
+        let options = options(open.job, index, disk, settings)?;
+        if options.path.exists() && !disk.overwrite && !is_device(&options.path) {
+            return Err(outcome::target(&TargetError::Exists { path: options.path }));
+        }
+        let needed = if disk.preallocate { disk.size } else { disk.needed };
+        if let Some(folder) = options.path.parent().filter(|_| !is_device(&options.path)) {
+            apply::check_space(folder, needed).map_err(|error| outcome::target(&error))?;
+        }
+        notes.push(format!("{} is free to be written", options.path.display()));
+    }
+    Ok(notes)
+}
+
+fn is_device(path: &Path) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    std::fs::metadata(path).is_ok_and(|meta| meta.file_type().is_block_device())
+}
+
+/// Opens every disk, taking up what an earlier attempt of the job left.
+pub(super) fn open(open: &TargetOpen, settings: &AgentSettings) -> Result<Vec<(Target, Have)>, Refusal> {
+    if open.disks.is_empty() || open.disks.len() > DISKS_MAX {
+        let text = format!("a VM with {} disks cannot be written; 1 to {DISKS_MAX} can", open.disks.len());
+        return Err(Refusal::new(RefusalKind::Refused, text));
+    }
+    let disks = (0..).map(DiskIndex).zip(&open.disks);
+    disks.map(|(index, disk)| open_disk(open.job, index, disk, settings)).collect()
+}
+
+fn open_disk(job: JobId, index: DiskIndex, disk: &TargetDisk, settings: &AgentSettings) -> Result<(Target, Have), Refusal> {
+    let options = options(job, index, disk, settings)?;
+    let (target, have) = Target::open(&options, disk.size).map_err(|error| outcome::target(&error))?;
+    let needed = if disk.preallocate { disk.size } else { disk.needed };
+    let missing = needed.saturating_sub(have.bytes());
+    if let Some(folder) = options.path.parent().filter(|_| !is_device(&options.path)) {
+        // Only a first try is refused for want of space; a resumed one waits for it.
+        if have.bytes() == 0 {
+            apply::check_space(folder, missing).map_err(|error| outcome::target(&error))?;
+        }
+    }
+    Ok((target, have))
+}
+
+fn options(job: JobId, index: DiskIndex, disk: &TargetDisk, settings: &AgentSettings) -> Result<TargetOptions, Refusal> {
+    let path = outcome::refused(roots::resolve_inside(&settings.paths.write, &disk.path))?;
+    let format = match disk.format.as_str() {
+        "raw" => TargetFormat::Raw,
+        "qcow2" => TargetFormat::Qcow2,
+        other => {
+            let text = format!("a target cannot be written as '{other}'; raw and qcow2 can");
+            return Err(Refusal::new(RefusalKind::Refused, text));
+        }
+    };
+    let mode = settings.target.mode_bits().map_err(|text| Refusal::new(RefusalKind::Refused, text))?;
+    Ok(TargetOptions {
+        path,
+        format,
+        preallocate: disk.preallocate,
+        overwrite: disk.overwrite,
+        owner: settings.target.owner,
+        mode,
+        label: settings.target.label.clone(),
+        flush_bytes: settings.limits.flush_bytes.0,
+        run_dir: settings.paths.run.clone(),
+        state_dir: settings.paths.state.clone(),
+        qemu_img: settings.programs.qemu_img.clone(),
+        qemu_nbd: settings.programs.qemu_nbd.clone(),
+        job,
+        disk: index,
+    })
+}
+
+/// The record of a job's commit, if there is one.
+pub(super) fn arrival(job: JobId, settings: &AgentSettings) -> Result<Option<Arrival>, Refusal> {
+    let path = record_path(job, settings);
+    match std::fs::read(&path) {
+        Ok(bytes) => {
+            let read = serde_json::from_slice(&bytes);
+            read.map(Some).map_err(|error| unusable(&path, &error))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(unusable(&path, &error)),
+    }
+}
+
+fn unusable(path: &Path, error: &dyn std::fmt::Display) -> Refusal {
+    Refusal::new(RefusalKind::Refused, format!("the record {} cannot be used: {error}", path.display()))
+}
+
+fn record_path(job: JobId, settings: &AgentSettings) -> PathBuf {
+    settings.paths.state.join("arrived").join(format!("{job}.json"))
+}
+
+/// Promotes every disk. The record before and after makes a cut in the middle harmless.
+pub(super) fn commit(
+    job: JobId,
+    targets: Vec<Target>,
+    digests: &[Digest],
+    settings: &AgentSettings,
+) -> Result<Vec<PathBuf>, Refusal> {
+    let paths = targets.iter().map(|target| target.path().to_owned()).collect();
+    let digests = digests.iter().map(ToString::to_string).collect();
+    let mut arrival = Arrival { digests, paths, complete: false };
+    write_record(job, &arrival, settings)?;
+    for target in targets {
+        target.promote().map_err(|error| outcome::target(&error))?;
+    }
+    arrival.complete = true;
+    write_record(job, &arrival, settings)?;
+    Ok(arrival.paths)
+}
+
+/// Finishes a commit that was cut in the middle.
+pub(super) fn finish_commit(open: &TargetOpen, mut arrival: Arrival, settings: &AgentSettings) -> Result<Vec<PathBuf>, Refusal> {
+    if !arrival.complete {
+        for (index, disk) in (0..).map(DiskIndex).zip(&open.disks) {
+            let options = options(open.job, index, disk, settings)?;
+            match Target::open(&options, disk.size) {
+                Ok((target, have)) if have.bytes() >= disk.size => {
+                    target.promote().map_err(|error| outcome::target(&error))?;
+                }
+                // Promoted before the cut: nothing of it is left under its temporary name, or it had a place of its own.
+                Ok((target, _)) if options.path.exists() => target.discard().map_err(|error| outcome::target(&error))?,
+                Err(TargetError::AlreadyPromoted { .. } | TargetError::Exists { .. }) => {}
+                Ok(_) => return Err(unusable(&options.path, &"its partial copy vanished during the commit")),
+                Err(error) => return Err(outcome::target(&error)),
+            }
+        }
+        arrival.complete = true;
+        write_record(open.job, &arrival, settings)?;
+    }
+    Ok(arrival.paths)
+}
+
+fn write_record(job: JobId, arrival: &Arrival, settings: &AgentSettings) -> Result<(), Refusal> {
+    let path = record_path(job, settings);
+    let text = serde_json::to_vec_pretty(arrival).map_err(|error| unusable(&path, &error))?;
+    write_durably(&path, &text).map_err(|error| unusable(&path, &error))
+}
+
+/// Keeps the VM's definition below the state folder, for the hook and the operator.
+pub(super) fn keep_definition(open: &TargetOpen, settings: &AgentSettings) -> Result<Option<PathBuf>, Refusal> {
+    let Some(definition) = &open.definition else { return Ok(None) };
+    let path = settings.paths.state.join("definitions").join(open.job.to_string());
+    write_durably(&path, definition).map_err(|error| unusable(&path, &error))?;
+    Ok(Some(path))
+}
+
+/// Temporary name, sync, rename, sync of the folder.
+fn write_durably(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    std::fs::create_dir_all(folder)?;
+    let temporary = path.with_extension("new");
+    let mut file = std::fs::File::create(&temporary)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    std::fs::rename(&temporary, path)?;
+    std::fs::File::open(folder)?.sync_all()
+}

@@ -1,0 +1,223 @@
+//! The threads that write a job's batches, and the one that flushes.
+//!
+//! Owns checking a batch end to end, handing it to its disk, giving credit back, and saying what is durable. Leaves the disk's own
+//! order to `disk::apply`. Promises that credit is given once for each batch taken, that a sequence is called durable only after the
+//! flush behind its write, and that a full disk holds the job up instead of ending it.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender};
+use longhaul_common::ids::{DiskIndex, Sequence};
+use longhaul_common::wire::batch::{BatchHeader, Content};
+use longhaul_common::wire::sequences::Sequences;
+use longhaul_common::wire::session::{FromTarget, Refusal, RefusalKind};
+use tokio::sync::mpsc;
+
+use super::arrivals::Arrived;
+use super::outcome;
+use crate::disk::apply::{Applied, LeafRecord, Piece, Target, TargetError, Ticket};
+use crate::settings::LimitsSection;
+
+/// Between two tries on a full disk.
+const SPACE_RETRY: Duration = Duration::from_secs(1);
+
+/// One disk being written, and which batch each unflushed write was.
+pub(super) struct Written {
+    pub target: Target,
+    tickets: Mutex<BTreeMap<Ticket, Sequence>>,
+}
+
+impl Written {
+    pub(super) fn new(target: Target) -> Self {
+        Self { target, tickets: Mutex::default() }
+    }
+}
+
+/// What the threads share.
+struct Shared {
+    disks: Vec<Written>,
+    say: mpsc::Sender<FromTarget>,
+    stop: AtomicBool,
+    flush_due: Sender<()>,
+}
+
+/// The running threads.
+pub(super) struct Writers {
+    shared: Arc<Shared>,
+    writers: Vec<JoinHandle<()>>,
+    flusher: JoinHandle<()>,
+}
+
+impl Writers {
+    /// Starts them; `say` takes what the gateway is to hear.
+    pub(super) fn start(
+        disks: Vec<Written>,
+        inbox: mpsc::Receiver<Arrived>,
+        limits: &LimitsSection,
+        say: mpsc::Sender<FromTarget>,
+    ) -> std::io::Result<Self> {
+        let (flush_due, due) = crossbeam_channel::bounded(1);
+        let shared = Arc::new(Shared { disks, say, stop: AtomicBool::new(false), flush_due });
+        let inbox = Arc::new(Mutex::new(inbox));
+        let mut writers = Vec::new();
+        for n in 0..limits.write_threads.max(1) {
+            let (shared, inbox) = (Arc::clone(&shared), Arc::clone(&inbox));
+            let thread = std::thread::Builder::new().name(format!("write-{n}"));
+            writers.push(thread.spawn(move || shared.write_all(&inbox))?);
+        }
+        let flush_time = limits.flush_time.0;
+        let flushing = Arc::clone(&shared);
+        let flusher = std::thread::Builder::new().name("flush".to_owned());
+        let flusher = flusher.spawn(move || flushing.flush_all(&due, flush_time))?;
+        Ok(Self { shared, writers, flusher })
+    }
+
+    /// Writes what is in the inbox (which must be closed), flushes, and gives the disks back. Blocks. `hurry`: batches that are not
+    /// written yet are dropped.
+    pub(super) fn stop(self, hurry: bool) -> Result<Vec<Target>, Refusal> {
+        self.shared.stop.fetch_or(hurry, Ordering::Relaxed);
+        let died = |_| Refusal::new(RefusalKind::Protocol, "a writer thread died; the agent's log says why");
+        for writer in self.writers {
+            writer.join().map_err(died)?;
+        }
+        self.shared.stop.store(true, Ordering::Relaxed);
+        let _ = self.shared.flush_due.try_send(());
+        self.flusher.join().map_err(died)?;
+        let shared = Arc::into_inner(self.shared);
+        let shared = shared.ok_or_else(|| Refusal::new(RefusalKind::Protocol, "a writer thread lives on"))?;
+        Ok(shared.disks.into_iter().map(|disk| disk.target).collect())
+    }
+}
+
+impl Shared {
+    fn stopping(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// A session that is gone hears nothing; its threads are about to be stopped.
+    fn tell(&self, message: FromTarget) {
+        let _ = self.say.blocking_send(message);
+    }
+
+    fn write_all(&self, inbox: &Mutex<mpsc::Receiver<Arrived>>) {
+        loop {
+            let next = inbox.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
+            let Some(arrived) = next else { return };
+            if self.stopping() {
+                continue;
+            }
+            let credit = arrived.header.credit();
+            match self.write(&arrived) {
+                Ok(()) => self.tell(FromTarget::Credit(credit)),
+                Err(refusal) => {
+                    self.stop.store(true, Ordering::Relaxed);
+                    self.tell(FromTarget::Failed(refusal));
+                }
+            }
+        }
+    }
+
+    fn write(&self, Arrived { header, data }: &Arrived) -> Result<(), Refusal> {
+        let disk = self.disks.get(usize::from(header.disk.0));
+        let disk = disk.ok_or_else(|| Refusal::new(RefusalKind::Protocol, "a batch is for a disk there is not"))?;
+        let broken = |error| Refusal::because(RefusalKind::Protocol, &error);
+        header.check(disk.target.size()).map_err(broken)?;
+        header.verify(data).map_err(broken)?;
+        let Some(applied) = self.apply(disk, header, data)? else { return Ok(()) };
+        let mut tickets = disk.tickets.lock().unwrap_or_else(PoisonError::into_inner);
+        tickets.insert(applied.ticket, header.sequence);
+        if applied.flush_due {
+            let _ = self.flush_due.try_send(());
+        }
+        Ok(())
+    }
+
+    /// Applies a batch, waiting out a full disk. `None` where the session ends meanwhile.
+    fn apply(&self, disk: &Written, header: &BatchHeader, data: &[u8]) -> Result<Option<Applied>, Refusal> {
+        let leaves = LeafRecord {
+            first: header.leaves.first,
+            count: header.leaves.count,
+            digests: header.leaves.digests.clone(),
+        };
+        let pieces = pieces(header, data);
+        let mut waited = false;
+        loop {
+            match disk.target.apply(header.attempt, header.round, &leaves, &pieces) {
+                Ok(applied) => {
+                    if waited {
+                        self.tell(FromTarget::Resumed);
+                    }
+                    return Ok(Some(applied));
+                }
+                Err(error @ TargetError::NoSpace { .. }) => {
+                    if !std::mem::replace(&mut waited, true) {
+                        self.tell(FromTarget::Waiting(outcome::target(&error)));
+                    }
+                    if self.stopping() {
+                        return Ok(None);
+                    }
+                    std::thread::sleep(SPACE_RETRY);
+                }
+                Err(error) => return Err(outcome::target(&error)),
+            }
+        }
+    }
+
+    fn flush_all(&self, due: &Receiver<()>, every: Duration) {
+        let mut waiting = false;
+        loop {
+            // Either somebody asks, or time is up; both mean: flush.
+            let _ = due.recv_timeout(every);
+            let stopping = self.stopping();
+            for (index, disk) in (0..).map(DiskIndex).zip(&self.disks) {
+                match self.flush(index, disk) {
+                    Ok(()) if std::mem::take(&mut waiting) => self.tell(FromTarget::Resumed),
+                    Ok(()) => {}
+                    Err(refusal) if refusal.kind == RefusalKind::NoSpace => {
+                        if !std::mem::replace(&mut waiting, true) {
+                            self.tell(FromTarget::Waiting(refusal));
+                        }
+                    }
+                    Err(refusal) => {
+                        self.stop.store(true, Ordering::Relaxed);
+                        return self.tell(FromTarget::Failed(refusal));
+                    }
+                }
+            }
+            if stopping {
+                return;
+            }
+        }
+    }
+
+    fn flush(&self, index: DiskIndex, disk: &Written) -> Result<(), Refusal> {
+        let flushed = disk.target.flush().map_err(|error| outcome::target(&error))?;
+        let mut tickets = disk.tickets.lock().unwrap_or_else(PoisonError::into_inner);
+        let later = tickets.split_off(&Ticket(flushed.through.0.saturating_add(1)));
+        let durable: Sequences = std::mem::replace(&mut *tickets, later).into_values().collect();
+        drop(tickets);
+        if !durable.is_empty() {
+            tracing::trace!(disk = %index, batches = durable.len(), "durable");
+            self.tell(FromTarget::Durable(durable));
+        }
+        Ok(())
+    }
+}
+
+/// The batch's pieces with their bytes. The header was checked and the data is as long as it says.
+fn pieces<'a>(header: &BatchHeader, data: &'a [u8]) -> Vec<Piece<'a>> {
+    let mut rest = data;
+    let piece = |piece: &longhaul_common::wire::batch::Piece| match piece.content {
+        Content::Data => {
+            let (bytes, behind) = rest.split_at(piece.extent.len() as usize);
+            rest = behind;
+            Piece::Data { offset: piece.extent.offset(), bytes }
+        }
+        Content::Hole | Content::Zero | Content::Free => Piece::Zero(piece.extent),
+    };
+    header.pieces.iter().map(piece).collect()
+}

@@ -7,6 +7,7 @@ pub mod apply;
 pub mod free_map;
 pub mod fs;
 pub mod image;
+pub mod roots;
 pub mod volume;
 
 use std::io;

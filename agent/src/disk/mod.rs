@@ -9,6 +9,7 @@ pub mod fs;
 pub(crate) mod have;
 pub mod image;
 pub(crate) mod reader;
+pub mod roots;
 pub(crate) mod spans;
 pub mod volume;
 

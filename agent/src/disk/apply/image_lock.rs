@@ -1,0 +1,93 @@
+//! QEMU's image locks, seen from outside: who uses an image, and telling QEMU that we do.
+//!
+//! QEMU marks the permissions it holds on an image by open-file-description read locks on bytes 100.. and those it denies others
+//! on bytes 200.. (block/file-posix.c, `RAW_LOCK_PERM_BASE` and `RAW_LOCK_SHARED_BASE`). File systems without locks count as
+//! not in use, as in QEMU itself.
+
+use std::fs::File;
+use std::io;
+
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+
+/// Both ranges, and the bytes between them that nobody uses.
+const FIRST: i64 = 100;
+const LEN: i64 = 164;
+
+fn range(kind: i32) -> libc::flock {
+    libc::flock {
+        l_type: kind as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: FIRST,
+        l_len: LEN,
+        l_pid: 0,
+    }
+}
+
+fn without_locks(error: nix::errno::Errno) -> bool {
+    use nix::errno::Errno;
+    matches!(
+        error,
+        Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS
+    )
+}
+
+/// Whether a QEMU process (or another agent) has this image open. Our own locks through the same `file` do not count.
+pub(crate) fn is_held(file: &File) -> io::Result<bool> {
+    let mut lock = range(libc::F_WRLCK);
+    match fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock)) {
+        Ok(_) => Ok(i32::from(lock.l_type) != libc::F_UNLCK),
+        Err(error) if without_locks(error) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Denies every use of this image to QEMU until `file` is closed. `false` where somebody uses it.
+pub(crate) fn hold(file: &File) -> io::Result<bool> {
+    if is_held(file)? {
+        return Ok(false);
+    }
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_RDLCK))) {
+        Ok(_) => Ok(true),
+        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => Ok(false),
+        Err(error) if without_locks(error) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn what_is_held_here_is_refused_to_qemu() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(1 << 20).unwrap();
+        let open = || {
+            std::fs::OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(image.path())
+                .unwrap()
+        };
+        let (ours, other) = (open(), open());
+        let write = || {
+            let io = Command::new("qemu-io")
+                .args(["-f", "raw", "-c", "write 0 4k"])
+                .arg(image.path())
+                .output();
+            io.expect("qemu-io is needed: install the Debian package qemu-utils")
+                .status
+                .success()
+        };
+        assert!(write());
+        assert!(hold(&ours).unwrap());
+        assert!(!is_held(&ours).unwrap());
+        assert!(is_held(&other).unwrap());
+        assert!(!write());
+        drop(ours);
+        assert!(hold(&other).unwrap());
+    }
+}

@@ -7,6 +7,7 @@ pub mod apply;
 pub mod free_map;
 pub mod fs;
 pub mod image;
+pub mod scan;
 pub mod volume;
 
 use std::io;

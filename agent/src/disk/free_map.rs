@@ -12,18 +12,29 @@ pub struct FreeMap {
 }
 
 impl FreeMap {
-    /// For a disk of `size` bytes, nothing free.
+    /// For a disk of `size` bytes, nothing free. A disk beyond [`FreeMap::LARGEST`] never has a free block.
     pub fn new(size: u64) -> Self {
-        let words = size.div_ceil(BLOCK).div_ceil(64);
+        let words = match size <= Self::LARGEST {
+            true => size.div_ceil(BLOCK).div_ceil(64),
+            false => 0,
+        };
         Self {
             size,
-            words: vec![0; usize::try_from(words).unwrap_or(usize::MAX)],
+            words: vec![0; usize::try_from(words).unwrap_or(0)],
         }
     }
 
-    /// Marks every whole block inside `extent` as free.
-    pub fn mark(&mut self, extent: &Extent) {
-        self.change(extent.shrink_to(BLOCK), |word, mask| *word |= mask);
+    /// 256 TiB: 8 GiB of bits, of which the system only provides the pages in which a bit is set. A sparse file can claim more.
+    pub const LARGEST: u64 = 1 << 48;
+
+    /// Marks every whole block inside `extent` as free. Returns how many bytes were not free before.
+    pub fn mark(&mut self, extent: &Extent) -> u64 {
+        let mut fresh = 0;
+        self.change(extent.shrink_to(BLOCK), |word, mask| {
+            fresh += u64::from((mask & !*word).count_ones());
+            *word |= mask;
+        });
+        fresh * BLOCK
     }
 
     /// Takes back every block that `extent` touches.
@@ -33,7 +44,7 @@ impl FreeMap {
         self.change(Some(Extent::between(start, end)), |word, mask| *word &= !mask);
     }
 
-    fn change(&mut self, blocks: Option<Extent>, apply: impl Fn(&mut u64, u64)) {
+    fn change(&mut self, blocks: Option<Extent>, mut apply: impl FnMut(&mut u64, u64)) {
         let whole = Extent::between(0, self.words.len() as u64 * 64 * BLOCK);
         let Some(blocks) = blocks.and_then(|blocks| blocks.intersect(&whole)) else {
             return;
@@ -77,7 +88,7 @@ impl FreeMap {
         let last = end.min(self.size).div_ceil(BLOCK);
         let mut block = offset / BLOCK;
         while block < last {
-            let word = self.words[(block / 64) as usize] ^ flip;
+            let word = self.words.get((block / 64) as usize).copied().unwrap_or(0) ^ flip;
             let rest = word >> (block % 64);
             if rest != 0 {
                 block += u64::from(rest.trailing_zeros());
@@ -109,7 +120,12 @@ mod tests {
             let mut plain = vec![false; blocks as usize];
             for (offset, len, mark) in marks {
                 let extent = Extent::new(offset, len).unwrap();
-                if mark { map.mark(&extent) } else { map.clear(&extent) }
+                let before = map.free_bytes();
+                if mark {
+                    prop_assert_eq!(map.mark(&extent), map.free_bytes() - before);
+                } else {
+                    map.clear(&extent);
+                }
                 for block in 0..blocks {
                     let whole = Extent::new(block * BLOCK, BLOCK).unwrap();
                     match mark {
@@ -132,5 +148,12 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_disk_of_absurd_size_costs_nothing_and_has_no_free_block() {
+        let mut map = FreeMap::new(u64::MAX);
+        assert_eq!(map.mark(&Extent::between(0, u64::MAX)), 0);
+        assert_eq!(map.run(0, 1 << 20), (false, Extent::between(0, 1 << 20)));
     }
 }

@@ -10,6 +10,7 @@ pub(crate) mod have;
 pub mod image;
 pub(crate) mod reader;
 pub mod roots;
+pub mod scan;
 pub(crate) mod spans;
 pub mod volume;
 

@@ -1,0 +1,339 @@
+//! What of a disk is proven free: the whole way from an image to its free map, and the lines of the report about it.
+//!
+//! Owns the order of things: table, slots, volumes, LVM, gaps. Leaves decoding to [`crate::disk::volume`] and the file systems to
+//! [`crate::disk::fs`]. Promises that [`scan`] never fails: what cannot be proven is copied, and a line says why. Every byte of
+//! the disk belongs to a line of the report or to its summed line of gaps.
+
+use longhaul_common::extent::Extent;
+use serde::{Deserialize, Serialize};
+
+use super::free_map::FreeMap;
+use super::volume::judge::{Judgement, Outcome, Probe, judge};
+use super::volume::lvm::LvmUnproven;
+use super::volume::lvm::physical::read_physical;
+use super::volume::lvm::place::{Found, Placed, place};
+use super::volume::table::{self, Cut, Slot, Table};
+use super::volume::view::{Layout, View};
+use super::volume::{sentence, signature};
+use super::{ReadAt, fs};
+
+/// File systems that can prove free space.
+const PROBES: &[Probe] = &[fs::ext::probe, fs::xfs::probe, fs::ntfs::probe, fs::fat::probe];
+/// Physical volumes judged on one disk, beyond which none is; each may hold 1 MiB of metadata in memory.
+const PHYSICAL_LIMIT: usize = 16;
+/// Logical volumes judged on one disk; each costs about 1 MiB of reading.
+const LOGICAL_LIMIT: usize = 1024;
+
+/// What a scan found.
+pub struct Scan {
+    pub free: FreeMap,
+    /// In disk order, logical volumes behind their physical ones.
+    pub parts: Vec<Part>,
+    /// Bytes that the image must have at least, by what its partitions, physical volumes and file systems say of themselves.
+    pub needs: u64,
+    /// A sentence for each that the image is too short for. Not empty: the image is damaged or cut, and must be refused.
+    pub shortfalls: Vec<String>,
+}
+
+/// One line of the report.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// "partition 2: ext4 'root'".
+    pub name: String,
+    /// Range of the disk. Of a logical volume and of the gaps: from their first to their last byte, with others in between.
+    pub extent: Extent,
+    /// "ext4", "lvm2", "swap", "gaps", "unknown".
+    pub kind: String,
+    /// What proves the free bytes; `None` where all of it is copied.
+    pub proof: Option<Proof>,
+    /// Bytes skipped, in whole blocks of the disk.
+    pub free_bytes: u64,
+    /// Why all of it is copied.
+    pub reason: Option<String>,
+}
+
+/// Why a free block may be skipped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Proof {
+    /// The file system of a powered-off disk is clean, and its metadata says so.
+    Unmounted,
+    /// LVM metadata: the extents belong to no logical volume.
+    FreeExtents,
+}
+
+/// Scans a disk that nothing writes to.
+pub fn scan(disk: &dyn ReadAt) -> Scan {
+    scan_with(disk, PROBES)
+}
+
+/// Scans with a given set of file systems.
+pub fn scan_with(disk: &dyn ReadAt, probes: &[Probe]) -> Scan {
+    let mut scanner = Scanner {
+        disk,
+        probes,
+        physicals: Vec::new(),
+        damaged: false,
+        judged: 0,
+        found: Scan {
+            free: FreeMap::new(disk.size()),
+            parts: Vec::new(),
+            needs: 0,
+            shortfalls: Vec::new(),
+        },
+    };
+    let whole = Extent::between(0, disk.size());
+    match table::read(disk) {
+        Table::None => scanner.volume("whole disk", whole),
+        Table::Refused(why) => scanner.copied("whole disk", whole, "unknown", why),
+        Table::Cut(cut) => match scanner.second_claim(&cut) {
+            Some(why) => scanner.copied("whole disk", whole, "unknown", why),
+            None => scanner.slots(&cut),
+        },
+    }
+    scanner.groups();
+    scanner.found
+}
+
+struct Scanner<'a> {
+    disk: &'a dyn ReadAt,
+    probes: &'a [Probe],
+    /// Physical volumes, judged together at the end; with each the index of its line.
+    physicals: Vec<(usize, Found)>,
+    /// Whether a physical volume was met whose metadata does not hold: it might describe the others anew.
+    damaged: bool,
+    judged: usize,
+    found: Scan,
+}
+
+impl Scanner<'_> {
+    /// A disk with a table may carry a claim on all of it: a RAID superblock at its end, a file system from before the table.
+    fn second_claim(&self, cut: &Cut) -> Option<String> {
+        let signatures = match signature::find(self.disk) {
+            Ok(found) => found,
+            Err(e) => return Some(format!("it cannot be read: {e}")),
+        };
+        let by_table = |sig: &&signature::Signature| {
+            let inside = |range: &Extent| range.intersect(&sig.at) == Some(sig.at);
+            sig.kind == "table" || (cut.kind == "GPT" && cut.reserved.iter().any(inside))
+        };
+        if let Some(other) = signatures.iter().find(|sig| !by_table(sig)) {
+            return Some(format!(
+                "besides a partition table ({}) it carries {}",
+                cut.kind, other.what
+            ));
+        }
+        // The GPT's own sectors lie where a file system would have its header.
+        let claims = self.probes.iter().map(|probe| probe(self.disk));
+        match cut.kind == "MBR" && claims.into_iter().any(|claim| !matches!(claim, Ok(None))) {
+            true => Some("both a partition table and a file system claim it".into()),
+            false => None,
+        }
+    }
+
+    fn slots(&mut self, cut: &Cut) {
+        if let Some(note) = &cut.note {
+            let extent = cut.reserved.first().copied().unwrap_or(Extent::between(0, 0));
+            self.copied("partition table", extent, cut.kind, note.clone());
+        }
+        let mut slots: Vec<&Slot> = cut.slots.iter().collect();
+        slots.sort_by_key(|slot| slot.extent);
+        for slot in &slots {
+            self.needs(&slot.name, slot.extent.end());
+            match &slot.refusal {
+                Some((kind, why)) => self.copied(&slot.name, slot.extent, kind, why.clone()),
+                None => self.volume(&slot.name, slot.extent),
+            }
+        }
+        self.gaps(&slots);
+    }
+
+    /// One line for all that belongs to no partition. `slots` are in order.
+    fn gaps(&mut self, slots: &[&Slot]) {
+        let size = self.disk.size();
+        let (mut at, mut sum) = (0, 0);
+        let mut hull: Option<Extent> = None;
+        let ends = slots
+            .iter()
+            .map(|slot| (slot.extent.offset().min(size), slot.extent.end().min(size)));
+        for (start, end) in ends.chain([(size, size)]) {
+            if start > at {
+                sum += start - at;
+                hull = Some(Extent::between(hull.map_or(at, |hull| hull.offset()), start));
+            }
+            at = at.max(end);
+        }
+        if let Some(hull) = hull {
+            let why = format!("{sum} bytes of tables, boot areas and gaps are copied");
+            self.copied("outside of partitions", hull, "gaps", why);
+        }
+    }
+
+    /// Judges one partition, or the whole disk.
+    fn volume(&mut self, name: &str, range: Extent) {
+        let layout = Layout::slice(range);
+        let judgement = self.judge(name, &layout, range);
+        if let Some(Judgement {
+            outcome: Outcome::Physical,
+            ..
+        }) = judgement
+        {
+            self.physical(name, range, &layout);
+        }
+    }
+
+    /// Judges a volume and writes its line, unless it is a physical volume: then it is handed back.
+    fn judge(&mut self, name: &str, layout: &Layout, range: Extent) -> Option<Judgement> {
+        let (free, mut free_bytes) = (&mut self.found.free, 0);
+        let view = View {
+            disk: self.disk,
+            layout,
+        };
+        let judgement = judge(&view, self.probes, &mut |extent| {
+            layout.locate(extent, &mut |range| free_bytes += free.mark(&range));
+        });
+        // Of a logical volume, the physical one says what the image needs.
+        if layout.size() == range.len() {
+            self.needs(
+                &format!("{name}: {}", judgement.kind),
+                range.offset().saturating_add(judgement.needs),
+            );
+        }
+        let (proof, reason) = match &judgement.outcome {
+            Outcome::Physical => return Some(judgement),
+            Outcome::Proven => (Some(Proof::Unmounted), None),
+            Outcome::Copied(why) => {
+                layout
+                    .disk_ranges()
+                    .for_each(|range| self.found.free.clear(&range));
+                free_bytes = 0;
+                (None, Some(why.clone()))
+            }
+        };
+        let label = match judgement.label.as_str() {
+            "" => String::new(),
+            label => format!(" '{label}'"),
+        };
+        self.found.parts.push(Part {
+            name: format!("{name}: {}{label}", judgement.kind),
+            extent: range,
+            kind: judgement.kind,
+            proof,
+            free_bytes,
+            reason,
+        });
+        None
+    }
+
+    fn physical(&mut self, name: &str, range: Extent, layout: &Layout) {
+        let view = View {
+            disk: self.disk,
+            layout,
+        };
+        let name = format!("{name}: LVM physical volume");
+        let why = match read_physical(&view).and_then(|physical| Found::new(range, physical)) {
+            Ok(_) if self.physicals.len() == PHYSICAL_LIMIT => {
+                self.damaged = true;
+                format!("there are more than {PHYSICAL_LIMIT} physical volumes")
+            }
+            Ok(found) => {
+                self.needs(&name, range.offset().saturating_add(found.physical.size));
+                self.physicals.push((self.found.parts.len(), found));
+                String::new()
+            }
+            Err(why) => {
+                self.damaged |= !matches!(why, LvmUnproven::NoGroup | LvmUnproven::NoMetadata);
+                self.needs_of(&name, range, &why);
+                sentence(&why)
+            }
+        };
+        self.copied(&name, range, "lvm2", why);
+    }
+
+    /// Physical volumes of one group are judged together; their texts must be equal.
+    fn groups(&mut self) {
+        let mut rest = std::mem::take(&mut self.physicals);
+        while let Some((_, first)) = rest.first() {
+            let id = first.group.clone();
+            let (group, others): (Vec<_>, Vec<_>) = rest.into_iter().partition(|(_, one)| one.group == id);
+            rest = others;
+            self.group(&group);
+        }
+    }
+
+    fn group(&mut self, group: &[(usize, Found)]) {
+        let found: Vec<Found> = group.iter().map(|(_, found)| found.clone()).collect();
+        let equal = found
+            .iter()
+            .all(|one| one.physical.text == found[0].physical.text);
+        let placed = match (self.damaged, equal) {
+            (true, _) => Err(LvmUnproven::Sibling),
+            (_, false) => Err(LvmUnproven::Differ),
+            _ => place(&found),
+        };
+        match placed {
+            Ok(placed) => self.placed(group, &placed),
+            Err(why) => {
+                for (line, found) in group {
+                    let name = self.found.parts[*line].name.clone();
+                    self.needs_of(&name, found.range, &why);
+                    self.found.parts[*line].reason = Some(sentence(&why));
+                }
+            }
+        }
+    }
+
+    fn placed(&mut self, group: &[(usize, Found)], placed: &Placed) {
+        for ((line, _), free) in group.iter().zip(&placed.free) {
+            let free_bytes = free.iter().map(|range| self.found.free.mark(range)).sum();
+            let part = &mut self.found.parts[*line];
+            part.name = format!("{} of {}", part.name, placed.group);
+            part.proof = Some(Proof::FreeExtents);
+            part.free_bytes = free_bytes;
+            part.reason = None;
+        }
+        for logical in &placed.logicals {
+            let name = format!("logical volume {}/{}", placed.group, logical.name);
+            self.judged += 1;
+            let many = || format!("only the first {LOGICAL_LIMIT} logical volumes of a disk are judged");
+            let refusal = logical
+                .refusal
+                .clone()
+                .or_else(|| (self.judged > LOGICAL_LIMIT).then(many));
+            let hull = logical.layout.hull();
+            if let Some(why) = refusal {
+                self.copied(&name, hull, "unknown", why);
+            } else if self.judge(&name, &logical.layout, hull).is_some() {
+                let why = "a physical volume inside a logical one is copied";
+                self.copied(&name, hull, "lvm2", why.to_owned());
+            }
+        }
+    }
+
+    fn copied(&mut self, name: &str, extent: Extent, kind: &str, why: String) {
+        self.found.parts.push(Part {
+            name: name.to_owned(),
+            extent,
+            kind: kind.to_owned(),
+            proof: None,
+            free_bytes: 0,
+            reason: Some(why),
+        });
+    }
+
+    fn needs_of(&mut self, name: &str, range: Extent, why: &LvmUnproven) {
+        if let LvmUnproven::Truncated { needed, .. } = why {
+            self.needs(name, range.offset().saturating_add(*needed));
+        }
+    }
+
+    fn needs(&mut self, name: &str, end: u64) {
+        let size = self.disk.size();
+        self.found.needs = self.found.needs.max(end);
+        if end > size {
+            self.found
+                .shortfalls
+                .push(format!("{name} needs an image of {end} bytes, but it has {size}"));
+        }
+    }
+}

@@ -63,6 +63,7 @@ pub(super) struct Group {
     pub(super) by_length: Root,
     /// Free blocks, without those of the free list.
     pub(super) free_blocks: u32,
+    pub(super) holds_log: bool,
     /// Blocks of the longest free extent.
     pub(super) longest: u32,
     /// Headers, free list, log and the roots of the other trees, in no order.
@@ -137,7 +138,8 @@ impl Headers<'_> {
                 .map(Blocks::one),
         );
         let log = superblock.log;
-        if log.ag == self.number {
+        let holds_log = log.ag == self.number;
+        if holds_log {
             used.push(Blocks {
                 start: log.start,
                 end: log.start.saturating_add(log.blocks),
@@ -149,6 +151,7 @@ impl Headers<'_> {
             by_block: self.root("AGF", self.agf, 16, 28)?,
             by_length: self.root("AGF", self.agf, 20, 32)?,
             free_blocks: be32(self.agf, 52),
+            holds_log,
             longest: be32(self.agf, 56),
             used,
         })

@@ -1,2 +1,124 @@
-//! stub
-fn main() {}
+//! `cargo lab`: a checklist from words on the command line to one of the lab's parts.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use longhaul_lab::guest::{self, Kind};
+use longhaul_lab::janitor;
+use longhaul_lab::namespace::{SOURCE_ADDRESS, Site, TARGET_ADDRESS};
+use longhaul_lab::wan::path::Path;
+use longhaul_lab::wan::pump::{Pump, open};
+use longhaul_lab::wan::spec::LinkSpec;
+
+/// A guest under software emulation on a busy machine takes a while.
+const BOOT_LIMIT: Duration = Duration::from_secs(300);
+
+/// Two sites on one machine, joined by an emulated WAN.
+#[derive(Debug, Parser)]
+#[command(name = "lab", version)]
+struct Line {
+    #[command(subcommand)]
+    part: Part,
+}
+
+#[derive(Debug, Subcommand)]
+enum Part {
+    /// Make the disk of a guest that proves itself when booted
+    Image(Image),
+    /// Boot a disk made by `lab image` and let it prove itself
+    Boot(Boot),
+    /// Emulate a WAN between two network namespaces (the lab starts this itself)
+    Wan(Wan),
+    /// Clean up when standard input ends (the lab starts this itself)
+    #[command(hide = true)]
+    Janitor,
+}
+
+#[derive(Args, Debug)]
+struct Wan {
+    /// Namespace of the source site, as `ip netns` names it
+    #[arg(long)]
+    source: String,
+    /// Namespace of the target site
+    #[arg(long)]
+    target: String,
+    #[command(flatten)]
+    link: LinkSpec,
+}
+
+#[derive(Args, Debug)]
+struct Image {
+    #[arg(long, value_enum, default_value = "small")]
+    kind: Kind,
+    /// File to make
+    #[arg(long)]
+    out: PathBuf,
+}
+
+#[derive(Args, Debug)]
+struct Boot {
+    #[arg(long)]
+    image: PathBuf,
+    /// Format of the image, as QEMU names it
+    #[arg(long, default_value = "raw")]
+    format: String,
+    /// The guest's root file system
+    #[arg(long, default_value = "/dev/vda")]
+    root: String,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Line::parse().part {
+        Part::Image(image) => make_image(&image).map(|()| ExitCode::SUCCESS),
+        Part::Boot(boot) => boot_image(&boot),
+        Part::Wan(wan) => emulate(wan).map(|()| ExitCode::SUCCESS),
+        Part::Janitor => janitor::run().map(|()| ExitCode::SUCCESS),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("lab: {error}");
+        ExitCode::from(2)
+    })
+}
+
+fn make_image(image: &Image) -> std::io::Result<()> {
+    let made = guest::disk(image.kind, &|step| eprintln!("{step} ..."))?;
+    guest::copy(&made, &image.out)
+}
+
+fn boot_image(boot: &Boot) -> std::io::Result<ExitCode> {
+    let kernel = guest::kernel(&|step| eprintln!("{step} ..."))?;
+    let booted = guest::boot::boot(&boot.image, &boot.format, &boot.root, &kernel, BOOT_LIMIT)?;
+    if booted.ok {
+        println!(
+            "the guest booted and proved {} files in {:.1} s",
+            booted.files, booted.seconds
+        );
+        return Ok(ExitCode::SUCCESS);
+    }
+    for line in &booted.console {
+        println!("{line}");
+    }
+    Ok(ExitCode::FAILURE)
+}
+
+fn emulate(wan: Wan) -> std::io::Result<()> {
+    let mtu = wan.link.mtu;
+    let source = open(
+        &Site {
+            namespace: wan.source,
+            address: SOURCE_ADDRESS,
+        },
+        mtu,
+    )?;
+    let target = open(
+        &Site {
+            namespace: wan.target,
+            address: TARGET_ADDRESS,
+        },
+        mtu,
+    )?;
+    let (forth, back) = wan.link.shapes();
+    Pump::new(Path::new(forth, back), source, target, mtu).run()
+}

@@ -1,0 +1,55 @@
+#!/bin/sh
+# Unpacks Debian's cloud kernel and makes an initial RAM disk for it: busybox, the modules for a virtio disk with ext4, and an
+# init that starts the guest's own check. Installs nothing on the host.
+# Usage: kernel.sh OUTPUT_DIRECTORY WORK_DIRECTORY
+set -eu
+out=$1 work=$2
+cd "$work"
+
+package=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image/ { print $2; exit }')
+[ -n "$package" ] || { echo "the apt sources of this machine offer no linux-image-cloud-amd64" >&2; exit 1; }
+chmod 755 .
+apt-get -qq -o APT::Sandbox::User=root download "$package"
+mkdir kernel
+dpkg-deb -x linux-image-*.deb kernel
+version=$(basename kernel/lib/modules/*)
+busybox depmod -b "$work/kernel" "$version"
+
+mkdir -p initrd/bin initrd/dev initrd/proc initrd/sys initrd/disk initrd/modules
+cp /bin/busybox initrd/bin/busybox 2>/dev/null || cp /usr/bin/busybox initrd/bin/busybox
+# Each module after those it needs: modules.dep lists them nearest first.
+modules=kernel/lib/modules/$version
+: > initrd/modules/order
+needs() {
+    # crc32c is asked for at run time and in no dependency list.
+    for name in virtio_pci virtio_blk crc32c_generic crc32c-intel ext4; do
+        awk -F: -v name="/$name.ko" 'substr($1, length($1) - length(name) + 1) == name {
+            n = split($2, list, " ")
+            for (i = n; i > 0; i--) print list[i]
+            print $1
+        }' "$modules/modules.dep"
+    done | awk '!seen[$0]++'
+}
+for module in $(needs); do
+    cp "$modules/$module" initrd/modules/
+    basename "$module" >> initrd/modules/order
+done
+
+cat > initrd/init <<'INIT'
+#!/bin/busybox sh
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sys /sys
+/bin/busybox mount -t devtmpfs dev /dev
+for module in $(/bin/busybox cat /modules/order); do /bin/busybox insmod "/modules/$module"; done
+root=$(/bin/busybox sed -n 's/.*longhaul.root=\([^ ]*\).*/\1/p' /proc/cmdline)
+/bin/busybox mount -t ext4 "$root" /disk || { echo "LONGHAUL-GUEST-FAILED cannot mount $root"; /bin/busybox poweroff -f; }
+/bin/busybox mount --move /dev /disk/dev
+/bin/busybox mount --move /proc /disk/proc
+/bin/busybox chroot /disk /sbin/longhaul-guest
+/bin/busybox umount /disk/dev /disk/proc /disk
+/bin/busybox poweroff -f
+INIT
+chmod 755 initrd/init
+(cd initrd && find . | busybox cpio -o -H newc 2>/dev/null | gzip -1) > "$out/initrd"
+cp kernel/boot/vmlinuz-* "$out/vmlinuz"
+echo "$version" > "$out/version"

@@ -5,9 +5,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
+use longhaul_agent::disk::image::end_stale_servers;
 use longhaul_agent::session::Agent;
 use longhaul_agent::settings::AgentSettings;
-use longhaul_common::link::{Role, TlsState};
+use longhaul_common::link::{Reloader, Role, TlsState};
 use longhaul_common::wire::session::chain;
 use longhaul_common::{settings, telemetry};
 
@@ -36,8 +37,12 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<(), String> {
     let settings: AgentSettings = settings::load(&arguments.config).map_err(|error| chain(&error))?;
-    settings.target.mode_bits().map_err(|text| format!("{}: {text}", arguments.config.display()))?;
-    let tls = TlsState::load(settings.identity.credentials(), Some(Role::Agent)).map_err(|error| chain(&error))?;
+    settings
+        .target
+        .mode_bits()
+        .map_err(|text| format!("{}: {text}", arguments.config.display()))?;
+    let tls =
+        TlsState::load(settings.identity.credentials(), Some(Role::Agent)).map_err(|error| chain(&error))?;
     if arguments.check {
         println!("{} is good", arguments.config.display());
         return Ok(());
@@ -45,10 +50,20 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     telemetry::start_logs(&settings.log).map_err(|error| chain(&error))?;
     let metrics = telemetry::start_metrics().map_err(|error| chain(&error))?;
     for folder in [&settings.paths.run, &settings.paths.state] {
-        std::fs::create_dir_all(folder).map_err(|error| format!("cannot make {}: {error}", folder.display()))?;
+        std::fs::create_dir_all(folder)
+            .map_err(|error| format!("cannot make {}: {error}", folder.display()))?;
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    runtime.map_err(|error| format!("cannot start: {error}"))?.block_on(serve(settings, tls, metrics))
+    let stale = end_stale_servers(&settings.paths.run);
+    if stale > 0 {
+        tracing::warn!("ended {stale} image servers that an earlier agent left behind");
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build();
+    runtime
+        .map_err(|error| format!("cannot start: {error}"))?
+        .block_on(serve(settings, tls, metrics))
 }
 
 async fn serve(
@@ -60,9 +75,11 @@ async fn serve(
         tracing::warn!("{warning}");
     }
     tracing::info!(identity = %tls.identity(), "the agent starts");
-    longhaul_common::link::Reloader::start(Arc::clone(&tls));
+    let _watch = Reloader::watch(&tls);
     if let Some(address) = settings.metrics {
-        telemetry::serve_metrics(address, metrics).await.map_err(|error| format!("metrics = \"{address}\": {error}"))?;
+        telemetry::serve_metrics(address, metrics)
+            .await
+            .map_err(|error| format!("metrics = \"{address}\": {error}"))?;
     }
     let agent = Agent::new(settings, tls);
     tokio::select! {
@@ -77,7 +94,9 @@ async fn serve(
 /// Waits for the signal that asks a program to end.
 async fn stop_signal() -> &'static str {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut terminate), Ok(mut interrupt)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
         return std::future::pending().await;
     };
     tokio::select! {

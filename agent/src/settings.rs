@@ -118,7 +118,10 @@ pub struct HooksSection {
 
 impl Default for HooksSection {
     fn default() -> Self {
-        Self { arrived: None, timeout: Span(Duration::from_secs(60)) }
+        Self {
+            arrived: None,
+            timeout: Span(Duration::from_secs(60)),
+        }
     }
 }
 
@@ -132,7 +135,10 @@ pub struct ProgramsSection {
 
 impl Default for ProgramsSection {
     fn default() -> Self {
-        Self { qemu_img: "qemu-img".into(), qemu_nbd: "qemu-nbd".into() }
+        Self {
+            qemu_img: "qemu-img".into(),
+            qemu_nbd: "qemu-nbd".into(),
+        }
     }
 }
 
@@ -142,7 +148,9 @@ impl TargetSection {
         let Some(mode) = &self.mode else { return Ok(None) };
         match u32::from_str_radix(mode, 8) {
             Ok(bits) if bits <= 0o7777 => Ok(Some(bits)),
-            _ => Err(format!("target.mode: '{mode}' is no octal mode; write it like \"0640\"")),
+            _ => Err(format!(
+                "target.mode: '{mode}' is no octal mode; write it like \"0640\""
+            )),
         }
     }
 }

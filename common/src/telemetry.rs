@@ -8,8 +8,14 @@
 
 use std::time::Duration;
 
+use std::net::SocketAddr;
+use std::sync::Arc;
+
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 use tracing_subscriber::EnvFilter;
 
 /// How log lines look.
@@ -71,8 +77,20 @@ pub fn start_logs(settings: &LogSettings) -> Result<(), TelemetryError> {
     Ok(())
 }
 
-/// Collects metrics from now on; the handle renders them as Prometheus text.
-pub fn start_metrics() -> Result<PrometheusHandle, TelemetryError> {
+/// Renders what was measured so far.
+#[derive(Clone)]
+pub struct MetricsText(PrometheusHandle);
+
+impl MetricsText {
+    /// Prometheus text format 0.0.4.
+    pub fn render(&self) -> String {
+        self.0.run_upkeep();
+        self.0.render()
+    }
+}
+
+/// Collects metrics from now on.
+pub fn start_metrics() -> Result<MetricsText, TelemetryError> {
     let seconds = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0];
     let builder = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &seconds)?
@@ -81,5 +99,57 @@ pub fn start_metrics() -> Result<PrometheusHandle, TelemetryError> {
     let handle = recorder.handle();
     // As with logs: the first set-up of a process wins.
     let _ = metrics::set_global_recorder(recorder);
-    Ok(handle)
+    Ok(MetricsText(handle))
+}
+
+/// Connections to the metrics port that are answered at once.
+const SCRAPES_MAX: usize = 8;
+/// A scraper that has not asked by then is dropped.
+const SCRAPE_TIME: Duration = Duration::from_secs(5);
+
+/// Answers `GET /metrics` on `address`, for programs that have no HTTP API. Every other request gets 404.
+pub async fn serve_metrics(address: SocketAddr, metrics: MetricsText) -> std::io::Result<()> {
+    let listener = TcpListener::bind(address).await?;
+    let scrapes = Arc::new(Semaphore::new(SCRAPES_MAX));
+    tokio::spawn(async move {
+        loop {
+            let Ok(permit) = Arc::clone(&scrapes).acquire_owned().await else {
+                return;
+            };
+            let Ok((stream, _)) = listener.accept().await else {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            };
+            let metrics = metrics.clone();
+            tokio::spawn(async move {
+                // A scraper that goes away is its own affair.
+                let _ = tokio::time::timeout(SCRAPE_TIME, answer(stream, &metrics)).await;
+                drop(permit);
+            });
+        }
+    });
+    Ok(())
+}
+
+async fn answer(mut stream: TcpStream, metrics: &MetricsText) -> std::io::Result<()> {
+    let mut request = [0; 2048];
+    let mut len = 0;
+    while len < request.len() && !request[..len].windows(4).any(|end| end == b"\r\n\r\n") {
+        match stream.read(&mut request[len..]).await? {
+            0 => return Ok(()),
+            n => len += n,
+        }
+    }
+    let (status, body) = match request.starts_with(b"GET /metrics ") {
+        true => ("200 OK", metrics.render()),
+        false => ("404 Not Found", "only GET /metrics is answered here\n".to_owned()),
+    };
+    let kind = "Content-Type: text/plain; version=0.0.4";
+    let head = format!(
+        "HTTP/1.1 {status}\r\n{kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await?;
+    stream.write_all(body.as_bytes()).await?;
+    stream.shutdown().await
 }

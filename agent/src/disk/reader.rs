@@ -23,7 +23,7 @@ use super::spans::{AskAllocation, Span, Spans};
 
 /// One batch on its way out.
 #[derive(Debug)]
-pub struct Outgoing {
+pub(crate) struct Outgoing {
     pub header: BatchHeader,
     pub data: Vec<u8>,
 }
@@ -70,12 +70,20 @@ pub(crate) struct KnownLeaves {
 impl KnownLeaves {
     /// Of a disk of `size` bytes, nothing yet.
     pub(crate) fn new(size: u64) -> Self {
-        Self { size, digests: Mutex::default() }
+        Self {
+            size,
+            digests: Mutex::default(),
+        }
     }
 
     fn learn(&self, leaves: &ReadLeaves) {
         let (first, count, digests) = (leaves.first, leaves.count, leaves.digests.clone());
-        let learned = Have { disk: DiskIndex(0), first, count, digests };
+        let learned = Have {
+            disk: DiskIndex(0),
+            first,
+            count,
+            digests,
+        };
         if let Ok(mut known) = self.digests.lock() {
             // What was read lies inside the disk by construction.
             let _ = known.add(&learned, self.size);
@@ -261,7 +269,13 @@ impl<'a> SpanWork<'a> {
             }
         }
         let (first, count) = (span.first, span.count);
-        ReadLeaves { first, count, pieces, data: Vec::new(), digests }
+        ReadLeaves {
+            first,
+            count,
+            pieces,
+            data: Vec::new(),
+            digests,
+        }
     }
 
     fn skip(&mut self, piece: Piece, pieces: &mut Vec<Piece>) {

@@ -53,7 +53,12 @@ impl Arrivals {
     }
 
     /// Enters a session. An older attempt of the same job is stopped first, and waited for: it holds the images.
-    pub(super) async fn enter(&self, job: JobId, attempt: Attempt, queue: usize) -> Result<Seat<'_>, Refusal> {
+    pub(super) async fn enter(
+        &self,
+        job: JobId,
+        attempt: Attempt,
+        queue: usize,
+    ) -> Result<Seat<'_>, Refusal> {
         loop {
             let mut gone = {
                 let mut table = self.table();
@@ -70,28 +75,56 @@ impl Arrivals {
                 }
             };
             while gone.changed().await.is_ok() {}
-            self.table().retain(|known, entry| *known != job || entry.gone.has_changed().is_ok());
+            self.table()
+                .retain(|known, entry| *known != job || entry.gone.has_changed().is_ok());
         }
     }
 
-    fn seat(&self, table: &mut HashMap<JobId, Entry>, job: JobId, attempt: Attempt, queue: usize) -> Seat<'_> {
+    fn seat(
+        &self,
+        table: &mut HashMap<JobId, Entry>,
+        job: JobId,
+        attempt: Attempt,
+        queue: usize,
+    ) -> Seat<'_> {
         let (inbox, arrived) = mpsc::channel(queue);
         let (stop, stopped) = watch::channel(false);
         let (held, gone) = watch::channel(());
-        table.insert(job, Entry { attempt, inbox, stop, gone });
-        Seat { table: self, job, attempt, inbox: arrived, stop: stopped, _gone: held }
+        table.insert(
+            job,
+            Entry {
+                attempt,
+                inbox,
+                stop,
+                gone,
+            },
+        );
+        Seat {
+            table: self,
+            job,
+            attempt,
+            inbox: arrived,
+            stop: stopped,
+            _gone: held,
+        }
     }
 
     /// Reads one stream and hands its batch over.
     pub(super) async fn receive(&self, mut stream: RecvStream) {
         // A stream that breaks off belongs to a link or an attempt that is ending; the batch is sent again.
-        let Ok(bytes) = stream.read_to_end(STREAM_MAX).await else { return };
+        let Ok(bytes) = stream.read_to_end(STREAM_MAX).await else {
+            return;
+        };
         let bytes = Bytes::from(bytes);
         let (header, data) = match BatchHeader::decode(&bytes) {
             Ok((header, rest)) => (header, bytes.slice(bytes.len() - rest.len()..)),
             Err(error) => return tracing::warn!("a batch was refused: {error}"),
         };
-        let inbox = self.table().get(&header.job).filter(|e| e.attempt == header.attempt).map(|e| e.inbox.clone());
+        let inbox = self
+            .table()
+            .get(&header.job)
+            .filter(|e| e.attempt == header.attempt)
+            .map(|e| e.inbox.clone());
         match inbox {
             // The session has ended meanwhile: nobody waits for this batch.
             Some(inbox) => drop(inbox.send(Arrived { header, data }).await),
@@ -107,7 +140,10 @@ impl Seat<'_> {
     /// No more batches are taken from now on.
     pub(super) fn close(&mut self) {
         let mut table = self.table.table();
-        if table.get(&self.job).is_some_and(|entry| entry.attempt == self.attempt) {
+        if table
+            .get(&self.job)
+            .is_some_and(|entry| entry.attempt == self.attempt)
+        {
             // Replaced by a dead end: the seat stays taken until the images are let go.
             let (dead, _) = mpsc::channel(1);
             if let Some(entry) = table.get_mut(&self.job) {
@@ -122,7 +158,10 @@ impl Seat<'_> {
 impl Drop for Seat<'_> {
     fn drop(&mut self) {
         let mut table = self.table.table();
-        if table.get(&self.job).is_some_and(|entry| entry.attempt == self.attempt) {
+        if table
+            .get(&self.job)
+            .is_some_and(|entry| entry.attempt == self.attempt)
+        {
             table.remove(&self.job);
         }
     }
@@ -138,12 +177,23 @@ mod tests {
     async fn a_newer_attempt_waits_for_the_older_one_to_let_go() {
         let arrivals = Arrivals::default();
         let job = JobId::random();
-        let older = arrivals.enter(job, Attempt(1), 1).await.unwrap_or_else(|e| panic!("{e}"));
-        assert!(arrivals.enter(job, Attempt(1), 1).await.is_err(), "the same attempt twice");
+        let older = arrivals
+            .enter(job, Attempt(1), 1)
+            .await
+            .unwrap_or_else(|e| panic!("{e}"));
+        assert!(
+            arrivals.enter(job, Attempt(1), 1).await.is_err(),
+            "the same attempt twice"
+        );
         let mut stop = older.stop.clone();
         let newer = arrivals.enter(job, Attempt(2), 1);
         tokio::pin!(newer);
-        assert!(tokio::time::timeout(Duration::from_millis(20), &mut newer).await.is_err(), "did not wait");
+        assert!(
+            tokio::time::timeout(Duration::from_millis(20), &mut newer)
+                .await
+                .is_err(),
+            "did not wait"
+        );
         assert!(*stop.borrow_and_update());
         drop(older);
         let newer = tokio::time::timeout(Duration::from_secs(5), newer).await.unwrap();

@@ -35,6 +35,9 @@ pub(super) async fn run(hooks: &HooksSection, arrival: &Arrival<'_>) -> Option<S
         Ok(Ok(output)) if output.status.success() => None,
         Ok(Ok(output)) => Some(format!("the hook {program} ended with {}", output.status)),
         Ok(Err(error)) => Some(format!("the hook {program} cannot be waited for: {error}")),
-        Err(_) => Some(format!("the hook {program} took longer than {} and was ended", hooks.timeout)),
+        Err(_) => Some(format!(
+            "the hook {program} took longer than {} and was ended",
+            hooks.timeout
+        )),
     }
 }

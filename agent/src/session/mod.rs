@@ -26,9 +26,11 @@ use tokio::sync::Semaphore;
 use crate::settings::AgentSettings;
 
 /// Streams of batches that are read at once; the job's credit bounds their bytes.
-const STREAMS_MAX: usize = 64;
+const STREAMS_MAX: usize = 16;
 /// The first frame of a task must be there by then.
 const FIRST_FRAME: Duration = Duration::from_secs(20);
+/// Between two looks for images that nobody came back for.
+const FORGOTTEN_CHECK: Duration = Duration::from_secs(10);
 /// Waits between two tries to reach the gateway.
 const BACKOFF: [u64; 6] = [100, 200, 400, 800, 1500, 2500];
 
@@ -45,11 +47,17 @@ impl Agent {
     pub fn new(settings: AgentSettings, tls: Arc<TlsState>) -> Arc<Self> {
         let linger = settings.limits.source_linger.0;
         let sources = source_disks::OpenSources::new(linger);
-        Arc::new(Self { settings, tls, arrivals: arrivals::Arrivals::default(), sources })
+        Arc::new(Self {
+            settings,
+            tls,
+            arrivals: arrivals::Arrivals::default(),
+            sources,
+        })
     }
 
     /// Serves until the process ends.
     pub async fn run(self: Arc<Self>) {
+        tokio::spawn(Arc::clone(&self).close_forgotten_sources());
         let mut failures = 0;
         let mut last_error = String::new();
         loop {
@@ -70,6 +78,16 @@ impl Agent {
             }
             tokio::time::sleep(Duration::from_millis(BACKOFF[failures])).await;
             failures = (failures + 1).min(BACKOFF.len() - 1);
+        }
+    }
+
+    /// Unlocks images of attempts that nobody took up again.
+    async fn close_forgotten_sources(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(FORGOTTEN_CHECK).await;
+            let agent = Arc::clone(&self);
+            // Closing may wait for a helper program to end: not on the runtime.
+            let _ = threads::on_thread("close", move || agent.sources.expire(std::time::Instant::now())).await;
         }
     }
 
@@ -130,6 +148,9 @@ async fn accept_permitted(
 /// The first address of "host:port".
 async fn resolve(address: &str) -> Result<SocketAddr, String> {
     let found = tokio::net::lookup_host(address).await;
-    let mut found = found.map_err(|error| format!("gateway.address '{address}' cannot be resolved: {error}"))?;
-    found.next().ok_or_else(|| format!("gateway.address '{address}' has no address"))
+    let mut found =
+        found.map_err(|error| format!("gateway.address '{address}' cannot be resolved: {error}"))?;
+    found
+        .next()
+        .ok_or_else(|| format!("gateway.address '{address}' has no address"))
 }

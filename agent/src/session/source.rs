@@ -12,9 +12,7 @@ use longhaul_common::digest::Digest;
 use longhaul_common::ids::DiskIndex;
 use longhaul_common::link::{Link, RecvStream, SendStream};
 use longhaul_common::wire::frame::{self, FrameError};
-use longhaul_common::wire::session::{
-    DiskCounts, FromSource, Refusal, RefusalKind, SourceOpen, ToSource,
-};
+use longhaul_common::wire::session::{DiskCounts, FromSource, Refusal, RefusalKind, SourceOpen, ToSource};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::source_disks::OpenSource;
@@ -34,7 +32,13 @@ enum Event {
 }
 
 /// Runs the attempt to its end.
-pub(super) async fn run(agent: &Arc<Agent>, link: Link, mut send: SendStream, recv: RecvStream, open: SourceOpen) {
+pub(super) async fn run(
+    agent: &Arc<Agent>,
+    link: Link,
+    mut send: SendStream,
+    recv: RecvStream,
+    open: SourceOpen,
+) {
     tracing::info!(job = %open.job, attempt = %open.attempt, disks = open.disks.len(), "source opens");
     let (with, asked) = (Arc::clone(agent), open.clone());
     let opened = on_thread("source-open", move || with.sources.open(&asked, &with.settings)).await;
@@ -43,7 +47,12 @@ pub(super) async fn run(agent: &Arc<Agent>, link: Link, mut send: SendStream, re
         Ok(source) => source,
         Err(refusal) => return fail(&mut send, &open, refusal).await,
     };
-    let attempt = Attempt { agent: Arc::clone(agent), link, open: open.clone(), source: Arc::clone(&source) };
+    let attempt = Attempt {
+        agent: Arc::clone(agent),
+        link,
+        open: open.clone(),
+        source: Arc::clone(&source),
+    };
     match attempt.converse(&mut send, recv).await {
         Ok(Ended::Finished) => tracing::info!(job = %open.job, "source is done"),
         Ok(Ended::Left) => {
@@ -90,8 +99,17 @@ impl Drop for StopOnDrop {
 impl Attempt {
     async fn converse(&self, send: &mut SendStream, mut recv: RecvStream) -> Result<Ended, Refusal> {
         let disks = self.source.disks.iter().map(|disk| disk.report.clone()).collect();
-        say(send, &FromSource::Opened { disks, definition: self.source.definition.clone() }).await?;
-        let Some(have) = self.hear_have(&mut recv).await? else { return Ok(Ended::Left) };
+        say(
+            send,
+            &FromSource::Opened {
+                disks,
+                definition: self.source.definition.clone(),
+            },
+        )
+        .await?;
+        let Some(have) = self.hear_have(&mut recv).await? else {
+            return Ok(Ended::Left);
+        };
         let credit = Arc::new(Semaphore::new(0));
         let (finish, mut finish_asked) = mpsc::channel(1);
         let mut control = tokio::spawn(hear(recv, Arc::clone(&credit), finish));
@@ -113,7 +131,9 @@ impl Attempt {
     async fn hear_have(&self, recv: &mut RecvStream) -> Result<Option<Vec<HaveLeaves>>, Refusal> {
         let mut have: Vec<_> = self.source.disks.iter().map(|_| HaveLeaves::default()).collect();
         loop {
-            let heard = frame::read(recv).await.map_err(|error| Refusal::because(RefusalKind::Lost, &error))?;
+            let heard = frame::read(recv)
+                .await
+                .map_err(|error| Refusal::because(RefusalKind::Lost, &error))?;
             match heard {
                 None => return Ok(None),
                 Some(ToSource::Start) => return Ok(Some(have)),
@@ -121,17 +141,29 @@ impl Attempt {
                     let disk = usize::from(leaves.disk.0);
                     let size = self.source.disks.get(disk).map(|disk| disk.report.size);
                     let (Some(have), Some(size)) = (have.get_mut(disk), size) else {
-                        return Err(Refusal::new(RefusalKind::Protocol, "the target speaks of a disk there is not"));
+                        return Err(Refusal::new(
+                            RefusalKind::Protocol,
+                            "the target speaks of a disk there is not",
+                        ));
                     };
                     outcome::refused(have.add(&leaves, size))?;
                 }
-                Some(_) => return Err(Refusal::new(RefusalKind::Protocol, "the gateway spoke out of turn")),
+                Some(_) => {
+                    return Err(Refusal::new(
+                        RefusalKind::Protocol,
+                        "the gateway spoke out of turn",
+                    ));
+                }
             }
         }
     }
 
     /// Reads all disks on a thread of their own; batches come out in the order they are read.
-    fn start_reading(&self, have: Vec<HaveLeaves>, stop: &StopOnDrop) -> Result<mpsc::Receiver<Event>, Refusal> {
+    fn start_reading(
+        &self,
+        have: Vec<HaveLeaves>,
+        stop: &StopOnDrop,
+    ) -> Result<mpsc::Receiver<Event>, Refusal> {
         let (events, received) = mpsc::channel(READ_AHEAD);
         let stop = Arc::clone(&stop.0);
         let (open, source) = (self.open.clone(), Arc::clone(&self.source));
@@ -149,7 +181,9 @@ impl Attempt {
                 }
             }
         };
-        let thread = std::thread::Builder::new().name("source-read".to_owned()).spawn(body);
+        let thread = std::thread::Builder::new()
+            .name("source-read".to_owned())
+            .spawn(body);
         thread.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
         Ok(received)
     }
@@ -177,9 +211,15 @@ impl Attempt {
         }
         let source = Arc::clone(&self.source);
         let unchanged = on_thread("source-check", move || {
-            source.disks.iter().try_for_each(|disk| disk.image.unchanged()).map_err(|error| outcome::image(&error))
+            source
+                .disks
+                .iter()
+                .try_for_each(|disk| disk.image.unchanged())
+                .map_err(|error| outcome::image(&error))
         });
-        unchanged.await.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??;
+        unchanged
+            .await
+            .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??;
         say(send, &FromSource::Finished).await?;
         let _ = send.finish();
         let _ = send.stopped().await;
@@ -189,12 +229,21 @@ impl Attempt {
     async fn send_batch(&self, outgoing: Outgoing, credit: &Semaphore) -> Result<(), Refusal> {
         let needed = u32::try_from(outgoing.header.credit()).unwrap_or(u32::MAX);
         let permit = credit.acquire_many(needed).await;
-        permit.map_err(|error| Refusal::because(RefusalKind::Lost, &error))?.forget();
+        permit
+            .map_err(|error| Refusal::because(RefusalKind::Lost, &error))?
+            .forget();
         let header = outcome::refused(outgoing.header.encode())?;
-        let lost = |error: &dyn std::fmt::Display| Refusal::new(RefusalKind::Lost, self.link.reason_or(error));
+        let lost =
+            |error: &dyn std::fmt::Display| Refusal::new(RefusalKind::Lost, self.link.reason_or(error));
         let mut stream = self.link.open_uni().await.map_err(|error| lost(&error))?;
-        stream.write_chunk(header.into()).await.map_err(|error| lost(&error))?;
-        stream.write_chunk(outgoing.data.into()).await.map_err(|error| lost(&error))?;
+        stream
+            .write_chunk(header.into())
+            .await
+            .map_err(|error| lost(&error))?;
+        stream
+            .write_chunk(outgoing.data.into())
+            .await
+            .map_err(|error| lost(&error))?;
         // Fails only where the gateway refused the stream, and then it ends the attempt.
         let _ = stream.finish();
         metrics::counter!("longhaul_source_batches_total").increment(1);
@@ -203,7 +252,11 @@ impl Attempt {
 }
 
 /// Listens to the gateway until it closes the stream.
-async fn hear(mut recv: RecvStream, credit: Arc<Semaphore>, finish: mpsc::Sender<()>) -> Result<(), FrameError> {
+async fn hear(
+    mut recv: RecvStream,
+    credit: Arc<Semaphore>,
+    finish: mpsc::Sender<()>,
+) -> Result<(), FrameError> {
     while let Some(message) = frame::read(&mut recv).await? {
         match message {
             ToSource::Credit(bytes) => {
@@ -218,10 +271,15 @@ async fn hear(mut recv: RecvStream, credit: Arc<Semaphore>, finish: mpsc::Sender
 }
 
 async fn say(send: &mut SendStream, message: &FromSource) -> Result<(), Refusal> {
-    frame::write(send, message).await.map_err(|error| Refusal::because(RefusalKind::Lost, &error))
+    frame::write(send, message)
+        .await
+        .map_err(|error| Refusal::because(RefusalKind::Lost, &error))
 }
 
-#[expect(clippy::too_many_arguments, reason = "what one disk's reading needs, all of it distinct")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "what one disk's reading needs, all of it distinct"
+)]
 fn read_disk(
     open: &SourceOpen,
     source: &OpenSource,
@@ -243,7 +301,9 @@ fn read_disk(
         have,
         known: &disk.known,
         sequence,
-        emit: &|outgoing| !stop.load(Ordering::Relaxed) && events.blocking_send(Event::Batch(outgoing)).is_ok(),
+        emit: &|outgoing| {
+            !stop.load(Ordering::Relaxed) && events.blocking_send(Event::Batch(outgoing)).is_ok()
+        },
     };
     read.run(threads).map_err(|error| outcome::reading(&error))
 }

@@ -18,12 +18,11 @@ use longhaul_common::wire::session::{
 };
 
 use super::outcome;
-use crate::disk::ReadAt;
 use crate::disk::free_map::FreeMap;
 use crate::disk::image::{self, Flatten, OpenOptions, SourceImage};
 use crate::disk::reader::KnownLeaves;
 use crate::disk::roots;
-use crate::disk::scan::{self, Scan};
+use crate::disk::scan::{self, Proof, Scan};
 use crate::disk::spans::Spans;
 use crate::settings::AgentSettings;
 
@@ -56,15 +55,30 @@ pub(super) struct OpenSources {
 
 impl OpenSources {
     pub(super) fn new(linger: Duration) -> Self {
-        Self { linger, lingering: Mutex::default() }
+        Self {
+            linger,
+            lingering: Mutex::default(),
+        }
     }
 
     /// Opens what `open` asks for, or takes up what an earlier attempt left. Blocks.
-    pub(super) fn open(&self, open: &SourceOpen, settings: &AgentSettings) -> Result<Arc<OpenSource>, Refusal> {
-        let left = self.lingering.lock().unwrap_or_else(PoisonError::into_inner).remove(&open.job);
+    pub(super) fn open(
+        &self,
+        open: &SourceOpen,
+        settings: &AgentSettings,
+    ) -> Result<Arc<OpenSource>, Refusal> {
+        let left = self
+            .lingering
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&open.job);
         let same = left.filter(|left| left.asked == asked(open));
         if let Some(left) = same
-            && left.source.disks.iter().all(|disk| disk.image.unchanged().is_ok())
+            && left
+                .source
+                .disks
+                .iter()
+                .all(|disk| disk.image.unchanged().is_ok())
         {
             return Ok(left.source);
         }
@@ -74,7 +88,14 @@ impl OpenSources {
     /// Keeps the images open and locked for the next attempt, for a while.
     pub(super) fn keep(&self, open: &SourceOpen, source: Arc<OpenSource>, now: Instant) {
         let mut lingering = self.lingering.lock().unwrap_or_else(PoisonError::into_inner);
-        lingering.insert(open.job, Lingering { asked: asked(open), source, since: now });
+        lingering.insert(
+            open.job,
+            Lingering {
+                asked: asked(open),
+                source,
+                since: now,
+            },
+        );
     }
 
     /// Closes what nobody came back for.
@@ -91,11 +112,22 @@ fn asked(open: &SourceOpen) -> (Vec<SourceDisk>, Option<PathBuf>, bool) {
 impl OpenSource {
     fn open(open: &SourceOpen, settings: &AgentSettings) -> Result<Self, Refusal> {
         if open.disks.is_empty() || open.disks.len() > DISKS_MAX {
-            let text = format!("a VM with {} disks cannot be moved; 1 to {DISKS_MAX} can", open.disks.len());
+            let text = format!(
+                "a VM with {} disks cannot be moved; 1 to {DISKS_MAX} can",
+                open.disks.len()
+            );
             return Err(Refusal::new(RefusalKind::Refused, text));
         }
-        let definition = open.definition.as_deref().map(|path| read_definition(path, settings)).transpose()?;
-        let disks = open.disks.iter().map(|disk| OpenDisk::open(disk, open.filter, settings)).collect::<Result<_, _>>()?;
+        let definition = open
+            .definition
+            .as_deref()
+            .map(|path| read_definition(path, settings))
+            .transpose()?;
+        let disks = open
+            .disks
+            .iter()
+            .map(|disk| OpenDisk::open(disk, open.filter, settings))
+            .collect::<Result<_, _>>()?;
         Ok(Self { disks, definition })
     }
 }
@@ -104,22 +136,34 @@ impl OpenDisk {
     fn open(disk: &SourceDisk, filter: bool, settings: &AgentSettings) -> Result<Self, Refusal> {
         let path = outcome::refused(roots::resolve_inside(&settings.paths.read, &disk.path))?;
         let format = disk.format.as_deref().map(str::parse).transpose();
-        let allowed_roots = settings.paths.read.clone();
+        let allowed = |path: &Path| roots::resolve_inside(&settings.paths.read, path).is_ok();
         let options = OpenOptions {
             format: outcome::refused(format)?,
-            flatten: if disk.flatten { Flatten::Yes } else { Flatten::Refuse },
+            flatten: if disk.flatten {
+                Flatten::Yes
+            } else {
+                Flatten::Refuse
+            },
             connections: settings.limits.read_threads,
             run_dir: settings.paths.run.clone(),
             qemu_nbd: settings.programs.qemu_nbd.clone(),
             qemu_img: settings.programs.qemu_img.clone(),
-            allowed: Arc::new(move |path: &Path| roots::resolve_inside(&allowed_roots, path).is_ok()),
+            allowed: &allowed,
         };
         let image = image::open(&path, &options).map_err(|error| outcome::image(&error))?;
         let started = Instant::now();
-        let scan = if filter { scan::scan(&image) } else { unfiltered(&image) };
+        let scan = if filter {
+            scan::scan(&image)
+        } else {
+            unfiltered(&image)
+        };
         refuse_short(&path, &scan, image.size())?;
-        let sums = sum_contents(&image, &scan.free)
-            .map_err(|error| Refusal::new(RefusalKind::Refused, format!("cannot read the map of {}: {error}", path.display())))?;
+        let sums = sum_contents(&image, &scan.free).map_err(|error| {
+            Refusal::new(
+                RefusalKind::Refused,
+                format!("cannot read the map of {}: {error}", path.display()),
+            )
+        })?;
         let report = OpenedDisk {
             size: image.size(),
             format: image.format().to_string(),
@@ -130,14 +174,24 @@ impl OpenDisk {
             notes: image.notes().to_vec(),
             scan_ms: started.elapsed().as_millis() as u64,
         };
-        Ok(Self { known: KnownLeaves::new(image.size()), image, free: scan.free, report })
+        Ok(Self {
+            known: KnownLeaves::new(image.size()),
+            image,
+            free: scan.free,
+            report,
+        })
     }
 }
 
 /// The scan of a disk whose filter is switched off.
 fn unfiltered(image: &SourceImage) -> Scan {
     let size = image.size();
-    Scan { free: FreeMap::new(size), parts: Vec::new(), needs: 0, shortfalls: Vec::new() }
+    Scan {
+        free: FreeMap::new(size),
+        parts: Vec::new(),
+        needs: 0,
+        shortfalls: Vec::new(),
+    }
 }
 
 fn refuse_short(path: &Path, scan: &Scan, size: u64) -> Result<(), Refusal> {
@@ -181,19 +235,32 @@ fn part_report(part: &scan::Part) -> PartReport {
         name: part.name.clone(),
         extent: part.extent,
         kind: part.kind.clone(),
-        proof: part.proof.as_ref().map(ToString::to_string),
+        proof: part.proof.map(|proof| proof_words(proof).to_owned()),
         free_bytes: part.free_bytes,
         reason: part.reason.clone(),
     }
 }
 
+fn proof_words(proof: Proof) -> &'static str {
+    match proof {
+        Proof::Unmounted => "unmounted",
+        Proof::FreeExtents => "free extents",
+    }
+}
+
 fn read_definition(path: &Path, settings: &AgentSettings) -> Result<Vec<u8>, Refusal> {
     let path = outcome::refused(roots::resolve_inside(&settings.paths.read, path))?;
-    let refused = |text: String| Refusal::new(RefusalKind::Refused, format!("definition {}: {text}", path.display()));
-    let size = std::fs::metadata(&path).map_err(|error| refused(error.to_string()))?.len();
+    let refused = |text: String| {
+        Refusal::new(
+            RefusalKind::Refused,
+            format!("definition {}: {text}", path.display()),
+        )
+    };
+    let size = std::fs::metadata(&path)
+        .map_err(|error| refused(error.to_string()))?
+        .len();
     if size > DEFINITION_MAX as u64 {
         return Err(refused(format!("{size} bytes are more than {DEFINITION_MAX}")));
     }
     std::fs::read(&path).map_err(|error| refused(error.to_string()))
 }
-

@@ -35,7 +35,12 @@ pub(super) async fn run(agent: &Arc<Agent>, send: SendStream, recv: RecvStream, 
     let (hear, heard) = mpsc::channel(8);
     let speaker = tokio::spawn(speak(send, outgoing));
     let listener = tokio::spawn(listen(recv, hear));
-    let mut attempt = Attempt { agent: Arc::clone(agent), open, say, heard };
+    let mut attempt = Attempt {
+        agent: Arc::clone(agent),
+        open,
+        say,
+        heard,
+    };
     let ended = attempt.converse().await;
     let open = &attempt.open;
     match ended {
@@ -64,8 +69,12 @@ async fn speak(mut send: SendStream, mut outgoing: mpsc::Receiver<FromTarget>) {
 async fn listen(mut recv: RecvStream, hear: mpsc::Sender<ToTarget>) {
     loop {
         match frame::read(&mut recv).await {
-            Ok(Some(message)) if hear.send(message).await.is_ok() => {}
-            Ok(_) => return,
+            Ok(Some(message)) => {
+                if hear.send(message).await.is_err() {
+                    return;
+                }
+            }
+            Ok(None) => return,
             Err(error) => return tracing::debug!("the target's control stream ended: {error}"),
         }
     }
@@ -87,7 +96,10 @@ impl Attempt {
             self.tell(FromTarget::Opened { notes }).await;
             return Ok("checked for a plan");
         }
-        let mut seat = agent.arrivals.enter(self.open.job, self.open.attempt, INBOX).await?;
+        let mut seat = agent
+            .arrivals
+            .enter(self.open.job, self.open.attempt, INBOX)
+            .await?;
         if let Some(arrival) = target_disks::arrival(self.open.job, &agent.settings)? {
             let paths = self.blocking("finish-commit", move |open, settings| {
                 target_disks::finish_commit(open, arrival, settings)
@@ -98,7 +110,10 @@ impl Attempt {
         }
         let disks = self.blocking("target-open", target_disks::open).await?;
         let targets = self.announce(disks).await?;
-        let (say, inbox) = (self.say.clone(), std::mem::replace(&mut seat.inbox, mpsc::channel(1).1));
+        let (say, inbox) = (
+            self.say.clone(),
+            std::mem::replace(&mut seat.inbox, mpsc::channel(1).1),
+        );
         let written = targets.into_iter().map(Written::new).collect();
         let writers = Writers::start(written, inbox, &agent.settings.limits, say);
         let writers = writers.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
@@ -113,16 +128,20 @@ impl Attempt {
         match asked {
             Some(ToTarget::Verify) => self.verify_and_commit(targets).await,
             Some(ToTarget::Abort(why)) => self.abort(targets, &why).await,
-            Some(ToTarget::Commit { .. }) => {
-                Err(Refusal::new(RefusalKind::Protocol, "the gateway asked to commit before anything was verified"))
-            }
+            Some(ToTarget::Commit { .. }) => Err(Refusal::new(
+                RefusalKind::Protocol,
+                "the gateway asked to commit before anything was verified",
+            )),
             None => Ok("the attempt ended, the partial copy stays"),
         }
     }
 
     /// Says what is there already, and gives the first credit.
     async fn announce(&self, disks: Vec<(Target, apply::Have)>) -> Result<Vec<Target>, Refusal> {
-        let notes = disks.iter().flat_map(|(target, _)| target.notes().to_vec()).collect();
+        let notes = disks
+            .iter()
+            .flat_map(|(target, _)| target.notes().to_vec())
+            .collect();
         self.tell(FromTarget::Opened { notes }).await;
         let say = self.say.clone();
         let told = on_thread("target-have", move || {
@@ -133,9 +152,12 @@ impl Attempt {
             }
             Ok(targets)
         });
-        let targets = told.await.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??;
+        let targets = told
+            .await
+            .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??;
         self.tell(FromTarget::Ready).await;
-        self.tell(FromTarget::Credit(self.agent.settings.limits.job_memory.0)).await;
+        self.tell(FromTarget::Credit(self.agent.settings.limits.job_memory.0))
+            .await;
         Ok(targets)
     }
 
@@ -151,7 +173,10 @@ impl Attempt {
                 Ok("arrived")
             }
             Some(ToTarget::Abort(why)) => self.abort(targets, &why).await,
-            Some(ToTarget::Verify) => Err(Refusal::new(RefusalKind::Protocol, "the gateway asked to verify twice")),
+            Some(ToTarget::Verify) => Err(Refusal::new(
+                RefusalKind::Protocol,
+                "the gateway asked to verify twice",
+            )),
             None => Ok("the attempt ended before the commit, the partial copy stays"),
         }
     }
@@ -162,19 +187,30 @@ impl Attempt {
         let verified = on_thread("verify", move || {
             for (disk, target) in (0..).map(DiskIndex).zip(&targets) {
                 let (digest, verify_ms, flush_ms) = verify_disk(disk, target, threads, &say)?;
-                let _ = say.blocking_send(FromTarget::Verified { disk, digest, verify_ms, flush_ms });
+                let _ = say.blocking_send(FromTarget::Verified {
+                    disk,
+                    digest,
+                    verify_ms,
+                    flush_ms,
+                });
             }
             Ok(targets)
         });
-        verified.await.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?
+        verified
+            .await
+            .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?
     }
 
     async fn abort(&self, targets: Vec<Target>, why: &Refusal) -> Result<&'static str, Refusal> {
         tracing::info!(job = %self.open.job, "the partial copy is removed: {why}");
         let discarded = on_thread("discard", move || {
-            targets.into_iter().try_for_each(|target| target.discard().map_err(|error| outcome::target(&error)))
+            targets
+                .into_iter()
+                .try_for_each(|target| target.discard().map_err(|error| outcome::target(&error)))
         });
-        discarded.await.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??;
+        discarded
+            .await
+            .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??;
         self.tell(FromTarget::Aborted).await;
         Ok("aborted")
     }
@@ -187,7 +223,12 @@ impl Attempt {
             Err(refusal) => (None, Some(refusal.text)),
         };
         let (job, name) = (self.open.job, self.open.name.as_str());
-        let arrival = hook::Arrival { job, name, disks: &paths, definition: definition.as_deref() };
+        let arrival = hook::Arrival {
+            job,
+            name,
+            disks: &paths,
+            definition: definition.as_deref(),
+        };
         let hook = hook::run(&self.agent.settings.hooks, &arrival).await.or(problem);
         if let Some(problem) = &hook {
             tracing::error!(job = %self.open.job, "{problem}");
@@ -230,7 +271,9 @@ fn verify_disk(
             let _ = say.try_send(FromTarget::Verifying { disk, bytes });
         }
     };
-    let digest = target.verify(threads, &progress).map_err(|error| outcome::target(&error))?;
+    let digest = target
+        .verify(threads, &progress)
+        .map_err(|error| outcome::target(&error))?;
     Ok((digest, started.elapsed().as_millis() as u64 - flush_ms, flush_ms))
 }
 
@@ -244,7 +287,12 @@ fn tell_have(disk: DiskIndex, have: apply::Have, say: &mpsc::Sender<FromTarget>)
         };
         let joins = |f: &Have| f.first + f.count == first && f.digests.len() < HAVE_MAX;
         if !frame.as_ref().is_some_and(joins)
-            && let Some(full) = frame.replace(Have { disk, first, count: 0, digests: Vec::new() })
+            && let Some(full) = frame.replace(Have {
+                disk,
+                first,
+                count: 0,
+                digests: Vec::new(),
+            })
         {
             let _ = say.blocking_send(FromTarget::Have(full));
         }
@@ -258,4 +306,3 @@ fn tell_have(disk: DiskIndex, have: apply::Have, say: &mpsc::Sender<FromTarget>)
     }
     Ok(())
 }
-

@@ -50,14 +50,24 @@ fn is_device(path: &Path) -> bool {
 /// Opens every disk, taking up what an earlier attempt of the job left.
 pub(super) fn open(open: &TargetOpen, settings: &AgentSettings) -> Result<Vec<(Target, Have)>, Refusal> {
     if open.disks.is_empty() || open.disks.len() > DISKS_MAX {
-        let text = format!("a VM with {} disks cannot be written; 1 to {DISKS_MAX} can", open.disks.len());
+        let text = format!(
+            "a VM with {} disks cannot be written; 1 to {DISKS_MAX} can",
+            open.disks.len()
+        );
         return Err(Refusal::new(RefusalKind::Refused, text));
     }
     let disks = (0..).map(DiskIndex).zip(&open.disks);
-    disks.map(|(index, disk)| open_disk(open.job, index, disk, settings)).collect()
+    disks
+        .map(|(index, disk)| open_disk(open.job, index, disk, settings))
+        .collect()
 }
 
-fn open_disk(job: JobId, index: DiskIndex, disk: &TargetDisk, settings: &AgentSettings) -> Result<(Target, Have), Refusal> {
+fn open_disk(
+    job: JobId,
+    index: DiskIndex,
+    disk: &TargetDisk,
+    settings: &AgentSettings,
+) -> Result<(Target, Have), Refusal> {
     let options = options(job, index, disk, settings)?;
     let (target, have) = Target::open(&options, disk.size).map_err(|error| outcome::target(&error))?;
     let needed = if disk.preallocate { disk.size } else { disk.needed };
@@ -71,7 +81,12 @@ fn open_disk(job: JobId, index: DiskIndex, disk: &TargetDisk, settings: &AgentSe
     Ok((target, have))
 }
 
-fn options(job: JobId, index: DiskIndex, disk: &TargetDisk, settings: &AgentSettings) -> Result<TargetOptions, Refusal> {
+fn options(
+    job: JobId,
+    index: DiskIndex,
+    disk: &TargetDisk,
+    settings: &AgentSettings,
+) -> Result<TargetOptions, Refusal> {
     let path = outcome::refused(roots::resolve_inside(&settings.paths.write, &disk.path))?;
     let format = match disk.format.as_str() {
         "raw" => TargetFormat::Raw,
@@ -81,7 +96,10 @@ fn options(job: JobId, index: DiskIndex, disk: &TargetDisk, settings: &AgentSett
             return Err(Refusal::new(RefusalKind::Refused, text));
         }
     };
-    let mode = settings.target.mode_bits().map_err(|text| Refusal::new(RefusalKind::Refused, text))?;
+    let mode = settings
+        .target
+        .mode_bits()
+        .map_err(|text| Refusal::new(RefusalKind::Refused, text))?;
     Ok(TargetOptions {
         path,
         format,
@@ -114,7 +132,10 @@ pub(super) fn arrival(job: JobId, settings: &AgentSettings) -> Result<Option<Arr
 }
 
 fn unusable(path: &Path, error: &dyn std::fmt::Display) -> Refusal {
-    Refusal::new(RefusalKind::Refused, format!("the record {} cannot be used: {error}", path.display()))
+    Refusal::new(
+        RefusalKind::Refused,
+        format!("the record {} cannot be used: {error}", path.display()),
+    )
 }
 
 fn record_path(job: JobId, settings: &AgentSettings) -> PathBuf {
@@ -130,7 +151,11 @@ pub(super) fn commit(
 ) -> Result<Vec<PathBuf>, Refusal> {
     let paths = targets.iter().map(|target| target.path().to_owned()).collect();
     let digests = digests.iter().map(ToString::to_string).collect();
-    let mut arrival = Arrival { digests, paths, complete: false };
+    let mut arrival = Arrival {
+        digests,
+        paths,
+        complete: false,
+    };
     write_record(job, &arrival, settings)?;
     for target in targets {
         target.promote().map_err(|error| outcome::target(&error))?;
@@ -141,7 +166,11 @@ pub(super) fn commit(
 }
 
 /// Finishes a commit that was cut in the middle.
-pub(super) fn finish_commit(open: &TargetOpen, mut arrival: Arrival, settings: &AgentSettings) -> Result<Vec<PathBuf>, Refusal> {
+pub(super) fn finish_commit(
+    open: &TargetOpen,
+    mut arrival: Arrival,
+    settings: &AgentSettings,
+) -> Result<Vec<PathBuf>, Refusal> {
     if !arrival.complete {
         for (index, disk) in (0..).map(DiskIndex).zip(&open.disks) {
             let options = options(open.job, index, disk, settings)?;
@@ -150,9 +179,16 @@ pub(super) fn finish_commit(open: &TargetOpen, mut arrival: Arrival, settings: &
                     target.promote().map_err(|error| outcome::target(&error))?;
                 }
                 // Promoted before the cut: nothing of it is left under its temporary name, or it had a place of its own.
-                Ok((target, _)) if options.path.exists() => target.discard().map_err(|error| outcome::target(&error))?,
+                Ok((target, _)) if options.path.exists() => {
+                    target.discard().map_err(|error| outcome::target(&error))?
+                }
                 Err(TargetError::AlreadyPromoted { .. } | TargetError::Exists { .. }) => {}
-                Ok(_) => return Err(unusable(&options.path, &"its partial copy vanished during the commit")),
+                Ok(_) => {
+                    return Err(unusable(
+                        &options.path,
+                        &"its partial copy vanished during the commit",
+                    ));
+                }
                 Err(error) => return Err(outcome::target(&error)),
             }
         }
@@ -169,9 +205,18 @@ fn write_record(job: JobId, arrival: &Arrival, settings: &AgentSettings) -> Resu
 }
 
 /// Keeps the VM's definition below the state folder, for the hook and the operator.
-pub(super) fn keep_definition(open: &TargetOpen, settings: &AgentSettings) -> Result<Option<PathBuf>, Refusal> {
-    let Some(definition) = &open.definition else { return Ok(None) };
-    let path = settings.paths.state.join("definitions").join(open.job.to_string());
+pub(super) fn keep_definition(
+    open: &TargetOpen,
+    settings: &AgentSettings,
+) -> Result<Option<PathBuf>, Refusal> {
+    let Some(definition) = &open.definition else {
+        return Ok(None);
+    };
+    let path = settings
+        .paths
+        .state
+        .join("definitions")
+        .join(open.job.to_string());
     write_durably(&path, definition).map_err(|error| unusable(&path, &error))?;
     Ok(Some(path))
 }

@@ -17,6 +17,9 @@ pub(super) async fn on_thread<T: Send + 'static>(
 ) -> Result<T, ThreadFailed> {
     let (done, result) = oneshot::channel();
     let body = move || drop(done.send(work()));
-    std::thread::Builder::new().name(name.to_owned()).spawn(body).map_err(|_| ThreadFailed)?;
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(body)
+        .map_err(|_| ThreadFailed)?;
     result.await.map_err(|_| ThreadFailed)
 }

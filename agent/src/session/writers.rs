@@ -33,7 +33,10 @@ pub(super) struct Written {
 
 impl Written {
     pub(super) fn new(target: Target) -> Self {
-        Self { target, tickets: Mutex::default() }
+        Self {
+            target,
+            tickets: Mutex::default(),
+        }
     }
 }
 
@@ -61,7 +64,12 @@ impl Writers {
         say: mpsc::Sender<FromTarget>,
     ) -> std::io::Result<Self> {
         let (flush_due, due) = crossbeam_channel::bounded(1);
-        let shared = Arc::new(Shared { disks, say, stop: AtomicBool::new(false), flush_due });
+        let shared = Arc::new(Shared {
+            disks,
+            say,
+            stop: AtomicBool::new(false),
+            flush_due,
+        });
         let inbox = Arc::new(Mutex::new(inbox));
         let mut writers = Vec::new();
         for n in 0..limits.write_threads.max(1) {
@@ -73,14 +81,23 @@ impl Writers {
         let flushing = Arc::clone(&shared);
         let flusher = std::thread::Builder::new().name("flush".to_owned());
         let flusher = flusher.spawn(move || flushing.flush_all(&due, flush_time))?;
-        Ok(Self { shared, writers, flusher })
+        Ok(Self {
+            shared,
+            writers,
+            flusher,
+        })
     }
 
     /// Writes what is in the inbox (which must be closed), flushes, and gives the disks back. Blocks. `hurry`: batches that are not
     /// written yet are dropped.
     pub(super) fn stop(self, hurry: bool) -> Result<Vec<Target>, Refusal> {
         self.shared.stop.fetch_or(hurry, Ordering::Relaxed);
-        let died = |_| Refusal::new(RefusalKind::Protocol, "a writer thread died; the agent's log says why");
+        let died = |_| {
+            Refusal::new(
+                RefusalKind::Protocol,
+                "a writer thread died; the agent's log says why",
+            )
+        };
         for writer in self.writers {
             writer.join().map_err(died)?;
         }
@@ -105,7 +122,10 @@ impl Shared {
 
     fn write_all(&self, inbox: &Mutex<mpsc::Receiver<Arrived>>) {
         loop {
-            let next = inbox.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
+            let next = inbox
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .blocking_recv();
             let Some(arrived) = next else { return };
             if self.stopping() {
                 continue;
@@ -123,11 +143,14 @@ impl Shared {
 
     fn write(&self, Arrived { header, data }: &Arrived) -> Result<(), Refusal> {
         let disk = self.disks.get(usize::from(header.disk.0));
-        let disk = disk.ok_or_else(|| Refusal::new(RefusalKind::Protocol, "a batch is for a disk there is not"))?;
+        let disk =
+            disk.ok_or_else(|| Refusal::new(RefusalKind::Protocol, "a batch is for a disk there is not"))?;
         let broken = |error| Refusal::because(RefusalKind::Protocol, &error);
         header.check(disk.target.size()).map_err(broken)?;
         header.verify(data).map_err(broken)?;
-        let Some(applied) = self.apply(disk, header, data)? else { return Ok(()) };
+        let Some(applied) = self.apply(disk, header, data)? else {
+            return Ok(());
+        };
         let mut tickets = disk.tickets.lock().unwrap_or_else(PoisonError::into_inner);
         tickets.insert(applied.ticket, header.sequence);
         if applied.flush_due {
@@ -215,7 +238,10 @@ fn pieces<'a>(header: &BatchHeader, data: &'a [u8]) -> Vec<Piece<'a>> {
         Content::Data => {
             let (bytes, behind) = rest.split_at(piece.extent.len() as usize);
             rest = behind;
-            Piece::Data { offset: piece.extent.offset(), bytes }
+            Piece::Data {
+                offset: piece.extent.offset(),
+                bytes,
+            }
         }
         Content::Hole | Content::Zero | Content::Free => Piece::Zero(piece.extent),
     };

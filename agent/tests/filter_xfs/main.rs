@@ -51,12 +51,18 @@ struct Shown<'a> {
 impl Drop for Shown<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("{}: replay with LONGHAUL_FILTER_SEED={}", self.campaign, self.seed);
+            eprintln!(
+                "{}: replay with LONGHAUL_FILTER_SEED={}",
+                self.campaign, self.seed
+            );
         }
     }
 }
 
 fn number(variable: &str) -> Option<u64> {
     let text = env::var(variable).ok()?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{variable} must be a number, not {text:?}")))
+    Some(
+        text.parse()
+            .unwrap_or_else(|_| panic!("{variable} must be a number, not {text:?}")),
+    )
 }

@@ -19,10 +19,16 @@ pub(crate) fn scan(volume: &dyn ReadAt) -> Result<(FsSummary, FreeSet), Unproven
     let fs = xfs::probe(volume)?.expect("the volume carries the signature of XFS");
     let mut free = Vec::new();
     let summary = fs.scan(volume, &mut |extent: Extent| {
-        assert!(!extent.is_empty() && extent.end() <= fs.size(), "{extent:?} leaves the volume");
+        assert!(
+            !extent.is_empty() && extent.end() <= fs.size(),
+            "{extent:?} leaves the volume"
+        );
         free.push((extent.offset(), extent.end()));
     })?;
-    assert_eq!(summary.free, free.iter().map(|(start, end)| end - start).sum::<u64>());
+    assert_eq!(
+        summary.free,
+        free.iter().map(|(start, end)| end - start).sum::<u64>()
+    );
     assert_eq!((summary.size, summary.kind), (fs.size(), "xfs"));
     Ok((summary, merged(free)))
 }
@@ -109,7 +115,8 @@ impl<'a> Patched<'a> {
 
     pub(crate) fn get<const N: usize>(&self, offset: u64) -> [u8; N] {
         let mut bytes = [0; N];
-        self.read_exact_at(&mut bytes, offset).expect("a place inside the volume");
+        self.read_exact_at(&mut bytes, offset)
+            .expect("a place inside the volume");
         bytes
     }
 
@@ -117,7 +124,8 @@ impl<'a> Patched<'a> {
     pub(crate) fn seal(&mut self, offset: u64, len: usize, crc: u64) {
         self.put(offset + crc, &[0; 4]);
         let mut bytes = vec![0; len];
-        self.read_exact_at(&mut bytes, offset).expect("a place inside the volume");
+        self.read_exact_at(&mut bytes, offset)
+            .expect("a place inside the volume");
         self.put(offset + crc, &crc32c::crc32c(&bytes).to_le_bytes());
     }
 }
@@ -128,7 +136,9 @@ impl ReadAt for Patched<'_> {
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        let end = offset.checked_add(buf.len() as u64).ok_or(io::ErrorKind::UnexpectedEof)?;
+        let end = offset
+            .checked_add(buf.len() as u64)
+            .ok_or(io::ErrorKind::UnexpectedEof)?;
         if end > self.size {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }

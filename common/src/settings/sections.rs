@@ -72,7 +72,10 @@ impl Default for LinkSection {
 impl LinkSection {
     /// As the link wants it, for each of the connections.
     pub fn settings(&self) -> LinkSettings {
-        let dead_after = self.dead_after.0.clamp(Duration::from_secs(2), Duration::from_secs(3600));
+        let dead_after = self
+            .dead_after
+            .0
+            .clamp(Duration::from_secs(2), Duration::from_secs(3600));
         LinkSettings {
             rate: self.rate.map(|rate| rate.0),
             rtt: self.rtt.map(|rtt| rtt.0),

@@ -80,6 +80,11 @@ impl Target {
         self.size
     }
 
+    /// Where the copy will be once it is promoted.
+    pub fn path(&self) -> &Path {
+        &self.options.path
+    }
+
     /// What the operator should know, one sentence each.
     pub fn notes(&self) -> &[String] {
         &self.notes

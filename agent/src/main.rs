@@ -84,23 +84,9 @@ async fn serve(
     let agent = Agent::new(settings, tls);
     tokio::select! {
         () = Arc::clone(&agent).run() => Ok(()),
-        signal = stop_signal() => {
+        signal = telemetry::stop_signal() => {
             tracing::info!("the agent stops: {signal}");
             Ok(())
         }
-    }
-}
-
-/// Waits for the signal that asks a program to end.
-async fn stop_signal() -> &'static str {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut terminate), Ok(mut interrupt)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => "SIGTERM",
-        _ = interrupt.recv() => "SIGINT",
     }
 }

@@ -153,3 +153,17 @@ async fn answer(mut stream: TcpStream, metrics: &MetricsText) -> std::io::Result
     stream.write_all(body.as_bytes()).await?;
     stream.shutdown().await
 }
+
+/// Waits for the signal that asks a program to end.
+pub async fn stop_signal() -> &'static str {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut terminate), Ok(mut interrupt)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    }
+}

@@ -1,2 +1,113 @@
-//! stub
-fn main() {}
+//! The gateway program: reads its config, checks everything that can be checked before the first connection, then serves.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+use longhaul_common::link::{Reloader, Role, TlsState};
+use longhaul_common::wire::session::chain;
+use longhaul_common::{settings, telemetry};
+use longhaul_gateway::agents::{self, Agents};
+use longhaul_gateway::api::{self, Api};
+use longhaul_gateway::job::table::Jobs;
+use longhaul_gateway::receive::Receiving;
+use longhaul_gateway::reduction::workers::Workers;
+use longhaul_gateway::send::ingest::Ingest;
+use longhaul_gateway::send::transmit::Peer;
+use longhaul_gateway::settings::GatewaySettings;
+use longhaul_gateway::store::Store;
+
+/// Longhaul's gateway: one or more per site.
+#[derive(Parser)]
+#[command(version, about)]
+struct Arguments {
+    /// Config file.
+    #[arg(long, default_value = "/etc/longhaul/gateway.toml")]
+    config: PathBuf,
+    /// Check the config and leave.
+    #[arg(long)]
+    check: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(sentence) => {
+            eprintln!("longhaul-gateway: {sentence}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<(), String> {
+    let settings: GatewaySettings = settings::load(&arguments.config).map_err(|error| chain(&error))?;
+    settings
+        .check()
+        .map_err(|text| format!("{}: {text}", arguments.config.display()))?;
+    let tls = TlsState::load(settings.identity.credentials(), Some(Role::Gateway))
+        .map_err(|error| chain(&error))?;
+    if arguments.check {
+        println!("{} is good", arguments.config.display());
+        return Ok(());
+    }
+    telemetry::start_logs(&settings.log).map_err(|error| chain(&error))?;
+    let metrics = telemetry::start_metrics().map_err(|error| chain(&error))?;
+    std::fs::create_dir_all(&settings.state)
+        .map_err(|error| format!("cannot make {}: {error}", settings.state.display()))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build();
+    runtime
+        .map_err(|error| format!("cannot start: {error}"))?
+        .block_on(serve(settings, tls, metrics))
+}
+
+async fn serve(
+    settings: GatewaySettings,
+    tls: Arc<TlsState>,
+    metrics: telemetry::MetricsText,
+) -> Result<(), String> {
+    for warning in tls.warnings() {
+        tracing::warn!("{warning}");
+    }
+    tracing::info!(identity = %tls.identity(), "the gateway starts");
+    let _watch = Reloader::watch(&tls);
+    let store = Store::open(&settings.state.join("journal.sqlite")).map_err(|error| chain(&error))?;
+    let threads = match settings.limits.workers {
+        0 => std::thread::available_parallelism().map_or(2, usize::from),
+        threads => threads,
+    };
+    let workers = Workers::start(threads).map_err(|error| format!("cannot start threads: {error}"))?;
+    let agents = Arc::new(Agents::default());
+    let ingest = Arc::new(Ingest::new(workers.clone(), settings.limits.send_memory.0));
+    agents::listen(&settings.agents, &tls, Arc::clone(&agents), Arc::clone(&ingest))
+        .map_err(|error| chain(&error))?;
+    let receiving = Receiving::new(Arc::clone(&agents), workers, settings.limits.receive_memory.0);
+    receiving
+        .listen(&settings.peers, &tls)
+        .map_err(|error| chain(&error))?;
+    let peers = settings
+        .peer
+        .iter()
+        .map(|peer| Peer::start(peer.clone(), Arc::clone(&tls)))
+        .collect();
+    let jobs = Jobs::new(agents, ingest, peers, store, settings.limits.jobs);
+    let api = Api {
+        jobs: Arc::clone(&jobs),
+        metrics,
+        identity: tls.identity().to_string(),
+    };
+    api::serve(&settings.api, &tls, api)
+        .await
+        .map_err(|error| chain(&error))?;
+    let resumed = jobs.resume_unfinished().await.map_err(|error| chain(&error))?;
+    if resumed > 0 {
+        tracing::info!(resumed, "unfinished jobs go on");
+    }
+    let signal = telemetry::stop_signal().await;
+    tracing::info!("the gateway stops: {signal}");
+    Ok(())
+}

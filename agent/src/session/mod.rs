@@ -87,7 +87,8 @@ impl Agent {
             tokio::time::sleep(FORGOTTEN_CHECK).await;
             let agent = Arc::clone(&self);
             // Closing may wait for a helper program to end: not on the runtime.
-            let _ = threads::on_thread("close", move || agent.sources.expire(std::time::Instant::now())).await;
+            let _ =
+                threads::on_thread("close", move || agent.sources.expire(std::time::Instant::now())).await;
         }
     }
 

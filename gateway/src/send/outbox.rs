@@ -5,9 +5,11 @@
 //! accepted it and is sent again when its connection dies; nothing is sent for a job that was closed.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use longhaul_common::ids::{Attempt, JobId, Sequence};
+use tokio::sync::OwnedSemaphorePermit;
 
 /// Priority classes, highest first. Control messages have streams of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -29,8 +31,12 @@ pub struct Ready {
     pub flow: Flow,
     pub sequence: Sequence,
     pub lane: Lane,
+    /// Raw data it stands for, in bytes.
+    pub raw: u64,
     /// Bytes to be written, in order.
     pub parts: [Bytes; 2],
+    /// Memory that is given back when the last copy of this is dropped.
+    pub hold: Option<Arc<OwnedSemaphorePermit>>,
 }
 
 impl Ready {
@@ -58,6 +64,14 @@ pub struct Outbox {
     lanes: BTreeMap<Lane, BTreeMap<Flow, FlowQueue>>,
     in_flight: HashMap<(Flow, Sequence), (ConnectionId, Ready)>,
     on_connection: HashMap<ConnectionId, u64>,
+    again: HashMap<Flow, SentAgain>,
+}
+
+/// What had to be sent a second time because its connection died, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SentAgain {
+    pub raw: u64,
+    pub wan: u64,
 }
 
 impl Outbox {
@@ -135,6 +149,9 @@ impl Outbox {
         again.sort_by_key(|ready| std::cmp::Reverse(ready.sequence));
         let bytes = again.iter().map(Ready::len).sum();
         for ready in again {
+            let counted = self.again.entry(ready.flow).or_default();
+            counted.raw += ready.raw;
+            counted.wan += ready.len();
             let lane = self.lanes.entry(ready.lane).or_default();
             lane.entry(ready.flow).or_default().waiting.push_front(ready);
         }
@@ -146,6 +163,7 @@ impl Outbox {
         for lane in self.lanes.values_mut() {
             lane.remove(&flow);
         }
+        self.again.remove(&flow);
         let gone: Vec<_> = self
             .in_flight
             .keys()
@@ -155,6 +173,11 @@ impl Outbox {
         for (flow, sequence) in gone {
             self.accepted(flow, sequence);
         }
+    }
+
+    /// What of an open flow was sent a second time.
+    pub fn sent_again(&self, flow: Flow) -> SentAgain {
+        self.again.get(&flow).copied().unwrap_or_default()
     }
 
     /// Bytes in flight on all connections.

@@ -1,0 +1,235 @@
+//! The HTTP API: what the operator program and scripts talk to.
+//!
+//! Owns routes, status codes and the OpenAPI description (`GET /openapi.json`). Leaves every decision to `job`. On the unix socket
+//! whoever may write to it may command; over TCP only operators' certificates may. Promises that every error answer is
+//! `{"error": "a sentence"}`.
+
+mod events;
+mod listen;
+
+use std::sync::Arc;
+
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use longhaul_common::telemetry::MetricsText;
+use longhaul_common::wire::session::chain;
+use serde::{Deserialize, Serialize};
+use utoipa::OpenApi;
+
+use crate::job::driver::Wish;
+use crate::job::plan::{self, Plan};
+use crate::job::spec::JobSpec;
+use crate::job::table::{JobError, Jobs};
+use crate::store::JobRecord;
+
+pub use events::Event;
+pub use listen::{ApiError, serve};
+
+/// What handlers work with.
+#[derive(Clone)]
+pub struct Api {
+    pub jobs: Arc<Jobs>,
+    pub metrics: MetricsText,
+    pub identity: String,
+}
+
+/// The gateway at one moment.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Status {
+    pub version: String,
+    pub identity: String,
+    /// Agents linked right now.
+    pub agents: Vec<String>,
+    pub peers: Vec<PeerStatus>,
+    /// Jobs that are not at rest, and the newest others.
+    pub jobs: Vec<JobRecord>,
+}
+
+/// The connections to one peer.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct PeerStatus {
+    pub site: String,
+    pub address: String,
+    pub connections: usize,
+    pub rtt_ms: u64,
+    pub sent_bytes: u64,
+    pub lost_packets: u64,
+    pub problem: Option<String>,
+}
+
+/// How many jobs a list holds.
+#[derive(Clone, Copy, Debug, Deserialize, utoipa::IntoParams)]
+pub struct ListQuery {
+    /// At most 1000; 20 without it.
+    pub limit: Option<u32>,
+}
+
+/// Every error answer.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Problem {
+    /// A sentence with cause and remedy.
+    pub error: String,
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Longhaul gateway",
+        description = "Jobs of one site gateway",
+        license(name = "MIT OR Apache-2.0")
+    ),
+    paths(status, submit, list, find, pause, resume, cancel, make_plan, events::events)
+)]
+struct Description;
+
+/// The OpenAPI description, as JSON.
+pub fn description() -> String {
+    Description::openapi().to_pretty_json().unwrap_or_default()
+}
+
+/// All routes.
+pub fn router(api: Api) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/jobs", post(submit).get(list))
+        .route("/v1/jobs/{id}", get(find))
+        .route("/v1/jobs/{id}/events", get(events::events))
+        .route("/v1/jobs/{id}/pause", post(pause))
+        .route("/v1/jobs/{id}/resume", post(resume))
+        .route("/v1/jobs/{id}/cancel", post(cancel))
+        .route("/v1/plan", post(make_plan))
+        .route(
+            "/metrics",
+            get(|State(api): State<Api>| async move { api.metrics.render() }),
+        )
+        .route(
+            "/openapi.json",
+            get(|| async { ([("content-type", "application/json")], description()) }),
+        )
+        .fallback(|| async {
+            problem(
+                StatusCode::NOT_FOUND,
+                "there is nothing here; see /openapi.json".to_owned(),
+            )
+        })
+        .layer(axum::extract::DefaultBodyLimit::max(1 << 20))
+        .with_state(api)
+}
+
+fn problem(status: StatusCode, error: String) -> Response {
+    (status, Json(Problem { error })).into_response()
+}
+
+impl IntoResponse for JobError {
+    fn into_response(self) -> Response {
+        let status = match &self {
+            Self::Spec(_) | Self::NoSuchPeer { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::NoSuchJob(_) => StatusCode::NOT_FOUND,
+            Self::Ambiguous(_) | Self::WrongState { .. } => StatusCode::CONFLICT,
+            Self::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        problem(status, chain(&self))
+    }
+}
+
+/// A body that is no job, said in words.
+fn read_spec(body: &[u8]) -> Result<JobSpec, Box<Response>> {
+    serde_json::from_slice(body).map_err(|error| {
+        Box::new(problem(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            format!("the body is not a job: {error}"),
+        ))
+    })
+}
+
+/// The gateway, its agents, peers and jobs.
+#[utoipa::path(get, path = "/v1/status", responses((status = 200, body = Status)))]
+async fn status(State(api): State<Api>) -> Result<Json<Status>, JobError> {
+    let peer = |peer: &Arc<crate::send::transmit::Peer>| {
+        let stats = peer.stats();
+        PeerStatus {
+            site: peer.settings.site.clone(),
+            address: peer.settings.address.clone(),
+            connections: stats.connections,
+            rtt_ms: stats.rtt_ms,
+            sent_bytes: stats.sent_bytes,
+            lost_packets: stats.lost_packets,
+            problem: stats.problem,
+        }
+    };
+    Ok(Json(Status {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        identity: api.identity.clone(),
+        agents: api.jobs.agents().names(),
+        peers: api.jobs.peers().iter().map(peer).collect(),
+        jobs: api.jobs.newest(20).await?,
+    }))
+}
+
+/// Takes a job and starts it.
+#[utoipa::path(post, path = "/v1/jobs", request_body = JobSpec,
+    responses((status = 201, body = JobRecord), (status = 422, body = Problem)))]
+async fn submit(State(api): State<Api>, body: axum::body::Bytes) -> Response {
+    let spec = match read_spec(&body) {
+        Ok(spec) => spec,
+        Err(refused) => return *refused,
+    };
+    match api.jobs.submit(spec).await {
+        Ok(record) => (StatusCode::CREATED, Json(record)).into_response(),
+        Err(error) => error.into_response(),
+    }
+}
+
+/// The newest jobs, newest first.
+#[utoipa::path(get, path = "/v1/jobs", params(ListQuery), responses((status = 200, body = Vec<JobRecord>)))]
+async fn list(
+    State(api): State<Api>,
+    Query(query): Query<ListQuery>,
+) -> Result<Json<Vec<JobRecord>>, JobError> {
+    Ok(Json(api.jobs.newest(query.limit.unwrap_or(20).min(1000)).await?))
+}
+
+/// One job, by its number or the start of it.
+#[utoipa::path(get, path = "/v1/jobs/{id}", responses((status = 200, body = JobRecord), (status = 404, body = Problem)))]
+async fn find(State(api): State<Api>, Path(id): Path<String>) -> Result<Json<JobRecord>, JobError> {
+    Ok(Json(api.jobs.find(&id).await?))
+}
+
+/// Ends the attempt; what is durable stays.
+#[utoipa::path(post, path = "/v1/jobs/{id}/pause", responses((status = 200, body = JobRecord), (status = 409, body = Problem)))]
+async fn pause(State(api): State<Api>, Path(id): Path<String>) -> Result<Json<JobRecord>, JobError> {
+    Ok(Json(api.jobs.wish(&id, Wish::Pause).await?))
+}
+
+/// Goes on with a paused or failed job.
+#[utoipa::path(post, path = "/v1/jobs/{id}/resume", responses((status = 200, body = JobRecord), (status = 409, body = Problem)))]
+async fn resume(State(api): State<Api>, Path(id): Path<String>) -> Result<Json<JobRecord>, JobError> {
+    Ok(Json(api.jobs.wish(&id, Wish::Run).await?))
+}
+
+/// Ends the job and removes its partial copy.
+#[utoipa::path(post, path = "/v1/jobs/{id}/cancel", responses((status = 200, body = JobRecord), (status = 409, body = Problem)))]
+async fn cancel(State(api): State<Api>, Path(id): Path<String>) -> Result<Json<JobRecord>, JobError> {
+    Ok(Json(api.jobs.wish(&id, Wish::Cancel).await?))
+}
+
+/// Asks both sides what a run would do; touches nothing.
+#[utoipa::path(post, path = "/v1/plan", request_body = JobSpec,
+    responses((status = 200, body = Plan), (status = 422, body = Problem)))]
+async fn make_plan(State(api): State<Api>, body: axum::body::Bytes) -> Response {
+    let spec = match read_spec(&body) {
+        Ok(spec) => spec,
+        Err(refused) => return *refused,
+    };
+    let context = spec
+        .check()
+        .map_err(JobError::from)
+        .and_then(|()| api.jobs.context(&spec));
+    match context {
+        Ok(context) => Json(plan::plan(&context, &spec).await).into_response(),
+        Err(error) => error.into_response(),
+    }
+}

@@ -1,0 +1,430 @@
+//! One attempt of a job: both agents connected, the disks moved, proved equal, committed.
+//!
+//! Owns the order of the steps and the dialogue with both agents (drawn in `longhaul_common::wire`). Leaves trying again, pausing and
+//! the journal to `driver`. Promises that a commit is asked for only when the digests of all disks are equal and the source said
+//! that nothing changed, and that the wish to commit is journaled before it is said.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use longhaul_common::digest::Digest;
+use longhaul_common::ids::{Attempt, DiskIndex, JobId};
+use longhaul_common::link::{Link, RecvStream, SendStream};
+use longhaul_common::wire::frame;
+use longhaul_common::wire::session::{
+    AgentTask, DiskCounts, FromSource, FromTarget, OpenedDisk, PeerTask, Refusal, RefusalKind, TargetDisk,
+    TargetOpen, ToSource, ToTarget,
+};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use super::board::Board;
+use super::ledger::Ledger;
+use super::progress::Phase;
+use super::spec::JobSpec;
+use crate::agents::Agents;
+use crate::send::ingest::{Ingest, Outflow};
+use crate::send::transmit::Peer;
+
+/// Messages from an agent that may wait.
+const QUEUE: usize = 64;
+
+/// What an attempt works with.
+pub struct Context {
+    pub agents: Arc<Agents>,
+    pub ingest: Arc<Ingest>,
+    pub peer: Arc<Peer>,
+}
+
+/// What a source agent told of the disks; enough for a plan.
+pub struct Source {
+    pub disks: Vec<OpenedDisk>,
+    pub definition: Option<Vec<u8>>,
+    send: SendStream,
+    heard: Hearing<FromSource>,
+    link: Link,
+}
+
+/// What a target told while it opened.
+pub struct Target {
+    pub notes: Vec<String>,
+    send: SendStream,
+    heard: Hearing<FromTarget>,
+    link: Link,
+    /// It said that everything has arrived already.
+    pub arrived: Option<Option<String>>,
+}
+
+/// A disk as both sides state it in the end.
+#[derive(Clone, Debug)]
+pub struct Proof {
+    pub source: Digest,
+    pub target: Digest,
+    pub counts: DiskCounts,
+    pub verify_ms: u64,
+    pub flush_ms: u64,
+}
+
+/// Messages of one stream, read by a task of their own: reading a frame must not be interrupted.
+struct Hearing<T> {
+    messages: mpsc::Receiver<Result<T, Refusal>>,
+    task: JoinHandle<()>,
+}
+
+impl<T> Drop for Hearing<T> {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl<T: serde::de::DeserializeOwned + Send + 'static> Hearing<T> {
+    fn start(mut recv: RecvStream, link: Link, who: &'static str) -> Self {
+        let (hear, messages) = mpsc::channel(QUEUE);
+        let task = tokio::spawn(async move {
+            loop {
+                let lost = |why: String| Refusal::new(RefusalKind::Lost, format!("{who} was lost: {why}"));
+                let message = match frame::read(&mut recv).await {
+                    Ok(Some(message)) => Ok(message),
+                    Ok(None) => Err(lost("it ended the job's stream".to_owned())),
+                    Err(error) => Err(lost(
+                        link.reason_or(&longhaul_common::wire::session::chain(&error)),
+                    )),
+                };
+                let last = message.is_err();
+                if hear.send(message).await.is_err() || last {
+                    return;
+                }
+            }
+        });
+        Self { messages, task }
+    }
+
+    async fn next(&mut self) -> Result<T, Refusal> {
+        let ended = || Refusal::new(RefusalKind::Lost, "the job's stream ended");
+        self.messages.recv().await.ok_or_else(ended)?
+    }
+}
+
+fn out_of_turn(who: &str, message: &impl std::fmt::Debug) -> Refusal {
+    let mut said = format!("{message:?}");
+    said.truncate(said.floor_char_boundary(80));
+    Refusal::new(RefusalKind::Protocol, format!("{who} spoke out of turn: {said}"))
+}
+
+impl Source {
+    /// Has the source agent open and scan the disks.
+    pub async fn open(
+        context: &Context,
+        spec: &JobSpec,
+        job: JobId,
+        attempt: Attempt,
+    ) -> Result<Self, Refusal> {
+        let link = context.agents.link(&spec.source.agent)?;
+        let lost = |error: &dyn std::fmt::Display| {
+            Refusal::new(
+                RefusalKind::Lost,
+                format!("the source agent was lost: {}", link.reason_or(error)),
+            )
+        };
+        let (mut send, recv) = link.open_bi().await.map_err(|error| lost(&error))?;
+        let task = AgentTask::Source(spec.source_open(job, attempt));
+        frame::write(&mut send, &task)
+            .await
+            .map_err(|error| lost(&error))?;
+        let mut heard = Hearing::start(recv, link.clone(), "the source agent");
+        match heard.next().await? {
+            FromSource::Opened { disks, definition } if disks.len() == spec.disk.len() => Ok(Self {
+                disks,
+                definition,
+                send,
+                heard,
+                link,
+            }),
+            FromSource::Failed(refusal) => Err(refusal),
+            other => Err(out_of_turn("the source agent", &other)),
+        }
+    }
+
+    /// Each disk's size, and the bytes its content takes at most.
+    pub fn sizes(&self) -> Vec<(u64, u64)> {
+        self.disks.iter().map(|disk| (disk.size, disk.used)).collect()
+    }
+
+    async fn tell(&mut self, message: &ToSource) -> Result<(), Refusal> {
+        let lost = |error: frame::FrameError| Refusal::new(RefusalKind::Lost, self.link.reason_or(&error));
+        frame::write(&mut self.send, message).await.map_err(lost)
+    }
+}
+
+impl Target {
+    /// Has the target agent open the disks. With a source it is told on the way what is there already.
+    pub async fn open(
+        context: &Context,
+        spec: &JobSpec,
+        open: TargetOpen,
+        mut source: Option<&mut Source>,
+    ) -> Result<Self, Refusal> {
+        let (link, mut send, recv) = context.peer.control().await?;
+        let task = PeerTask::Target {
+            agent: spec.target.agent.clone(),
+            open,
+        };
+        let lost = |error: frame::FrameError| Refusal::because(RefusalKind::Lost, &error);
+        frame::write(&mut send, &task).await.map_err(lost)?;
+        let heard = Hearing::start(recv, link.clone(), "the target site");
+        let mut target = Self {
+            notes: Vec::new(),
+            send,
+            heard,
+            link,
+            arrived: None,
+        };
+        match target.heard.next().await? {
+            FromTarget::Opened { notes } => target.notes = notes,
+            FromTarget::Committed { hook, .. } => {
+                target.arrived = Some(hook);
+                return Ok(target);
+            }
+            FromTarget::Failed(refusal) => return Err(refusal),
+            other => return Err(out_of_turn("the target agent", &other)),
+        }
+        let Some(source) = source.as_deref_mut() else {
+            return Ok(target);
+        };
+        loop {
+            match target.heard.next().await? {
+                FromTarget::Have(have) => source.tell(&ToSource::Have(have)).await?,
+                FromTarget::Ready => return Ok(target),
+                FromTarget::Failed(refusal) => return Err(refusal),
+                other => return Err(out_of_turn("the target agent", &other)),
+            }
+        }
+    }
+
+    async fn tell(&mut self, message: &ToTarget) -> Result<(), Refusal> {
+        let lost = |error: frame::FrameError| Refusal::new(RefusalKind::Lost, self.link.reason_or(&error));
+        frame::write(&mut self.send, message).await.map_err(lost)
+    }
+
+    /// Has the partial copies removed.
+    pub async fn abort(mut self, why: &Refusal) -> Result<(), Refusal> {
+        self.tell(&ToTarget::Abort(why.clone())).await?;
+        loop {
+            match self.heard.next().await? {
+                FromTarget::Aborted => return Ok(()),
+                FromTarget::Failed(refusal) => return Err(refusal),
+                // What was on its way when the abort was said.
+                _ => {}
+            }
+        }
+    }
+}
+
+/// What the target agent is asked for; `sizes` gives each disk's size and the bytes its content takes at most.
+pub fn target_open(
+    spec: &JobSpec,
+    job: JobId,
+    attempt: Attempt,
+    sizes: &[(u64, u64)],
+    definition: Option<Vec<u8>>,
+) -> TargetOpen {
+    let disk = |(disk, (size, needed)): (&super::spec::DiskSection, &(u64, u64))| TargetDisk {
+        path: disk.target.clone(),
+        format: disk.target_format.clone(),
+        size: *size,
+        needed: *needed,
+        preallocate: spec.target.preallocate,
+        overwrite: spec.target.overwrite,
+    };
+    let disks = spec.disk.iter().zip(sizes).map(disk).collect();
+    TargetOpen {
+        job,
+        attempt,
+        name: spec.name.clone(),
+        disks,
+        definition,
+        dry_run: false,
+    }
+}
+
+/// The transfer itself, from the first credit to the commit.
+pub struct Transfer<'a> {
+    pub context: &'a Context,
+    pub board: &'a Board,
+    pub source: Source,
+    pub target: Target,
+    pub outflow: Arc<Outflow>,
+    done: Vec<Option<(Digest, DiskCounts)>>,
+}
+
+impl<'a> Transfer<'a> {
+    /// With both sides open.
+    pub fn new(
+        context: &'a Context,
+        board: &'a Board,
+        source: Source,
+        target: Target,
+        flow: (JobId, Attempt),
+        ledger: Ledger,
+    ) -> Self {
+        let outflow = Arc::new(Outflow::new(flow, Arc::clone(&context.peer), ledger));
+        let done = vec![None; source.disks.len()];
+        Self {
+            context,
+            board,
+            source,
+            target,
+            outflow,
+            done,
+        }
+    }
+
+    /// Moves everything and waits until it is durable.
+    pub async fn send_all(&mut self) -> Result<(), Refusal> {
+        self.board.phase(Phase::Transfer);
+        self.context.ingest.open(Arc::clone(&self.outflow));
+        self.source.tell(&ToSource::Start).await?;
+        while !self.is_durable() {
+            tokio::select! {
+                message = self.source.heard.next() => self.on_source(message?)?,
+                message = self.target.heard.next() => self.on_target(message?).await?,
+            }
+            self.board.count(&self.outflow);
+        }
+        Ok(())
+    }
+
+    /// Whether every batch of every disk is durable.
+    fn is_durable(&self) -> bool {
+        let batches = self
+            .done
+            .iter()
+            .map(|disk| disk.as_ref().map(|(_, counts)| counts.batches))
+            .sum::<Option<u64>>();
+        batches.is_some_and(|batches| self.outflow.ledger().durable_batches() >= batches)
+    }
+
+    fn on_source(&mut self, message: FromSource) -> Result<(), Refusal> {
+        match message {
+            FromSource::DiskDone { disk, digest, counts } => {
+                let slot = self.done.get_mut(usize::from(disk.0));
+                let slot = slot.ok_or_else(|| out_of_turn("the source agent", &disk))?;
+                self.board.disk_read(usize::from(disk.0), &counts);
+                *slot = Some((digest, counts));
+                Ok(())
+            }
+            FromSource::Failed(refusal) => Err(refusal),
+            other => Err(out_of_turn("the source agent", &other)),
+        }
+    }
+
+    async fn on_target(&mut self, message: FromTarget) -> Result<(), Refusal> {
+        match message {
+            FromTarget::Credit(bytes) => self.source.tell(&ToSource::Credit(bytes)).await,
+            FromTarget::Accepted(sequences) => {
+                self.context.peer.accepted(self.outflow.flow, sequences.iter());
+                Ok(())
+            }
+            FromTarget::Durable(sequences) => {
+                self.outflow.ledger().durable(&sequences);
+                self.source.tell(&ToSource::Durable(sequences)).await
+            }
+            FromTarget::Waiting(refusal) => {
+                tracing::warn!("the target waits: {refusal}");
+                self.board.waiting(Some(refusal.text));
+                Ok(())
+            }
+            FromTarget::Resumed => {
+                self.board.waiting(None);
+                Ok(())
+            }
+            FromTarget::Failed(refusal) => Err(refusal),
+            other => Err(out_of_turn("the target agent", &other)),
+        }
+    }
+
+    /// Has the target read back what it wrote, and compares. The source says that nothing changed meanwhile.
+    pub async fn prove(&mut self) -> Result<Vec<Proof>, Refusal> {
+        self.board.phase(Phase::Verify);
+        self.context.ingest.close(&self.outflow);
+        self.target.tell(&ToTarget::Verify).await?;
+        let mut proofs = Vec::new();
+        let mut verified = 0;
+        while proofs.len() < self.done.len() {
+            match self.target.heard.next().await? {
+                FromTarget::Verifying { bytes, .. } => self.board.verified(verified + bytes),
+                FromTarget::Verified {
+                    disk,
+                    digest,
+                    verify_ms,
+                    flush_ms,
+                } if usize::from(disk.0) == proofs.len() => {
+                    verified += self.source.disks[proofs.len()].size;
+                    self.board.verified(verified);
+                    let stated = self.done[proofs.len()].take();
+                    let (source, counts) = stated.ok_or_else(|| out_of_turn("the target agent", &disk))?;
+                    proofs.push(Proof {
+                        source,
+                        target: digest,
+                        counts,
+                        verify_ms,
+                        flush_ms,
+                    });
+                }
+                FromTarget::Failed(refusal) => return Err(refusal),
+                FromTarget::Credit(_) | FromTarget::Accepted(_) | FromTarget::Durable(_) => {}
+                FromTarget::Waiting(refusal) => self.board.waiting(Some(refusal.text)),
+                FromTarget::Resumed => self.board.waiting(None),
+                other => return Err(out_of_turn("the target agent", &other)),
+            }
+        }
+        self.compare(&proofs)?;
+        self.source.tell(&ToSource::Finish).await?;
+        match self.source.heard.next().await? {
+            FromSource::Finished => Ok(proofs),
+            FromSource::Failed(refusal) => Err(refusal),
+            other => Err(out_of_turn("the source agent", &other)),
+        }
+    }
+
+    fn compare(&self, proofs: &[Proof]) -> Result<(), Refusal> {
+        let differing = (0..)
+            .map(DiskIndex)
+            .zip(proofs)
+            .find(|(_, proof)| proof.source != proof.target);
+        let Some((disk, proof)) = differing else {
+            return Ok(());
+        };
+        let text = format!(
+            "disk {disk} differs: the source states {}, the target reads back {}; check the target's storage, then resume",
+            proof.source, proof.target
+        );
+        Err(Refusal::new(RefusalKind::Mismatch, text))
+    }
+
+    /// Has the target promote its copies. Gives why the hook failed, if it did.
+    pub async fn commit(&mut self, proofs: &[Proof]) -> Result<Option<String>, Refusal> {
+        self.board.phase(Phase::Commit);
+        let digests = proofs.iter().map(|proof| proof.target).collect();
+        self.target.tell(&ToTarget::Commit { digests }).await?;
+        loop {
+            match self.target.heard.next().await? {
+                FromTarget::Committed { hook, .. } => return Ok(hook),
+                FromTarget::Failed(refusal) => return Err(refusal),
+                FromTarget::Credit(_) | FromTarget::Accepted(_) | FromTarget::Durable(_) => {}
+                other => return Err(out_of_turn("the target agent", &other)),
+            }
+        }
+    }
+}
+
+impl Drop for Transfer<'_> {
+    fn drop(&mut self) {
+        self.context.ingest.close(&self.outflow);
+    }
+}
+
+/// When a step began; gives its length in milliseconds.
+pub fn elapsed_ms(since: Instant) -> u64 {
+    since.elapsed().as_millis() as u64
+}

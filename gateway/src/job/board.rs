@@ -1,0 +1,131 @@
+//! What everybody may know of a running job: written by its attempt, read by the API.
+//!
+//! Owns the current [`Progress`] and wakes those who watch it. Leaves sums to `ledger` and rates to `progress`.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use longhaul_common::wire::session::{DiskCounts, OpenedDisk};
+
+use super::progress::{JobState, Pace, Phase, Progress};
+use crate::send::ingest::Outflow;
+
+#[derive(Default)]
+struct Inner {
+    state: JobState,
+    progress: Progress,
+    pace: Pace,
+    /// Of each disk, what this attempt kept and found to be zeros, once it was read.
+    kept: Vec<u64>,
+}
+
+/// A job's notice board.
+#[derive(Default)]
+pub struct Board {
+    inner: Mutex<Inner>,
+}
+
+impl Board {
+    /// As the journal left it.
+    pub fn new(state: JobState, progress: Progress) -> Self {
+        let inner = Inner {
+            state,
+            progress,
+            ..Inner::default()
+        };
+        Self {
+            inner: Mutex::new(inner),
+        }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the job is doing.
+    pub fn read(&self) -> (JobState, Progress) {
+        let inner = self.inner();
+        (inner.state, inner.progress.clone())
+    }
+
+    /// The job does something else now, for this reason.
+    pub fn state(&self, state: JobState, message: Option<String>) {
+        let mut inner = self.inner();
+        inner.state = state;
+        inner.progress.message = message;
+        if state != JobState::Running {
+            (inner.progress.wan_bit_per_s, inner.progress.done_bit_per_s) = (0, 0);
+            inner.progress.eta_seconds = None;
+            inner.pace = Pace::default();
+        }
+    }
+
+    /// A new attempt begins.
+    pub fn attempt(&self, attempt: u32) {
+        let mut inner = self.inner();
+        inner.state = JobState::Running;
+        inner.progress.attempt = attempt;
+        inner.progress.phase = Phase::Connect;
+        inner.progress.message = None;
+        inner.pace = Pace::default();
+    }
+
+    /// The attempt enters a phase.
+    pub fn phase(&self, phase: Phase) {
+        self.inner().progress.phase = phase;
+    }
+
+    /// The disks are scanned.
+    pub fn opened(&self, disks: &[OpenedDisk]) {
+        let mut inner = self.inner();
+        inner.kept = vec![0; disks.len()];
+        let progress = &mut inner.progress;
+        progress.raw_bytes = disks.iter().map(|disk| disk.size).sum();
+        progress.used_bytes = disks.iter().map(|disk| disk.used).sum();
+        progress.skipped_free_bytes = disks.iter().map(|disk| disk.free).sum();
+        progress.hole_bytes = disks
+            .iter()
+            .map(|disk| disk.size.saturating_sub(disk.allocated))
+            .sum();
+        progress.done_bytes = 0;
+        progress.verified_bytes = 0;
+    }
+
+    /// A disk was read to its end.
+    pub fn disk_read(&self, disk: usize, counts: &DiskCounts) {
+        let mut inner = self.inner();
+        if let Some(kept) = inner.kept.get_mut(disk) {
+            *kept = counts.kept;
+        }
+    }
+
+    /// The sums have changed.
+    pub fn count(&self, outflow: &Outflow) {
+        let sums = outflow.sums();
+        let mut inner = self.inner();
+        let Inner {
+            progress, pace, kept, ..
+        } = &mut *inner;
+        progress.done_bytes = (sums.durable + kept.iter().sum::<u64>()).min(progress.used_bytes);
+        progress.zero_bytes = sums.zero;
+        progress.sent_raw_bytes = sums.sent;
+        progress.wan_bytes = sums.wan;
+        progress.resent_bytes = sums.resent;
+        pace.update(Instant::now(), progress);
+    }
+
+    /// So much was read back at the target.
+    pub fn verified(&self, bytes: u64) {
+        self.inner().progress.verified_bytes = bytes;
+    }
+
+    /// The target waits for something, or goes on.
+    pub fn waiting(&self, reason: Option<String>) {
+        let state = if reason.is_some() {
+            JobState::Waiting
+        } else {
+            JobState::Running
+        };
+        self.state(state, reason);
+    }
+}

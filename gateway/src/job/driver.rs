@@ -1,0 +1,411 @@
+//! A job from its first attempt to its end.
+//!
+//! Owns trying again, pausing, cancelling, and what the journal says at each step. One task for each job. Leaves one attempt to
+//! `attempt`. Promises that a job that is not at rest goes on by itself after any crash, that its attempts count up over restarts, and
+//! that a commit which may have happened is never undone.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use longhaul_common::digest::Digest;
+use longhaul_common::ids::{Attempt, JobId};
+use longhaul_common::wire::session::{Refusal, RefusalKind};
+use tokio::sync::watch;
+
+use super::attempt::{Context, Proof, Source, Target, Transfer, elapsed_ms, target_open};
+use super::board::Board;
+use super::ledger::Ledger;
+use super::progress::{JobState, Phase};
+use super::report::{DiskReport, Report, joint_digest};
+use crate::store::{JobRecord, Store};
+
+/// Waits between two attempts.
+const BACKOFF: [u64; 6] = [200, 500, 1000, 2000, 4000, 8000];
+/// An attempt that lasted so long starts the waits anew.
+const GOOD_ATTEMPT: Duration = Duration::from_secs(20);
+/// How long an abort may take before the target's partial copy is left to itself.
+const ABORT_TIME: Duration = Duration::from_secs(30);
+/// Between two saves of progress while an attempt runs.
+const SAVE_EVERY: Duration = Duration::from_secs(5);
+
+/// What the operator wants of a job.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Wish {
+    #[default]
+    Run,
+    Pause,
+    Cancel,
+}
+
+/// How an attempt ended.
+enum Ended {
+    Arrived,
+    Interrupted,
+    Refused(Refusal),
+}
+
+/// One job and all it needs.
+pub struct Driver {
+    pub record: JobRecord,
+    pub job: JobId,
+    pub context: Context,
+    pub store: Store,
+    pub board: Arc<Board>,
+    pub wish: watch::Receiver<Wish>,
+    ledger: Ledger,
+    /// Times of the last attempt's stages.
+    stages: Vec<(&'static str, u64)>,
+}
+
+impl Driver {
+    /// For a job as the journal has it.
+    pub fn new(
+        record: JobRecord,
+        job: JobId,
+        context: Context,
+        store: Store,
+        board: Arc<Board>,
+        wish: watch::Receiver<Wish>,
+    ) -> Self {
+        let ledger = Ledger::new(record.spec.disk.len());
+        Self {
+            record,
+            job,
+            context,
+            store,
+            board,
+            wish,
+            ledger,
+            stages: Vec::new(),
+        }
+    }
+
+    /// Runs the job until it is completed, cancelled, paused or failed.
+    pub async fn run(mut self) {
+        let mut failures = 0;
+        self.record.started.get_or_insert_with(now);
+        loop {
+            let wish = *self.wish.borrow_and_update();
+            match wish {
+                Wish::Cancel => return self.cancel().await,
+                Wish::Pause => return self.rest(JobState::Paused, None).await,
+                Wish::Run => {}
+            }
+            let began = Instant::now();
+            match self.attempt().await {
+                Ended::Arrived => return,
+                Ended::Interrupted => continue,
+                Ended::Refused(refusal) if refusal.kind.is_transient() => {
+                    failures = if began.elapsed() > GOOD_ATTEMPT {
+                        0
+                    } else {
+                        failures
+                    };
+                    self.rest(JobState::Waiting, Some(refusal.text)).await;
+                    let wait = Duration::from_millis(BACKOFF[failures]);
+                    let _ = tokio::time::timeout(wait, self.wish.changed()).await;
+                    failures = (failures + 1).min(BACKOFF.len() - 1);
+                }
+                Ended::Refused(refusal) => {
+                    self.record.finished = Some(now());
+                    return self.rest(JobState::Failed, Some(refusal.text)).await;
+                }
+            }
+        }
+    }
+
+    /// Says, on the board and in the journal, that nothing moves right now.
+    async fn rest(&mut self, state: JobState, message: Option<String>) {
+        if let Some(message) = &message {
+            tracing::warn!(job = %self.job, ?state, "{message}");
+        } else {
+            tracing::info!(job = %self.job, ?state, "the job rests");
+        }
+        self.board.state(state, message.clone());
+        self.record.message = message;
+        self.save(state).await;
+    }
+
+    async fn save(&mut self, state: JobState) {
+        self.record.state = state;
+        self.record.progress = self.board.read().1;
+        if let Err(error) = self.store.save(&self.record).await {
+            tracing::error!(job = %self.job, "the journal cannot be written: {error}");
+        }
+    }
+
+    async fn attempt(&mut self) -> Ended {
+        let attempt = Attempt(self.record.progress.attempt.saturating_add(1));
+        self.board.attempt(attempt.0);
+        self.save(JobState::Running).await;
+        tracing::info!(job = %self.job, %attempt, "an attempt begins");
+        let mut wish = self.wish.clone();
+        let interrupted = async move {
+            // A sender that is gone means that the program ends; nothing to interrupt then.
+            if wish.wait_for(|wish| *wish != Wish::Run).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        let store = self.store.clone();
+        let (board, mut record) = (Arc::clone(&self.board), self.record.clone());
+        let saving = async move {
+            loop {
+                tokio::time::sleep(SAVE_EVERY).await;
+                record.progress = board.read().1;
+                // The next save may succeed; the attempt itself does not depend on it.
+                let _ = store.save(&record).await;
+            }
+        };
+        let outcome = tokio::select! {
+            outcome = self.connect_and_move(attempt) => Some(outcome),
+            () = interrupted => None,
+            () = saving => None,
+        };
+        match outcome {
+            None => Ended::Interrupted,
+            Some(Ok(report)) => {
+                self.complete(report).await;
+                Ended::Arrived
+            }
+            Some(Err(refusal)) => Ended::Refused(refusal),
+        }
+    }
+
+    async fn connect_and_move(&mut self, attempt: Attempt) -> Result<Report, Refusal> {
+        let began = Instant::now();
+        let board = Arc::clone(&self.board);
+        if let Some(report) = self.arrived_before(attempt).await? {
+            return Ok(report);
+        }
+        board.phase(Phase::Scan);
+        let mut source = Source::open(&self.context, &self.record.spec, self.job, attempt).await?;
+        board.opened(&source.disks);
+        self.stages = vec![("open_source", elapsed_ms(began))];
+        let opening = Instant::now();
+        self.record.sizes = source.sizes();
+        let definition = source.definition.take();
+        let open = target_open(
+            &self.record.spec,
+            self.job,
+            attempt,
+            &self.record.sizes,
+            definition,
+        );
+        let target = self.open_target(open, &mut source).await?;
+        self.stages.push(("open_target", elapsed_ms(opening)));
+        let lost_before = self.context.peer.stats().lost_packets;
+        let ledger = std::mem::take(&mut self.ledger);
+        let context = Context {
+            agents: Arc::clone(&self.context.agents),
+            ingest: Arc::clone(&self.context.ingest),
+            peer: Arc::clone(&self.context.peer),
+        };
+        let transfer = Transfer::new(&context, &board, source, target, (self.job, attempt), ledger);
+        // Kept by the driver, however the transfer ends: interrupted ones count, too.
+        let mut transfer = KeepLedger {
+            ledger: &mut self.ledger,
+            transfer,
+        };
+        let sending = Instant::now();
+        transfer.transfer.send_all().await?;
+        self.stages.push(("transfer", elapsed_ms(sending)));
+        let proving = Instant::now();
+        let proofs = transfer.transfer.prove().await?;
+        self.stages.push(("verify", elapsed_ms(proving)));
+        let committing = Instant::now();
+        self.record.committing = Some(proofs.iter().map(|proof| proof.target.to_string()).collect());
+        self.record.report = Some(report(&self.record, &transfer.transfer, &proofs));
+        self.record.progress = board.read().1;
+        let journaled = self.store.save(&self.record).await;
+        journaled.map_err(|error| Refusal::because(RefusalKind::Refused, &error))?;
+        let hook = transfer.transfer.commit(&proofs).await?;
+        self.stages.push(("commit", elapsed_ms(committing)));
+        drop(transfer);
+        let mut report = self.record.report.take().unwrap_or_default();
+        report.hook = hook;
+        report.wan_lost_packets = self.context.peer.stats().lost_packets.saturating_sub(lost_before);
+        Ok(report)
+    }
+
+    /// Opens the target; says what is missing while there is no way to it.
+    async fn open_target(
+        &self,
+        open: longhaul_common::wire::session::TargetOpen,
+        source: &mut Source,
+    ) -> Result<Target, Refusal> {
+        let opening = Target::open(&self.context, &self.record.spec, open, Some(source));
+        tokio::pin!(opening);
+        loop {
+            match tokio::time::timeout(Duration::from_secs(1), &mut opening).await {
+                Ok(target) => {
+                    self.board.waiting(None);
+                    return target;
+                }
+                Err(_) => {
+                    if let Some(problem) = self.context.peer.problem() {
+                        let site = &self.record.spec.target.site;
+                        self.board
+                            .waiting(Some(format!("no link to site '{site}': {problem}")));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Where an earlier attempt asked for the commit: whether the target has done it.
+    async fn arrived_before(&mut self, attempt: Attempt) -> Result<Option<Report>, Refusal> {
+        if self.record.committing.is_none() {
+            return Ok(None);
+        }
+        let open = target_open(&self.record.spec, self.job, attempt, &self.record.sizes, None);
+        let target = Target::open(&self.context, &self.record.spec, open, None).await?;
+        let Some(hook) = target.arrived else {
+            self.record.committing = None;
+            let text =
+                "the target has not committed what an earlier attempt proved; the next one takes it up";
+            return Err(Refusal::new(RefusalKind::Lost, text));
+        };
+        let mut report = self.record.report.take().unwrap_or_default();
+        report.hook = hook;
+        Ok(Some(report))
+    }
+
+    async fn complete(&mut self, mut report: Report) {
+        self.record.finished = Some(now());
+        report.attempts = self.record.progress.attempt.max(self.board.read().1.attempt);
+        let seconds = self
+            .record
+            .finished
+            .zip(self.record.started)
+            .map_or(0, |(end, start)| (end - start).max(0));
+        let stages: u64 = self.stages.iter().map(|(_, ms)| ms).sum();
+        report.seconds = if report.attempts > 1 {
+            (seconds as f64).max(stages as f64 / 1e3)
+        } else {
+            stages as f64 / 1e3
+        };
+        report.stages_ms = self
+            .stages
+            .iter()
+            .map(|(name, ms)| ((*name).to_owned(), *ms))
+            .collect();
+        let transfer = report.stages_ms.get("transfer").copied().unwrap_or(0).max(1);
+        report.goodput_bit_per_s =
+            report.disks.iter().map(|disk| disk.sent_raw_bytes).sum::<u64>() * 8000 / transfer;
+        report.ok = report.equal;
+        self.board.phase(Phase::Done);
+        self.board.state(JobState::Completed, None);
+        self.record.report = Some(report);
+        self.record.message = None;
+        self.save(JobState::Completed).await;
+        tracing::info!(job = %self.job, "the job is completed");
+    }
+
+    /// Removes what the target has, as far as it can be reached.
+    async fn cancel(&mut self) {
+        let attempt = Attempt(self.record.progress.attempt.saturating_add(1));
+        self.record.progress.attempt = attempt.0;
+        self.board.attempt(attempt.0);
+        let removed = tokio::time::timeout(ABORT_TIME, self.remove_copy(attempt)).await;
+        let message = match removed {
+            Ok(Ok(true)) => return self.complete_instead().await,
+            Ok(Ok(false)) => None,
+            Ok(Err(refusal)) => Some(format!("the partial copy may still be there: {refusal}")),
+            Err(_) => Some("the partial copy may still be there: the target did not answer".to_owned()),
+        };
+        self.record.finished = Some(now());
+        self.rest(JobState::Cancelled, message).await;
+    }
+
+    /// True where the target says that everything has arrived already: too late to cancel.
+    async fn remove_copy(&mut self, attempt: Attempt) -> Result<bool, Refusal> {
+        let spec = &self.record.spec;
+        if self.record.sizes.is_empty() {
+            // No attempt came as far as the target.
+            return Ok(false);
+        }
+        let open = target_open(spec, self.job, attempt, &self.record.sizes, None);
+        let target = Target::open(&self.context, spec, open, None).await?;
+        if target.arrived.is_some() {
+            return Ok(true);
+        }
+        target
+            .abort(&Refusal::new(
+                RefusalKind::Cancelled,
+                "the operator cancelled the job",
+            ))
+            .await?;
+        Ok(false)
+    }
+
+    async fn complete_instead(&mut self) {
+        let report = self.record.report.take().unwrap_or_default();
+        self.complete(report).await;
+    }
+}
+
+/// Gives the ledger back to the driver when the transfer ends, also when it is interrupted.
+struct KeepLedger<'a, 'b> {
+    ledger: &'a mut Ledger,
+    transfer: Transfer<'b>,
+}
+
+impl Drop for KeepLedger<'_, '_> {
+    fn drop(&mut self) {
+        *self.ledger = self.transfer.outflow.into_next();
+    }
+}
+
+fn report(record: &JobRecord, transfer: &Transfer<'_>, proofs: &[Proof]) -> Report {
+    let sums = transfer.outflow.ledger().disks().to_vec();
+    let mut disks = Vec::new();
+    for (((section, opened), proof), sums) in record
+        .spec
+        .disk
+        .iter()
+        .zip(&transfer.source.disks)
+        .zip(proofs)
+        .zip(sums)
+    {
+        let (source, target) = (
+            section.source.display().to_string(),
+            section.target.display().to_string(),
+        );
+        let mut disk = DiskReport::opened(&source, &target, opened);
+        disk.read(proof.source, &proof.counts);
+        disk.target_digest = proof.target.to_string();
+        disk.wan_bytes = sums.wan;
+        (disk.verify_ms, disk.flush_ms) = (proof.verify_ms, proof.flush_ms);
+        disks.push(disk);
+    }
+    let total = transfer.outflow.sums();
+    let sum = |of: fn(&DiskReport) -> u64| disks.iter().map(of).sum();
+    let digests = |of: fn(&Proof) -> Digest| joint_digest(&proofs.iter().map(of).collect::<Vec<_>>());
+    let notes = transfer
+        .source
+        .disks
+        .iter()
+        .flat_map(|disk| &disk.notes)
+        .chain(&transfer.target.notes);
+    Report {
+        equal: proofs.iter().all(|proof| proof.source == proof.target),
+        raw_bytes: sum(|disk| disk.raw_bytes),
+        used_bytes: sum(|disk| disk.used_bytes),
+        skipped_free_bytes: sum(|disk| disk.skipped_free_bytes),
+        hole_bytes: sum(|disk| disk.hole_bytes),
+        zero_bytes: sum(|disk| disk.zero_bytes),
+        sent_raw_bytes: total.sent,
+        wan_bytes: total.wan,
+        resent_bytes: total.resent,
+        source_digest: digests(|proof| proof.source),
+        target_digest: digests(|proof| proof.target),
+        notes: notes.cloned().collect(),
+        disks,
+        ..Report::default()
+    }
+}
+
+/// Seconds since 1970.
+pub fn now() -> i64 {
+    jiff::Timestamp::now().as_second()
+}

@@ -1,0 +1,231 @@
+//! What a job has sent, and what of it is durable.
+//!
+//! Owns the counts behind progress, report and "sent again". Pure. Promises that data counts as sent again exactly where a leaf of it
+//! was entered in an earlier attempt without becoming durable there.
+
+use std::collections::HashMap;
+
+use longhaul_common::digest::LEAF;
+use longhaul_common::extent::Extent;
+use longhaul_common::ids::Sequence;
+use longhaul_common::wire::batch::{BatchHeader, Content};
+use longhaul_common::wire::sequences::Sequences;
+
+/// Of one disk, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskSums {
+    /// Data that entered in this attempt.
+    pub entered: u64,
+    /// Data that entered in any attempt.
+    pub sent: u64,
+    /// Durable in this attempt: data and zeros that were read.
+    pub durable: u64,
+    /// Zeros among `durable`.
+    pub zero: u64,
+    pub wan: u64,
+    pub resent: u64,
+}
+
+/// A batch that is not durable yet.
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    disk: u16,
+    data: u64,
+    zero: u64,
+}
+
+/// The counts of a job, over its attempts.
+#[derive(Clone, Debug, Default)]
+pub struct Ledger {
+    disks: Vec<DiskSums>,
+    /// Leaves that were sent in an earlier attempt or this one, one bit each.
+    sent_leaves: Vec<Vec<u64>>,
+    /// Leaves that were sent in an earlier attempt.
+    earlier: Vec<Vec<u64>>,
+    open: HashMap<Sequence, Open>,
+    /// Batches that became durable in this attempt.
+    durable_batches: u64,
+}
+
+impl Ledger {
+    /// For a job of `disks` disks that has sent nothing.
+    pub fn new(disks: usize) -> Self {
+        Self {
+            disks: vec![DiskSums::default(); disks],
+            sent_leaves: vec![Vec::new(); disks],
+            earlier: vec![Vec::new(); disks],
+            ..Self::default()
+        }
+    }
+
+    /// The ledger with which the next attempt starts.
+    pub fn next_attempt(mut self) -> Self {
+        self.open.clear();
+        self.durable_batches = 0;
+        self.earlier.clone_from(&self.sent_leaves);
+        for disk in &mut self.disks {
+            (disk.entered, disk.durable, disk.zero) = (0, 0, 0);
+        }
+        self
+    }
+
+    /// A batch has entered; `wan` bytes of it go to the peer.
+    pub fn entered(&mut self, header: &BatchHeader, wan: u64) {
+        let index = usize::from(header.disk.0);
+        let (Some(sums), Some(sent), Some(earlier)) = (
+            self.disks.get_mut(index),
+            self.sent_leaves.get_mut(index),
+            self.earlier.get(index),
+        ) else {
+            return;
+        };
+        let (mut data, mut zero, mut again) = (0, 0, 0);
+        for piece in &header.pieces {
+            match piece.content {
+                Content::Data => data += piece.extent.len(),
+                Content::Zero => zero += piece.extent.len(),
+                Content::Hole | Content::Free => continue,
+            }
+            if piece.content == Content::Data {
+                again += enter_leaves(&piece.extent, earlier, sent);
+            }
+        }
+        sums.entered += data;
+        sums.sent += data;
+        sums.wan += wan;
+        sums.resent += again;
+        self.open.insert(
+            header.sequence,
+            Open {
+                disk: header.disk.0,
+                data,
+                zero,
+            },
+        );
+    }
+
+    /// So much was sent a second time because a connection died; counted for the first disk.
+    pub fn again(&mut self, raw: u64, wan: u64) {
+        if let Some(sums) = self.disks.first_mut() {
+            sums.resent += raw;
+            sums.wan += wan;
+        }
+    }
+
+    /// These batches are durable.
+    pub fn durable(&mut self, sequences: &Sequences) {
+        for sequence in sequences.iter() {
+            let Some(open) = self.open.remove(&sequence) else {
+                continue;
+            };
+            self.durable_batches += 1;
+            if let Some(sums) = self.disks.get_mut(usize::from(open.disk)) {
+                sums.durable += open.data + open.zero;
+                sums.zero += open.zero;
+            }
+        }
+    }
+
+    /// Batches that became durable in this attempt.
+    pub fn durable_batches(&self) -> u64 {
+        self.durable_batches
+    }
+
+    /// Each disk's sums.
+    pub fn disks(&self) -> &[DiskSums] {
+        &self.disks
+    }
+
+    /// All disks' sums together.
+    pub fn total(&self) -> DiskSums {
+        self.disks.iter().fold(DiskSums::default(), |mut sum, disk| {
+            sum.entered += disk.entered;
+            sum.sent += disk.sent;
+            sum.durable += disk.durable;
+            sum.zero += disk.zero;
+            sum.wan += disk.wan;
+            sum.resent += disk.resent;
+            sum
+        })
+    }
+}
+
+/// Marks the leaves that `extent` touches as sent; gives how many of its bytes lie in leaves that were sent earlier.
+fn enter_leaves(extent: &Extent, earlier: &[u64], sent: &mut Vec<u64>) -> u64 {
+    let mut again = 0;
+    for leaf in extent.offset() / LEAF..extent.end().div_ceil(LEAF) {
+        set(sent, leaf);
+        if has(earlier, leaf) {
+            let whole = Extent::between(leaf * LEAF, (leaf + 1).saturating_mul(LEAF));
+            again += whole.intersect(extent).map_or(0, |part| part.len());
+        }
+    }
+    again
+}
+
+fn has(bits: &[u64], index: u64) -> bool {
+    bits.get((index / 64) as usize)
+        .is_some_and(|word| word >> (index % 64) & 1 == 1)
+}
+
+/// Leaves lie in a disk of at most 64 bits of bytes; an agent's word is bounded by the batches it really sends, one MiB each.
+fn set(bits: &mut Vec<u64>, index: u64) {
+    const LEAVES_MAX: u64 = 1 << 32;
+    let word = (index / 64) as usize;
+    if index >= LEAVES_MAX {
+        return;
+    }
+    if bits.len() <= word {
+        bits.resize(word + 1, 0);
+    }
+    bits[word] |= 1 << (index % 64);
+}
+
+#[cfg(test)]
+mod tests {
+    use longhaul_common::digest::Digest;
+    use longhaul_common::ids::{Attempt, DiskIndex, JobId, Round};
+    use longhaul_common::wire::batch::{Leaves, Piece};
+
+    use super::*;
+
+    fn batch(sequence: u64, leaf: u64) -> BatchHeader {
+        let extent = Extent::new(leaf * LEAF, LEAF).unwrap();
+        BatchHeader {
+            job: JobId::random(),
+            attempt: Attempt(1),
+            disk: DiskIndex(0),
+            round: Round(0),
+            sequence: Sequence(sequence),
+            pieces: vec![Piece {
+                extent,
+                content: Content::Data,
+            }],
+            leaves: Leaves {
+                first: leaf,
+                count: 1,
+                digests: vec![],
+            },
+            digest: Digest([0; 32]),
+        }
+    }
+
+    #[test]
+    fn only_what_is_entered_twice_counts_as_sent_again() {
+        let mut ledger = Ledger::new(1);
+        for n in 0..4 {
+            ledger.entered(&batch(n, n), 100);
+        }
+        ledger.durable(&[Sequence(0), Sequence(1), Sequence(9)].into_iter().collect());
+        assert_eq!((ledger.durable_batches(), ledger.total().durable), (2, 2 * LEAF));
+        let mut ledger = ledger.next_attempt();
+        // Leaf 0 and 1 are durable; 2 was lost on the way, 4 is new.
+        ledger.entered(&batch(0, 2), 100);
+        ledger.entered(&batch(1, 4), 100);
+        assert_eq!(
+            (ledger.total().resent, ledger.total().sent, ledger.total().wan),
+            (LEAF, 6 * LEAF, 600)
+        );
+        assert_eq!(ledger.durable_batches(), 0);
+    }
+}

@@ -1,0 +1,238 @@
+//! Every job of this gateway.
+//!
+//! Owns the running drivers and the operator's wishes to them. Leaves running to `driver` and keeping to `store`. Promises that a job is
+//! journaled before it is acknowledged, that jobs start in their order, and that unfinished ones start again with the program.
+
+use std::sync::Arc;
+
+use dashmap::DashMap;
+use longhaul_common::ids::JobId;
+use tokio::sync::{Semaphore, watch};
+
+use super::attempt::Context;
+use super::board::Board;
+use super::driver::{Driver, Wish, now};
+use super::progress::{JobState, Progress};
+use super::spec::{JobSpec, SpecError};
+use crate::agents::Agents;
+use crate::send::ingest::Ingest;
+use crate::send::transmit::Peer;
+use crate::store::{JobRecord, Store, StoreError};
+
+/// What the operator asked for and cannot have.
+#[derive(Debug, thiserror::Error)]
+pub enum JobError {
+    #[error("the job cannot be run")]
+    Spec(#[from] SpecError),
+    #[error("there is no [[peer]] for site '{site}'; known sites: {known}")]
+    NoSuchPeer { site: String, known: String },
+    #[error("there is no job '{0}'")]
+    NoSuchJob(String),
+    #[error("'{0}' names several jobs; write more of its digits")]
+    Ambiguous(String),
+    #[error("the job is {state:?} and cannot be {wish}")]
+    WrongState { state: JobState, wish: &'static str },
+    #[error("the journal failed")]
+    Store(#[from] StoreError),
+}
+
+struct Running {
+    board: Arc<Board>,
+    wish: watch::Sender<Wish>,
+}
+
+/// Jobs under way, and where to find the others.
+pub struct Jobs {
+    agents: Arc<Agents>,
+    ingest: Arc<Ingest>,
+    peers: Vec<Arc<Peer>>,
+    store: Store,
+    running: DashMap<String, Running>,
+    turns: Arc<Semaphore>,
+}
+
+impl Jobs {
+    /// With at most `at_once` jobs running.
+    pub fn new(
+        agents: Arc<Agents>,
+        ingest: Arc<Ingest>,
+        peers: Vec<Arc<Peer>>,
+        store: Store,
+        at_once: usize,
+    ) -> Arc<Self> {
+        let turns = Arc::new(Semaphore::new(at_once.clamp(1, 1000)));
+        Arc::new(Self {
+            agents,
+            ingest,
+            peers,
+            store,
+            running: DashMap::new(),
+            turns,
+        })
+    }
+
+    /// The gateways this one sends to.
+    pub fn peers(&self) -> &[Arc<Peer>] {
+        &self.peers
+    }
+
+    /// The agents linked right now.
+    pub fn agents(&self) -> &Agents {
+        &self.agents
+    }
+
+    /// Starts what the journal says is unfinished.
+    pub async fn resume_unfinished(self: &Arc<Self>) -> Result<usize, StoreError> {
+        let unfinished = self.store.unfinished().await?;
+        let mut started = 0;
+        for record in unfinished {
+            let wish = match record.state {
+                JobState::Failed => continue,
+                JobState::Paused => Wish::Pause,
+                _ => Wish::Run,
+            };
+            match self.start(record, wish) {
+                Ok(()) => started += 1,
+                Err(error) => tracing::error!("a job of the journal cannot go on: {error}"),
+            }
+        }
+        Ok(started)
+    }
+
+    /// Takes a new job.
+    pub async fn submit(self: &Arc<Self>, spec: JobSpec) -> Result<JobRecord, JobError> {
+        spec.check()?;
+        self.peer(&spec.target.site)?;
+        let record = JobRecord {
+            id: JobId::random().to_string(),
+            spec,
+            state: JobState::Queued,
+            created: now(),
+            started: None,
+            finished: None,
+            progress: Progress::default(),
+            sizes: Vec::new(),
+            committing: None,
+            message: None,
+            report: None,
+        };
+        self.store.save(&record).await?;
+        self.start(record.clone(), Wish::Run)?;
+        Ok(record)
+    }
+
+    fn peer(&self, site: &str) -> Result<Arc<Peer>, JobError> {
+        let found = self.peers.iter().find(|peer| peer.settings.site == site);
+        found.cloned().ok_or_else(|| {
+            let known: Vec<_> = self
+                .peers
+                .iter()
+                .map(|peer| peer.settings.site.as_str())
+                .collect();
+            JobError::NoSuchPeer {
+                site: site.to_owned(),
+                known: known.join(", "),
+            }
+        })
+    }
+
+    /// What a job of this spec works with.
+    pub fn context(&self, spec: &JobSpec) -> Result<Context, JobError> {
+        let peer = self.peer(&spec.target.site)?;
+        Ok(Context {
+            agents: Arc::clone(&self.agents),
+            ingest: Arc::clone(&self.ingest),
+            peer,
+        })
+    }
+
+    fn start(self: &Arc<Self>, record: JobRecord, wish: Wish) -> Result<(), JobError> {
+        let context = self.context(&record.spec)?;
+        let job = record
+            .job()
+            .map_err(|error| JobError::NoSuchJob(error.to_string()))?;
+        let board = Arc::new(Board::new(record.state, record.progress.clone()));
+        let (wish, wished) = watch::channel(wish);
+        let id = record.id.clone();
+        self.running.insert(
+            id.clone(),
+            Running {
+                board: Arc::clone(&board),
+                wish,
+            },
+        );
+        let driver = Driver::new(record, job, context, self.store.clone(), board, wished);
+        let jobs = Arc::clone(self);
+        tokio::spawn(async move {
+            let mut wish = driver.wish.clone();
+            let turn = tokio::select! {
+                turn = Arc::clone(&jobs.turns).acquire_owned() => turn.ok(),
+                // A job that is not to run need not wait for its turn.
+                _ = wish.wait_for(|wish| *wish != Wish::Run) => None,
+            };
+            driver.run().await;
+            drop(turn);
+            jobs.running.remove(&id);
+        });
+        Ok(())
+    }
+
+    /// A job by its number, or by the start of it.
+    pub async fn find(&self, id: &str) -> Result<JobRecord, JobError> {
+        if let Some(record) = self.store.find(id).await? {
+            return Ok(self.current(record));
+        }
+        let newest = self.store.newest(1000).await?;
+        let mut matching = newest
+            .into_iter()
+            .filter(|record| !id.is_empty() && record.id.starts_with(id));
+        match (matching.next(), matching.next()) {
+            (Some(record), None) => Ok(self.current(record)),
+            (Some(_), Some(_)) => Err(JobError::Ambiguous(id.to_owned())),
+            (None, _) => Err(JobError::NoSuchJob(id.to_owned())),
+        }
+    }
+
+    /// The newest jobs, newest first.
+    pub async fn newest(&self, limit: u32) -> Result<Vec<JobRecord>, JobError> {
+        let newest = self.store.newest(limit).await?;
+        Ok(newest.into_iter().map(|record| self.current(record)).collect())
+    }
+
+    /// The record with what its driver knows right now.
+    fn current(&self, mut record: JobRecord) -> JobRecord {
+        let board = self
+            .running
+            .get(&record.id)
+            .map(|running| Arc::clone(&running.board));
+        if let Some(board) = board.filter(|_| !record.state.is_at_rest()) {
+            (record.state, record.progress) = board.read();
+        }
+        record
+    }
+
+    /// Tells a job's driver what is wished; a failed job is started again.
+    pub async fn wish(self: &Arc<Self>, id: &str, wish: Wish) -> Result<JobRecord, JobError> {
+        let record = self.find(id).await?;
+        let words = match wish {
+            Wish::Run => "resumed",
+            Wish::Pause => "paused",
+            Wish::Cancel => "cancelled",
+        };
+        if record.state.is_final() {
+            return Err(JobError::WrongState {
+                state: record.state,
+                wish: words,
+            });
+        }
+        let told = self.running.get(&record.id).is_some_and(|running| {
+            running.wish.send_replace(wish);
+            true
+        });
+        if !told {
+            self.start(record.clone(), wish)?;
+        }
+        tracing::info!(job = %record.id, "the operator wants it {words}");
+        Ok(record)
+    }
+}

@@ -1,0 +1,169 @@
+//! One payload's way from the WAN to the target agent.
+//!
+//! Owns stages 6 to 8: every length checked, the payload restored on a worker thread, the batch digest verified, the batch handed to
+//! the agent. Promises that a batch is accepted at most once for each attempt, however often its payload arrives, and that it is
+//! said to be accepted only after its digest held.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use longhaul_common::ids::{Attempt, JobId, Sequence};
+use longhaul_common::link::{Link, RecvStream, VarInt};
+use longhaul_common::wire::batch::{BatchError, BatchHeader, STREAM_MAX};
+use longhaul_common::wire::sequences::Sequences;
+use tokio::sync::{Notify, mpsc};
+
+use super::Receiving;
+use crate::reduction::{self, Encoding, Payload};
+
+/// Tells the peer that its payload found no job.
+const NO_JOB: VarInt = VarInt::from_u32(1);
+
+/// A job's attempt on the receiving side.
+pub(super) struct Delivery {
+    pub attempt: Attempt,
+    agent: Link,
+    /// Every batch that was ever accepted in this attempt.
+    accepted: Mutex<Sequences>,
+    /// Accepted, and not said yet.
+    unsaid: Mutex<Sequences>,
+    /// Something was accepted.
+    pub said: Notify,
+    /// Takes the reason why the attempt cannot go on.
+    failed: mpsc::Sender<String>,
+}
+
+impl Delivery {
+    /// To `agent`; `failed` takes the first reason why it cannot go on.
+    pub(super) fn new(attempt: Attempt, agent: Link, failed: mpsc::Sender<String>) -> Self {
+        let (accepted, unsaid) = (Mutex::default(), Mutex::default());
+        Self {
+            attempt,
+            agent,
+            accepted,
+            unsaid,
+            said: Notify::new(),
+            failed,
+        }
+    }
+
+    /// What was accepted since this was last asked.
+    pub(super) fn take_unsaid(&self) -> Sequences {
+        std::mem::take(&mut *self.unsaid.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// False where it was accepted before.
+    fn accept(&self, sequence: Sequence) -> bool {
+        let first = self
+            .accepted
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(sequence);
+        if first {
+            self.unsaid
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(sequence);
+            self.said.notify_one();
+        }
+        first
+    }
+
+    async fn hand_over(&self, head: Bytes, raw: Bytes) {
+        let handed = async {
+            let mut stream = self.agent.open_uni().await.map_err(|error| error.to_string())?;
+            stream
+                .write_chunk(head)
+                .await
+                .map_err(|error| self.agent.reason_or(&error))?;
+            stream
+                .write_chunk(raw)
+                .await
+                .map_err(|error| self.agent.reason_or(&error))?;
+            // Fails only where the agent refused the stream; its control stream says why.
+            let _ = stream.finish();
+            Ok::<_, String>(())
+        };
+        if let Err(reason) = handed.await {
+            let _ = self
+                .failed
+                .try_send(format!("a batch cannot be handed to the target agent: {reason}"));
+        }
+    }
+}
+
+/// A payload as it came.
+struct Arrived {
+    header: BatchHeader,
+    /// The header's bytes, as the agent wants them.
+    head: Bytes,
+    payload: Payload,
+}
+
+/// Takes one stream to its end.
+pub(super) async fn take(receiving: &Receiving, mut stream: RecvStream) {
+    // A stream that breaks off belongs to a connection that is gone; its payload comes again.
+    let Ok(bytes) = stream.read_to_end(STREAM_MAX).await else {
+        return;
+    };
+    let arrived = match split(&bytes.into()) {
+        Ok(arrived) => arrived,
+        Err(error) => return tracing::warn!("a peer's payload was refused: {error}"),
+    };
+    let (job, attempt) = (arrived.header.job, arrived.header.attempt);
+    let Some(delivery) = find(receiving, job, attempt) else {
+        let _ = stream.stop(NO_JOB);
+        return tracing::debug!(%job, %attempt, "a payload found no job");
+    };
+    let Arrived {
+        header,
+        head,
+        payload,
+    } = arrived;
+    let sequence = header.sequence;
+    let restored = receiving.workers.run(move || {
+        let raw = reduction::restore(&payload, header.data_len() as usize)?;
+        header.verify(&raw)?;
+        Ok::<_, BatchError>(raw)
+    });
+    match restored.await {
+        Ok(Ok(raw)) => {
+            metrics::counter!("longhaul_received_raw_bytes_total").increment(raw.len() as u64);
+            if delivery.accept(sequence) {
+                delivery.hand_over(head, raw).await;
+            }
+        }
+        Ok(Err(error)) => {
+            let _ = delivery
+                .failed
+                .try_send(format!("batch {sequence} cannot be restored: {error}"));
+        }
+        Err(error) => {
+            let _ = delivery.failed.try_send(error.to_string());
+        }
+    }
+}
+
+fn split(bytes: &Bytes) -> Result<Arrived, BatchError> {
+    let (header, rest) = BatchHeader::decode(bytes)?;
+    let (encoding, reduced) = rest.split_first().ok_or(BatchError::Payload("it is missing"))?;
+    let encoding = Encoding::from_wire(*encoding)?;
+    let head = bytes.slice(..bytes.len() - rest.len());
+    let payload = Payload {
+        encoding,
+        bytes: bytes.slice(bytes.len() - reduced.len()..),
+    };
+    Ok(Arrived {
+        header,
+        head,
+        payload,
+    })
+}
+
+fn find(receiving: &Receiving, job: JobId, attempt: Attempt) -> Option<Arc<Delivery>> {
+    let delivery = receiving
+        .deliveries
+        .get(&job)
+        .map(|entry| Arc::clone(entry.value()));
+    delivery.filter(|delivery| delivery.attempt == attempt)
+}

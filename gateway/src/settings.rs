@@ -1,0 +1,121 @@
+//! The gateway's config file.
+//!
+//! Owns every key, its default and its unit; `configs/gateway.toml` shows them all. Leaves reading to `longhaul_common::settings`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use longhaul_common::settings::sections::{IdentitySection, LinkSection};
+use longhaul_common::telemetry::LogSettings;
+use longhaul_common::units::ByteSize;
+use serde::{Deserialize, Serialize};
+
+/// The whole file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GatewaySettings {
+    pub identity: IdentitySection,
+    /// The journal of jobs; survives a reboot.
+    pub state: PathBuf,
+    pub agents: AgentsSection,
+    #[serde(default)]
+    pub peers: PeersSection,
+    /// The gateways this one sends to, one `[[peer]]` each.
+    #[serde(default)]
+    pub peer: Vec<PeerSection>,
+    #[serde(default)]
+    pub api: ApiSection,
+    #[serde(default)]
+    pub limits: LimitsSection,
+    #[serde(default)]
+    pub log: LogSettings,
+}
+
+/// `[agents]`: the port for this site's agents.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentsSection {
+    pub listen: SocketAddr,
+    #[serde(default)]
+    pub link: LinkSection,
+}
+
+/// `[peers]`: the port for other sites' gateways; without `listen` this gateway only sends.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PeersSection {
+    pub listen: Option<SocketAddr>,
+    pub link: LinkSection,
+}
+
+/// `[[peer]]`: one gateway of another site.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PeerSection {
+    pub site: String,
+    /// The name in the peer's certificate.
+    pub name: String,
+    /// "host:port".
+    pub address: String,
+    #[serde(default)]
+    pub link: LinkSection,
+}
+
+/// `[api]`: how the operator program reaches this gateway.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ApiSection {
+    /// Unix socket; its folder must exist. Whoever may write to it may command the gateway.
+    pub socket: PathBuf,
+    /// TCP with mutual TLS for operators' certificates; none without it.
+    pub listen: Option<SocketAddr>,
+}
+
+impl Default for ApiSection {
+    fn default() -> Self {
+        Self {
+            socket: "/run/longhaul/gateway.sock".into(),
+            listen: None,
+        }
+    }
+}
+
+/// `[limits]`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitsSection {
+    /// Payloads held until the peer accepted them, all jobs together.
+    pub send_memory: ByteSize,
+    /// Payloads and batches on their way to agents, all jobs together.
+    pub receive_memory: ByteSize,
+    /// Threads that reduce and restore; 0: one for each core.
+    pub workers: usize,
+    /// Jobs that run at once; others wait in their order.
+    pub jobs: usize,
+}
+
+impl Default for LimitsSection {
+    fn default() -> Self {
+        Self {
+            send_memory: ByteSize(64 << 20),
+            receive_memory: ByteSize(48 << 20),
+            workers: 0,
+            jobs: 8,
+        }
+    }
+}
+
+impl GatewaySettings {
+    /// What no single value can show: a sentence where the sections do not fit together.
+    pub fn check(&self) -> Result<(), String> {
+        for (index, peer) in self.peer.iter().enumerate() {
+            if self.peer[..index].iter().any(|other| other.site == peer.site) {
+                return Err(format!(
+                    "two [[peer]] sections are for site '{}'; keep one",
+                    peer.site
+                ));
+            }
+        }
+        Ok(())
+    }
+}

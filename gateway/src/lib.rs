@@ -1,1 +1,3 @@
-//! stub
+//! A site's gateway: what the programs `longhaul-gateway` and `longhaul` are made of.
+
+pub mod pki;

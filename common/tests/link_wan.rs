@@ -3,6 +3,8 @@
 //! `LONGHAUL_WAN="RATE_MBIT RTT_MS LOSS_PERCENT CONNECTIONS SECONDS [cubic|bbr]"` measures any other path and prints the figures:
 //! `LONGHAUL_WAN="200 80 0 1 10" cargo test --release -p longhaul-common --test link_wan -- --nocapture measure`.
 
+#![allow(clippy::unwrap_used)]
+
 mod link_support;
 
 use std::time::Duration;

@@ -350,3 +350,40 @@ pub async fn bulk(near: &[Link], far: &[Link], seconds: u64) -> f64 {
     tasks.shutdown().await;
     rate
 }
+
+/// A client that is not ours: any certificate, or none.
+pub async fn bare_client(
+    address: SocketAddr,
+    authority: &Authority,
+    credentials: Option<Credentials>,
+) -> (quinn::Endpoint, Result<quinn::Connection, quinn::ConnectionError>) {
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut roots = rustls::RootCertStore::empty();
+    roots
+        .add(CertificateDer::from_pem_file(authority.path("ca.pem")).unwrap())
+        .unwrap();
+    let builder = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(roots);
+    let mut tls = match credentials {
+        None => builder.with_no_client_auth(),
+        Some(files) => builder
+            .with_client_auth_cert(
+                vec![CertificateDer::from_pem_file(files.cert).unwrap()],
+                PrivateKeyDer::from_pem_file(files.key).unwrap(),
+            )
+            .unwrap(),
+    };
+    tls.alpn_protocols = vec![ALPN_AGENT.to_vec()];
+    let quic = quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap();
+    let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    let config = quinn::ClientConfig::new(Arc::new(quic));
+    let connecting = endpoint
+        .connect_with(config, address, &gateway("munich").dns_name())
+        .unwrap();
+    let result = connecting.await;
+    (endpoint, result)
+}

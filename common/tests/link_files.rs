@@ -1,5 +1,7 @@
 //! Identity files: what is refused at the start with which sentence, and what a change of the files does to a running program.
 
+#![allow(clippy::unwrap_used)]
+
 mod link_support;
 
 use std::os::unix::fs::PermissionsExt;
@@ -32,7 +34,7 @@ fn each_bad_file_is_named() {
     };
     assert!(problem(&missing, Role::Agent).contains("cannot read the private key"));
     let mixed = Credentials {
-        key: other.key.clone(),
+        key: other.key,
         ..good.clone()
     };
     assert!(problem(&mixed, Role::Agent).contains("does not belong to the certificate"));
@@ -65,16 +67,13 @@ fn each_bad_file_is_named() {
         Role::Agent,
     );
     assert!(said.contains("garbage.pem"), "{said}");
-    assert!(
-        problem(
-            &Credentials {
-                ca: garbage,
-                ..good.clone()
-            },
-            Role::Agent
-        )
-        .contains("the authority")
-    );
+    assert!(problem(&Credentials { ca: garbage, ..good }, Role::Agent).contains("the authority"));
+}
+
+#[test]
+fn a_certificate_that_peers_would_refuse_is_refused_at_the_start() {
+    let authority = Authority::new("a");
+    let good = authority.issue("good", &Wish::of(&agent("a-1")));
     let stranger = Authority::new("b");
     let foreign_ca = Credentials {
         ca: stranger.path("ca.pem"),

@@ -1,11 +1,14 @@
 //! Who may have a link: every good case, every refusal, and the sentence that each end prints.
 
+#![allow(clippy::unwrap_used)]
+
 mod link_support;
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use link_support::{Authority, DAY, TRUST_DOMAIN, Wish, agent, call, gateway, listen, pair, quick, refusal};
+use link_support::{
+    Authority, DAY, TRUST_DOMAIN, Wish, agent, bare_client, call, gateway, listen, pair, quick, refusal,
+};
 use longhaul_common::link::{
     ALPN_AGENT, ALPN_PEER, Credentials, Identity, LinkError, LinkSettings, Refusal, Role, TlsState, connect,
 };
@@ -321,40 +324,13 @@ async fn another_protocol_version_is_refused_on_both_ends() {
     );
 }
 
-/// A client that is not ours: any certificate, or none.
 async fn rogue(
     address: std::net::SocketAddr,
     authority: &Authority,
     credentials: Option<Credentials>,
 ) -> quinn::ConnectionError {
-    use rustls::pki_types::pem::PemObject;
-    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut roots = rustls::RootCertStore::empty();
-    roots
-        .add(CertificateDer::from_pem_file(authority.path("ca.pem")).unwrap())
-        .unwrap();
-    let builder = rustls::ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .unwrap()
-        .with_root_certificates(roots);
-    let mut tls = match credentials {
-        None => builder.with_no_client_auth(),
-        Some(files) => builder
-            .with_client_auth_cert(
-                vec![CertificateDer::from_pem_file(files.cert).unwrap()],
-                PrivateKeyDer::from_pem_file(files.key).unwrap(),
-            )
-            .unwrap(),
-    };
-    tls.alpn_protocols = vec![ALPN_AGENT.to_vec()];
-    let quic = quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap();
-    let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
-    let config = quinn::ClientConfig::new(Arc::new(quic));
-    let connecting = endpoint
-        .connect_with(config, address, &gateway("munich").dns_name())
-        .unwrap();
-    match connecting.await {
+    let (_endpoint, result) = bare_client(address, authority, credentials).await;
+    match result {
         Ok(connection) => connection.closed().await,
         Err(error) => error,
     }

@@ -22,6 +22,7 @@ mod credentials;
 mod endpoint;
 mod identity;
 mod listen;
+pub mod probe;
 mod refusal;
 mod reload;
 mod socket;

@@ -321,7 +321,7 @@ fn of_application(number: u64, reason: String, address: SocketAddr) -> LinkError
 
 /// The TLS alert in a QUIC error code (RFC 9001, section 4.8).
 fn alert(code: u64) -> Option<u8> {
-    (0x100..0x200).contains(&code).then(|| (code & 0xff) as u8)
+    (0x100..0x200).contains(&code).then_some((code & 0xff) as u8)
 }
 
 #[cfg(test)]

@@ -178,7 +178,7 @@ pub fn tune(settings: &LinkSettings) -> Tuning {
         // its delay is given 20 ms.
         initial_rtt: settings
             .rtt
-            .or(settings.rate.map(|_| RTT_ASSUMED))
+            .or_else(|| settings.rate.map(|_| RTT_ASSUMED))
             .map_or(Duration::from_millis(20), |_| 2 * rtt),
         mtu_initial: 1200,
         mtu_max,

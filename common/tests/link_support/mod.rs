@@ -217,3 +217,173 @@ pub async fn call(
 ) -> Result<Link, LinkError> {
     connect(address, expected, alpn, tls, &quick()).await
 }
+
+/// A path through a bottleneck, in both directions alike.
+#[derive(Clone, Copy, Debug)]
+pub struct Wan {
+    /// Bits per second, IP and UDP headers included.
+    pub rate: f64,
+    pub rtt: Duration,
+    pub loss: f64,
+    /// In bandwidth-delay products.
+    pub queue: f64,
+}
+
+impl Wan {
+    /// Relays UDP to `server` until the test's process ends; answers where to call.
+    pub fn relay(self, server: SocketAddr) -> SocketAddr {
+        let front = udp();
+        let back = udp();
+        back.connect(server).unwrap();
+        let address = front.local_addr().unwrap();
+        let caller = Arc::new(std::sync::OnceLock::new());
+        let (front_2, back_2) = (front.try_clone().unwrap(), back.try_clone().unwrap());
+        let known = Arc::clone(&caller);
+        self.direction(
+            front,
+            move |packet| drop(back.send(packet)),
+            move |from| {
+                let _ = caller.set(from);
+            },
+        );
+        self.direction(
+            back_2,
+            move |packet| {
+                if let Some(to) = known.get() {
+                    let _ = front_2.send_to(packet, to);
+                }
+            },
+            |_| {},
+        );
+        address
+    }
+
+    fn direction(
+        self,
+        socket: std::net::UdpSocket,
+        send: impl Fn(&[u8]) + Send + 'static,
+        note: impl Fn(SocketAddr) + Send + 'static,
+    ) {
+        use std::time::Instant;
+        let (release, held) = std::sync::mpsc::sync_channel::<(Instant, Vec<u8>)>(1 << 16);
+        std::thread::spawn(move || {
+            let mut random = 0x9E37_79B9_7F4A_7C15u64;
+            let mut busy_until = Instant::now();
+            let limit = self.rtt.mul_f64(self.queue);
+            let mut packet = [0; 9000];
+            while let Ok((length, from)) = socket.recv_from(&mut packet) {
+                note(from);
+                let now = Instant::now();
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                let lost = (random >> 11) as f64 / ((1u64 << 53) as f64) < self.loss;
+                if lost || busy_until.saturating_duration_since(now) > limit {
+                    continue;
+                }
+                let passing = Duration::from_secs_f64((length + 28) as f64 * 8.0 / self.rate);
+                busy_until = busy_until.max(now) + passing;
+                let _ = release.send((busy_until + self.rtt / 2, packet[..length].to_vec()));
+            }
+        });
+        std::thread::spawn(move || {
+            while let Ok((due, packet)) = held.recv() {
+                let wait = due.saturating_duration_since(Instant::now());
+                if wait > Duration::from_micros(300) {
+                    std::thread::sleep(wait);
+                }
+                send(&packet);
+            }
+        });
+    }
+}
+
+fn udp() -> std::net::UdpSocket {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let sized = socket2::SockRef::from(&socket);
+    let _ = sized.set_recv_buffer_size(8 << 20);
+    let _ = sized.set_send_buffer_size(8 << 20);
+    socket
+}
+
+/// Sends from `near` to `far` for `seconds`, in streams of 1 MiB, eight at a time. Answers bytes/s received, from the third second on.
+pub async fn bulk(near: &[Link], far: &[Link], seconds: u64) -> f64 {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    let received = Arc::new(AtomicU64::new(0));
+    let mut tasks = tokio::task::JoinSet::new();
+    let batch = bytes::Bytes::from(vec![7u8; 256 << 10]);
+    for link in near {
+        for _ in 0..8 {
+            let (link, batch) = (link.clone(), batch.clone());
+            tasks.spawn(async move {
+                while let Ok(mut stream) = link.open_uni().await {
+                    for _ in 0..4 {
+                        if stream.write_chunk(batch.clone()).await.is_err() {
+                            return;
+                        }
+                    }
+                    let _ = stream.finish();
+                }
+            });
+        }
+    }
+    for link in far {
+        let (link, received) = (link.clone(), Arc::clone(&received));
+        tasks.spawn(async move {
+            let mut readers = tokio::task::JoinSet::new();
+            while let Ok(mut stream) = link.accept_uni().await {
+                let received = Arc::clone(&received);
+                readers.spawn(async move {
+                    while let Ok(Some(chunk)) = stream.read_chunk(1 << 20, false).await {
+                        received.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
+                    }
+                });
+                while readers.try_join_next().is_some() {}
+            }
+        });
+    }
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let (before, began) = (received.load(Ordering::Relaxed), std::time::Instant::now());
+    tokio::time::sleep(Duration::from_secs(seconds.saturating_sub(2))).await;
+    let passed = received.load(Ordering::Relaxed) - before;
+    let rate = passed as f64 / began.elapsed().as_secs_f64();
+    tasks.shutdown().await;
+    rate
+}
+
+/// A client that is not ours: any certificate, or none.
+pub async fn bare_client(
+    address: SocketAddr,
+    authority: &Authority,
+    credentials: Option<Credentials>,
+) -> (quinn::Endpoint, Result<quinn::Connection, quinn::ConnectionError>) {
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut roots = rustls::RootCertStore::empty();
+    roots
+        .add(CertificateDer::from_pem_file(authority.path("ca.pem")).unwrap())
+        .unwrap();
+    let builder = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(roots);
+    let mut tls = match credentials {
+        None => builder.with_no_client_auth(),
+        Some(files) => builder
+            .with_client_auth_cert(
+                vec![CertificateDer::from_pem_file(files.cert).unwrap()],
+                PrivateKeyDer::from_pem_file(files.key).unwrap(),
+            )
+            .unwrap(),
+    };
+    tls.alpn_protocols = vec![ALPN_AGENT.to_vec()];
+    let quic = quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap();
+    let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    let config = quinn::ClientConfig::new(Arc::new(quic));
+    let connecting = endpoint
+        .connect_with(config, address, &gateway("munich").dns_name())
+        .unwrap();
+    let result = connecting.await;
+    (endpoint, result)
+}

@@ -251,3 +251,6 @@ impl Dedicated {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,110 @@
+//! Real links through an emulated bottleneck, and over loopback: what part of the rate they reach.
+//!
+//! `LONGHAUL_WAN="RATE_MBIT RTT_MS LOSS_PERCENT CONNECTIONS SECONDS [cubic|bbr]"` measures any other path and prints the figures:
+//! `LONGHAUL_WAN="200 80 0 1 10" cargo test --release -p longhaul-common --test link_wan -- --nocapture measure`.
+
+#![allow(clippy::unwrap_used)]
+
+mod link_support;
+
+use std::time::Duration;
+
+use link_support::{Authority, Wan, Wish, bulk, gateway, listen};
+use longhaul_common::link::{ALPN_PEER, Congestion, Link, LinkSettings, connect};
+
+async fn links(settings: &LinkSettings, wan: Option<Wan>) -> (Vec<Link>, Vec<Link>, impl Sized) {
+    let authority = Authority::new("wan");
+    let (listener, server) = listen(&authority.tls(&gateway("munich")), settings);
+    let own = authority.tls_of(
+        &gateway("berlin"),
+        &Wish {
+            serial: 8,
+            ..Wish::of(&gateway("berlin"))
+        },
+    );
+    let (mut near, mut far) = (Vec::new(), Vec::new());
+    for _ in 0..settings.connections {
+        let address = wan.map_or(server, |wan| wan.relay(server));
+        near.push(
+            connect(address, &gateway("munich"), ALPN_PEER, &own, settings)
+                .await
+                .unwrap(),
+        );
+        far.push(listener.accept().await.unwrap());
+    }
+    (near, far, (authority, listener))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_configured_rate_is_filled_in_spite_of_random_loss() {
+    let wan = Wan {
+        rate: 20e6,
+        rtt: Duration::from_millis(60),
+        loss: 0.005,
+        queue: 1.0,
+    };
+    let settings = LinkSettings::wan(20_000_000, wan.rtt, 1);
+    let (near, far, _keep) = links(&settings, Some(wan)).await;
+    let goodput = bulk(&near, &far, 6).await * 8.0;
+    let stats = near[0].stats();
+    println!("{:.1} Mbit/s of {:.1}; {stats:?}", goodput / 1e6, wan.rate / 1e6);
+    assert!(
+        goodput > 0.85 * wan.rate,
+        "{:.1} Mbit/s; {stats:?}",
+        goodput / 1e6
+    );
+    assert!(stats.lost_packets * 50 < stats.sent_packets, "{stats:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn measure() {
+    let Ok(wish) = std::env::var("LONGHAUL_WAN") else {
+        return;
+    };
+    let word = |at: usize| wish.split_whitespace().nth(at);
+    let number = |at: usize, default: f64| word(at).map_or(default, |w| w.parse().unwrap());
+    let (rate, rtt) = (
+        number(0, 200.0) * 1e6,
+        Duration::from_secs_f64(number(1, 80.0) / 1000.0),
+    );
+    let wan = Wan {
+        rate,
+        rtt,
+        loss: number(2, 0.0) / 100.0,
+        queue: 1.0,
+    };
+    let mut settings = match rate > 0.0 {
+        true => LinkSettings::wan(rate as u64, rtt, number(3, 1.0) as u32),
+        false => LinkSettings {
+            mtu_max: number(6, 1452.0) as u16,
+            ..LinkSettings::lan()
+        },
+    };
+    settings.congestion = match word(5) {
+        Some("cubic") => Congestion::Cubic,
+        Some("bbr") => Congestion::Bbr,
+        _ => Congestion::Auto,
+    };
+    let (near, far, _keep) = links(&settings, (rate > 0.0).then_some(wan)).await;
+    let cpu = cpu_seconds();
+    let seconds = number(4, 10.0) as u64;
+    let goodput = bulk(&near, &far, seconds).await;
+    let cpu = (cpu_seconds() - cpu) / seconds as f64;
+    println!(
+        "{:.1} MB/s = {:.1} Mbit/s ({:.1} % of the rate), {cpu:.2} cores",
+        goodput / 1e6,
+        goodput * 8e-6,
+        goodput * 800.0 / rate
+    );
+    for link in &near {
+        println!("{:?}", link.stats());
+    }
+}
+
+/// User and system time of this process, both ends and the emulator together.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    let ticks: f64 = fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap();
+    ticks / 100.0
+}

@@ -290,3 +290,29 @@ fn flushing_beside_writers_claims_only_whole_batches() {
     models[7].send(&target, (2, 0), |_| true);
     assert_eq!(target.verify(3, &|_| ()).unwrap(), models[7].digest());
 }
+
+/// A batch that comes twice changes nothing: what was durable stays so, even if nobody flushes again.
+#[test]
+fn a_repeated_batch_takes_nothing_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path(), "disk.raw");
+    let (target, _) = Target::open(&options, ODD_SIZE).unwrap();
+    let mut model = Model::random(&mut StdRng::seed_from_u64(5), ODD_SIZE);
+    model.send(&target, (1, 0), |_| true);
+    target.flush().unwrap();
+    let logged = std::fs::metadata(log(&options)).unwrap().len();
+    model.send(&target, (1, 0), |_| true);
+    assert_eq!(std::fs::metadata(log(&options)).unwrap().len(), logged);
+    // Unless it says something else.
+    model.leaves[4] = Leaf::random(&mut StdRng::seed_from_u64(6), 1 << 20);
+    model.leaves[5] = Leaf {
+        stretches: vec![1 << 20],
+        bytes: vec![9; 1 << 20],
+    };
+    model.send(&target, (1, 0), |leaf| leaf == 4 || leaf == 5);
+    drop(target);
+    let (target, have) = Target::open(&options, ODD_SIZE).unwrap();
+    assert_eq!(have.bytes(), ODD_SIZE - (2 << 20));
+    model.send(&target, (2, 0), |leaf| leaf == 4 || leaf == 5);
+    assert_eq!(target.verify(3, &|_| ()).unwrap(), model.digest());
+}

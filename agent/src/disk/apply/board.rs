@@ -128,6 +128,8 @@ pub(crate) struct Entered<'a> {
     pub(crate) claimed: Vec<Range<u64>>,
     /// Those of the admitted where the store may hold something but zeros.
     pub(crate) touched: Vec<Range<u64>>,
+    /// Those of the claimed that hold this very version.
+    pub(crate) repeated: Vec<Range<u64>>,
 }
 
 /// Adds a range to a list in ascending order, joined with its neighbour.
@@ -168,6 +170,7 @@ impl Board {
             admitted: Vec::new(),
             claimed: Vec::new(),
             touched: Vec::new(),
+            repeated: Vec::new(),
         };
         for (run, leaf) in state
             .leaves
@@ -176,6 +179,9 @@ impl Board {
         {
             if leaf.claimed() {
                 push_joined(&mut entered.claimed, run.clone());
+            }
+            if leaf.claimed() && leaf.version() == version {
+                push_joined(&mut entered.repeated, run.clone());
             }
             if leaf.touched() {
                 push_joined(&mut entered.touched, run.clone());
@@ -193,7 +199,29 @@ impl Board {
     }
 }
 
+/// The part of `list` outside of `holes`; both ascending.
+fn without(list: &[Range<u64>], holes: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut left = Vec::new();
+    for range in list {
+        let mut at = range.start;
+        let first = holes.partition_point(|hole| hole.end <= range.start);
+        for hole in holes[first..].iter().take_while(|hole| hole.start < range.end) {
+            left.extend((at < hole.start).then_some(at..hole.start));
+            at = hole.end;
+        }
+        left.extend((at < range.end).then_some(at..range.end));
+    }
+    left
+}
+
 impl Entered<'_> {
+    /// Lets the repeated leaves be: they hold what they should.
+    pub(crate) fn leave_repeated(&mut self) {
+        self.admitted = without(&self.admitted, &self.repeated);
+        self.claimed = without(&self.claimed, &self.repeated);
+        self.touched = without(&self.touched, &self.repeated);
+    }
+
     /// Before the first byte: these leaves hold neither the old nor yet the new content. `data` are those that get some.
     pub(crate) fn begin(&self, version: Version, data: impl Iterator<Item = u64>) {
         let mut state = self.board.lock();
@@ -296,6 +324,21 @@ mod tests {
         assert_eq!(old.admitted, [0..7, 8..10]);
         assert_eq!(old.claimed, [0..7, 8..10]);
         assert_eq!(old.touched, [Range { start: 5, end: 6 }]);
+    }
+
+    #[test]
+    fn what_is_left_without_holes() {
+        let ranges = |list: &[(u64, u64)]| list.iter().map(|(start, end)| *start..*end).collect::<Vec<_>>();
+        let holes = ranges(&[(0, 2), (4, 6), (8, 20)]);
+        assert_eq!(
+            without(&ranges(&[(1, 5), (5, 7), (9, 12)]), &holes),
+            ranges(&[(2, 4), (6, 7)])
+        );
+        assert_eq!(
+            without(&ranges(&[(3, 21)]), &holes),
+            ranges(&[(3, 4), (6, 8), (20, 21)])
+        );
+        assert_eq!(without(&ranges(&[(3, 4)]), &[]), ranges(&[(3, 4)]));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use longhaul_common::extent::{BLOCK, Extent};
 use rustix::fs::{Advice, FallocateFlags, Mode, OFlags, SeekFrom};
 
 use super::store::{self, Store};
-use super::{TargetError, image_lock};
+use super::{TargetError, blink, image_lock};
 
 /// So much is zeroed by one call: a call cannot be interrupted, and other writers wait for it.
 const ZERO_STEP: u64 = 128 << 20;
@@ -43,9 +43,13 @@ impl Device {
     pub(crate) fn open(path: &Path) -> Result<Self, TargetError> {
         // On a device O_EXCL means: fail where it is mounted, swap, or below another device.
         let flags = OFlags::RDWR | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = match rustix::fs::open(path, flags, Mode::empty()) {
-            Err(rustix::io::Errno::BUSY) => return Err(TargetError::in_use(path, used_by(path))),
-            file => File::from(file.map_err(TargetError::during("open", path))?),
+        let opened = blink::wait_out(|| match rustix::fs::open(path, flags, Mode::empty()) {
+            Err(rustix::io::Errno::BUSY) => Ok(None),
+            opened => opened.map(Some),
+        });
+        let file = match opened.map_err(TargetError::during("open", path))? {
+            Some(file) => File::from(file),
+            None => return Err(TargetError::in_use(path, used_by(path))),
         };
         let metadata = file.metadata().map_err(TargetError::during("examine", path))?;
         if !metadata.file_type().is_block_device() {

@@ -7,8 +7,11 @@
 use std::fs::File;
 use std::io;
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
+
+use super::blink;
 
 /// Both ranges, and the bytes between them that nobody uses.
 const FIRST: i64 = 100;
@@ -24,8 +27,7 @@ fn range(kind: i32) -> libc::flock {
     }
 }
 
-fn without_locks(error: nix::errno::Errno) -> bool {
-    use nix::errno::Errno;
+fn without_locks(error: Errno) -> bool {
     matches!(
         error,
         Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS
@@ -44,15 +46,18 @@ pub(crate) fn is_held(file: &File) -> io::Result<bool> {
 
 /// Denies every use of this image to QEMU until `file` is closed. `false` where somebody uses it.
 pub(crate) fn hold(file: &File) -> io::Result<bool> {
-    if is_held(file)? {
-        return Ok(false);
-    }
+    // First claim, then test: of two who start at once, at least one sees the other.
     match fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_RDLCK))) {
-        Ok(_) => Ok(true),
-        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => Ok(false),
-        Err(error) if without_locks(error) => Ok(true),
-        Err(error) => Err(error.into()),
+        Ok(_) => {}
+        Err(Errno::EAGAIN | Errno::EACCES) => return Ok(false),
+        Err(error) if without_locks(error) => return Ok(true),
+        Err(error) => return Err(error.into()),
     }
+    let free = blink::wait_out(|| is_held(file).map(|held| (!held).then_some(())))?.is_some();
+    if !free {
+        fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK)))?;
+    }
+    Ok(free)
 }
 
 #[cfg(test)]

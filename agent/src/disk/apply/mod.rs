@@ -14,6 +14,7 @@
 //! and open it again: what `Have` then lacks must be sent again.
 
 mod batch;
+mod blink;
 mod board;
 mod compact;
 mod device_store;
@@ -24,6 +25,8 @@ mod open;
 mod pending;
 mod place;
 mod progress_log;
+mod qcow2_server;
+mod qcow2_store;
 mod record;
 mod replay;
 mod space;

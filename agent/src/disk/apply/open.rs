@@ -18,6 +18,8 @@ use super::device_store::{Device, DeviceStore};
 use super::file_store::FileStore;
 use super::place::{self, Dir, Place};
 use super::progress_log::{LockedLog, ProgressLog};
+use super::qcow2_server;
+use super::qcow2_store::{self, Qcow2Store};
 use super::record::{ENTRY, Header, Version};
 use super::replay::{self, Have};
 use super::store::{self, Store};
@@ -172,8 +174,8 @@ fn open_file(options: &TargetOptions, size: u64) -> Result<Opened, TargetError> 
     if let Some(file) = partial {
         let header = header_for(options, size, &file, &place.partial_path())?;
         hold(options, &file, &place)?;
-        if known.as_ref() == Some(&header) && stated_size(options, &file).is_ok_and(|stated| stated == size) {
-            let store = store_for(options, file, size, &place)?;
+        if known.as_ref() == Some(&header) && has_size(options, &file, size) {
+            let store = store_for(options, file, size, &place, true)?;
             return Ok(Opened::file(store, place, log, header, true));
         }
     }
@@ -219,6 +221,15 @@ fn require_unfinished(
     Err(TargetError::AlreadyPromoted { path })
 }
 
+/// Whether the image is as large as a disk of `size` bytes needs it.
+pub(crate) fn has_size(options: &TargetOptions, file: &File, size: u64) -> bool {
+    let needed = match options.format {
+        TargetFormat::Raw => size,
+        TargetFormat::Qcow2 => qcow2_store::virtual_size(size),
+    };
+    stated_size(options, file).is_ok_and(|stated| stated == needed)
+}
+
 /// What a log of this very file begins with.
 pub(crate) fn header_for(
     options: &TargetOptions,
@@ -251,7 +262,7 @@ fn hold(options: &TargetOptions, file: &File, place: &Place) -> Result<(), Targe
 }
 
 /// Bytes of the disk in the image: of a raw one its length, of a qcow2 one what its header says.
-pub(crate) fn stated_size(options: &TargetOptions, file: &File) -> io::Result<u64> {
+fn stated_size(options: &TargetOptions, file: &File) -> io::Result<u64> {
     match options.format {
         TargetFormat::Raw => Ok(file.metadata()?.len()),
         TargetFormat::Qcow2 => {
@@ -274,11 +285,11 @@ fn begin(options: &TargetOptions, size: u64, place: &Place) -> Result<(Box<dyn S
     hold(options, &file, place)?;
     match options.format {
         TargetFormat::Raw => reserve(options, size, &file, &path)?,
-        TargetFormat::Qcow2 => return Err(TargetError::refused(&path, "qcow2 is not written yet")),
+        TargetFormat::Qcow2 => qcow2_server::create(options, &path, qcow2_store::virtual_size(size))?,
     }
     file.sync_all().map_err(TargetError::during("sync", &path))?;
     let header = header_for(options, size, &file, &path)?;
-    Ok((store_for(options, file, size, place)?, header))
+    Ok((store_for(options, file, size, place, false)?, header))
 }
 
 fn reserve(options: &TargetOptions, size: u64, file: &File, path: &Path) -> Result<(), TargetError> {
@@ -300,9 +311,19 @@ fn store_for(
     options: &TargetOptions,
     file: File,
     size: u64,
-    _place: &Place,
+    place: &Place,
+    resumed: bool,
 ) -> Result<Box<dyn Store>, TargetError> {
-    Ok(Box::new(FileStore::new(file, size, options.preallocate)))
+    Ok(match options.format {
+        TargetFormat::Raw => Box::new(FileStore::new(file, size, options.preallocate)),
+        TargetFormat::Qcow2 => Box::new(Qcow2Store::open(
+            options,
+            &place.partial_path(),
+            file,
+            size,
+            resumed,
+        )?),
+    })
 }
 
 fn open_device(options: &TargetOptions, size: u64) -> Result<Opened, TargetError> {

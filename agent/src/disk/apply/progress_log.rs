@@ -12,9 +12,9 @@ use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 
-use super::TargetError;
 use super::place::Dir;
 use super::record::{HEAD, HEADER, Head, Header, Record};
+use super::{TargetError, blink};
 
 /// A log file that this process alone may use, content not yet looked at.
 pub(crate) struct LockedLog {
@@ -42,14 +42,17 @@ impl LockedLog {
                     "a progress log must be a plain file with one name",
                 ));
             }
-            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Err(rustix::io::Errno::WOULDBLOCK) => {
-                    return Err(TargetError::in_use(
-                        &path,
-                        "another session of an agent writes this target",
-                    ));
+            let locked = blink::wait_out(|| {
+                match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                    Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+                    locked => locked.map(Some),
                 }
-                locked => locked.map_err(TargetError::during("lock", &path))?,
+            });
+            if locked.map_err(TargetError::during("lock", &path))?.is_none() {
+                return Err(TargetError::in_use(
+                    &path,
+                    "another session of an agent writes this target",
+                ));
             }
             match rustix::fs::statat(&dir.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
                 Ok(stat) if stat.st_ino == metadata.ino() && stat.st_dev == metadata.dev() => {

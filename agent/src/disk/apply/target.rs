@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use longhaul_common::digest::leaf_extent;
+use longhaul_common::digest::{LEAF, leaf_extent};
 use longhaul_common::extent::Extent;
 use longhaul_common::ids::{Attempt, Round};
 
@@ -92,7 +92,7 @@ impl Target {
 
     /// Writes a batch whose `pieces` tile `leaves` exactly; zeros become holes.
     ///
-    /// Leaves that hold something newer are left alone. Errors: `Stale` where all of them do, `Malformed`, `NoSpace` (apply the
+    /// Leaves that hold something newer are left alone, and so are those of a batch that came twice. Errors: `Stale` where all of them do, `Malformed`, `NoSpace` (apply the
     /// same batch again once there is room), `Failed` after a failed flush, `Io`.
     pub fn apply(
         &self,
@@ -106,9 +106,13 @@ impl Target {
         let version = Version::new(attempt, round).ok_or_else(|| {
             TargetError::Malformed(format!("attempt {attempt} round {round} is out of range"))
         })?;
-        let entered = self.board.enter(range.clone(), version);
+        let mut entered = self.board.enter(range.clone(), version);
         if entered.admitted.is_empty() {
             return Err(TargetError::Stale { attempt, round });
+        }
+        let admitted: u64 = entered.admitted.iter().map(|run| run.end - run.start).sum();
+        if !entered.repeated.is_empty() && self.holds(pieces, &entered) {
+            entered.leave_repeated();
         }
         if !entered.claimed.is_empty() {
             self.make_void(&entered, version)?;
@@ -139,7 +143,6 @@ impl Target {
             entered.finish(version, data());
             (Ticket(ticket), pending.waiting())
         };
-        let admitted: u64 = entered.admitted.iter().map(|run| run.end - run.start).sum();
         drop(entered);
         if waiting.1 > PENDING_MAX {
             self.flush()?;
@@ -203,6 +206,33 @@ impl Target {
                 compacted
             }
         }
+    }
+
+    /// Whether the leaves that this version was written to before really hold this content: what is durable already need not be made
+    /// void for a batch that came twice. In doubt, no.
+    fn holds(&self, pieces: &[Piece<'_>], entered: &Entered<'_>) -> bool {
+        pieces.iter().all(|piece| match *piece {
+            Piece::Data { offset, bytes } => self.within(&entered.repeated, piece.extent()).all(|part| {
+                let from = (part.offset() - offset) as usize;
+                self.reads_as(&bytes[from..from + part.len() as usize], part.offset())
+            }),
+            Piece::Zero(extent) => self.within(&entered.repeated, extent).all(|part| {
+                let mut touched = self.within(&entered.touched, part);
+                touched.all(|part| self.reads_as_zeros(part))
+            }),
+        })
+    }
+
+    fn reads_as(&self, bytes: &[u8], offset: u64) -> bool {
+        let mut found = vec![0; bytes.len()];
+        self.store.read_at(&mut found, offset).is_ok() && found == bytes
+    }
+
+    fn reads_as_zeros(&self, extent: Extent) -> bool {
+        let steps = (extent.offset()..extent.end()).step_by(ZEROS.len());
+        let mut parts = steps.map(|at| Extent::between(at, extent.end().min(at + ZEROS.len() as u64)));
+        extent.len() <= 2 * LEAF
+            && parts.all(|part| self.reads_as(&ZEROS[..part.len() as usize], part.offset()))
     }
 
     fn write(&self, pieces: &[Piece<'_>], entered: &Entered<'_>) -> io::Result<()> {
@@ -311,19 +341,17 @@ impl Target {
 
     /// The file under the temporary name must be the one that was written, at its full size.
     fn require_same(&self, file: &File, path: &Path) -> Result<(), TargetError> {
-        let size = open::stated_size(&self.options, file).map_err(TargetError::during("examine", path))?;
         if open::header_for(&self.options, self.size, file, path)? != lock(&self.log).header {
             return Err(TargetError::refused(
                 path,
                 "another file took its name while it was written",
             ));
         }
-        if size != self.size {
-            let reason = format!(
-                "it holds {size} bytes instead of {}: somebody changed it",
-                self.size
-            );
-            return Err(TargetError::refused(path, reason));
+        if !open::has_size(&self.options, file, self.size) {
+            return Err(TargetError::refused(
+                path,
+                "its size is not what it was made with: somebody changed it",
+            ));
         }
         Ok(())
     }

@@ -62,7 +62,11 @@ pub(crate) fn scan(volume: &dyn ReadAt) -> Result<Option<Free>, Unproven> {
     );
     let count = given.len();
     let ranges = merged(given);
-    assert_eq!(ranges.len(), count, "touching extents are merged, none is given twice");
+    assert_eq!(
+        ranges.len(),
+        count,
+        "touching extents are merged, none is given twice"
+    );
     assert!(ranges.last().is_none_or(|range| range.end <= summary.size));
     Ok(Some(Free { summary, ranges }))
 }
@@ -104,7 +108,9 @@ pub(crate) fn run(program: &str, args: &[&str], codes: &[i32]) -> Output {
         .env("LC_ALL", "C")
         .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
         .output()
-        .unwrap_or_else(|error| panic!("{program} cannot run ({error}): install the Debian package e2fsprogs"));
+        .unwrap_or_else(|error| {
+            panic!("{program} cannot run ({error}): install the Debian package e2fsprogs")
+        });
     let code = output.status.code();
     assert!(
         code.is_some_and(|code| codes.contains(&code)),
@@ -147,7 +153,10 @@ impl Image {
     /// The same, where mke2fs may refuse the options.
     pub(crate) fn try_make(kib: u64, options: &str, seed: u64) -> Result<Self, String> {
         let image = Self {
-            dir: tempfile::Builder::new().prefix("longhaul-ext-").tempdir().unwrap(),
+            dir: tempfile::Builder::new()
+                .prefix("longhaul-ext-")
+                .tempdir()
+                .unwrap(),
             rng: StdRng::seed_from_u64(seed),
             files: Vec::new(),
             next: 0,
@@ -229,8 +238,9 @@ impl Image {
     /// Deletes about `share` of the files.
     pub(crate) fn delete(&mut self, share: f64) {
         let rng = &mut self.rng;
-        let (gone, kept): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.files).into_iter().partition(|_| rng.random_bool(share));
+        let (gone, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut self.files)
+            .into_iter()
+            .partition(|_| rng.random_bool(share));
         self.files = kept;
         self.debugfs(&gone.iter().map(|name| format!("rm {name}\n")).collect::<String>());
     }
@@ -278,8 +288,12 @@ impl Image {
         let (block, blocks) = (value("Block size:").unwrap(), value("Block count:").unwrap());
         // Of a run of clusters, the first block of the first and of the last one are listed.
         let cluster = value("Cluster size:").unwrap_or(block) / block;
-        let lists = text.lines().filter_map(|line| line.strip_prefix("  Free blocks: "));
-        let runs = lists.flat_map(|list| list.split(", ")).filter(|run| !run.is_empty());
+        let lists = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("  Free blocks: "));
+        let runs = lists
+            .flat_map(|list| list.split(", "))
+            .filter(|run| !run.is_empty());
         merged(
             runs.map(|run| {
                 let (first, last) = run.split_once('-').unwrap_or((run, run));

@@ -79,11 +79,7 @@ impl<'a> BlockBitmaps<'a> {
         let covered = &bitmap[..superblock.clusters_per_group as usize / 8];
         check_bitmap_checksum(self.ext, covered, descriptor.block_bitmap_checksum)
             .then_some(())
-            .ok_or_else(|| {
-                superblock
-                    .kind
-                    .checksum(format!("block bitmap of group {group}"))
-            })
+            .ok_or_else(|| superblock.kind.checksum(format!("block bitmap of group {group}")))
     }
 
     /// Clusters behind the end of the file system are marked as in use.

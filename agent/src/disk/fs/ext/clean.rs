@@ -35,10 +35,16 @@ pub(super) fn check(ext: &Ext<'_>) -> Result<(), Unproven> {
             superblock.features.has(NEEDS_RECOVERY),
             "its journal has to be replayed",
         ),
-        (superblock.state & STATE_CLEAN == 0, "it is mounted or was cut off"),
+        (
+            superblock.state & STATE_CLEAN == 0,
+            "it is mounted or was cut off",
+        ),
         (superblock.state & !STATE_CLEAN != 0, "it needs a check"),
         (superblock.error_count != 0, "errors were recorded"),
-        (superblock.features.has(ORPHAN_PRESENT), "its orphan file is in use"),
+        (
+            superblock.features.has(ORPHAN_PRESENT),
+            "its orphan file is in use",
+        ),
     ];
     if let Some((_, what)) = signs.iter().find(|(found, _)| *found) {
         return Err(superblock.kind.not_clean(*what));

@@ -80,9 +80,7 @@ impl<'a> Descriptors<'a> {
         if expected == le16(raw, CHECKSUM) {
             Ok(())
         } else {
-            Err(superblock
-                .kind
-                .checksum(format!("descriptor of group {group}")))
+            Err(superblock.kind.checksum(format!("descriptor of group {group}")))
         }
     }
 }

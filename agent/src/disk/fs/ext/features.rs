@@ -130,7 +130,10 @@ mod tests {
     #[test]
     fn snapshots_compression_shared_blocks_and_new_flags_are_unknown() {
         let strange = [
-            Features { compat: 0x100, ..NONE },
+            Features {
+                compat: 0x100,
+                ..NONE
+            },
             Features {
                 incompat: 0x1,
                 ..NONE

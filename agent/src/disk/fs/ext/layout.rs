@@ -166,7 +166,11 @@ fn served(
 fn heads(superblock: &Superblock, group: u32) -> Result<Vec<Range<u64>>, Unproven> {
     let home = superblock.group_blocks(group);
     let has_super = superblock.has_super(group);
-    let start = if has_super { superblock.super_block(group) } else { home.start };
+    let start = if has_super {
+        superblock.super_block(group)
+    } else {
+        home.start
+    };
     let per_block = superblock.descriptors_per_block();
     let scattered = superblock.features.has(META_BG) && group / per_block >= superblock.first_meta_bg;
     let descriptors = if scattered {

@@ -12,9 +12,16 @@ use super::{each_seed, oracle};
 /// Compares with the oracle, and checks a copy in which the free blocks hold `fill`.
 pub(crate) fn require_exact(image: &Image, fill: u8) -> FreeSet {
     let (summary, free) = scan(&image.volume()).expect("a clean image is proven");
-    assert_eq!(free, oracle::free(image), "free extents differ from those of xfs_db");
+    assert_eq!(
+        free,
+        oracle::free(image),
+        "free extents differ from those of xfs_db"
+    );
     assert_eq!(u64::from(summary.block_size), image.superblock("blocksize"));
-    assert_eq!(summary.size, image.superblock("dblocks") * u64::from(summary.block_size));
+    assert_eq!(
+        summary.size,
+        image.superblock("dblocks") * u64::from(summary.block_size)
+    );
     image.require_whole();
     require_whole(&image.copy_without(&free, fill));
     free
@@ -26,7 +33,16 @@ fn every_shape_of_volume_is_read_exactly() {
         &[],
         &["-m", "crc=0"],
         &["-m", "crc=0", "-l", "version=1"],
-        &["-m", "crc=0", "-b", "size=512", "-n", "size=4096", "-i", "size=256"],
+        &[
+            "-m",
+            "crc=0",
+            "-b",
+            "size=512",
+            "-n",
+            "size=4096",
+            "-i",
+            "size=256",
+        ],
         &["-m", "crc=0", "-b", "size=65536", "-s", "size=4096"],
         &["-b", "size=1024"],
         &["-b", "size=2048", "-i", "size=1024"],
@@ -127,7 +143,10 @@ fn random_options(rng: &mut StdRng) -> (u64, Vec<String>) {
         format!("agcount={groups}"),
     ];
     if crc && rng.random_bool(0.5) {
-        options.extend(["-i".to_owned(), format!("sparse={},nrext64={}", bit(rng), bit(rng))]);
+        options.extend([
+            "-i".to_owned(),
+            format!("sparse={},nrext64={}", bit(rng), bit(rng)),
+        ]);
     }
     if rng.random_bool(0.3) {
         let unit = block.max(*[4096, 32_768, 262_144].choose(rng).unwrap());

@@ -32,14 +32,25 @@ impl Image {
     }
 
     /// With `files` files of random sizes up to `len_max` bytes.
-    pub(crate) fn filled(size: u64, options: &[&str], files: usize, len_max: usize, rng: &mut StdRng) -> Self {
+    pub(crate) fn filled(
+        size: u64,
+        options: &[&str],
+        files: usize,
+        len_max: usize,
+        rng: &mut StdRng,
+    ) -> Self {
         Self::make(size, options, Some((files, len_max, rng)))
     }
 
     fn make(size: u64, options: &[&str], content: Option<(usize, usize, &mut StdRng)>) -> Self {
-        let dir = tempfile::Builder::new().prefix("longhaul-xfs-").tempdir().expect("a directory");
+        let dir = tempfile::Builder::new()
+            .prefix("longhaul-xfs-")
+            .tempdir()
+            .expect("a directory");
         let path = dir.path().join("volume");
-        File::create(&path).and_then(|file| file.set_len(size)).expect("a sparse file");
+        File::create(&path)
+            .and_then(|file| file.set_len(size))
+            .expect("a sparse file");
         let mut command = Command::new("mkfs.xfs");
         command.arg("-q").args(options);
         // What the tools' own test suite sets, so that mkfs makes small logs, small volumes and single groups.
@@ -72,7 +83,9 @@ impl Image {
             .spawn()
             .unwrap_or_else(|error| missing("xfs_db", &error));
         let mut stdin = child.stdin.take().expect("its input is a pipe");
-        stdin.write_all(commands.as_bytes()).expect("xfs_db reads commands");
+        stdin
+            .write_all(commands.as_bytes())
+            .expect("xfs_db reads commands");
         drop(stdin);
         assert!(child.wait().expect("xfs_db ends").success());
         succeed(Command::new("xfs_repair").args(REPAIR).arg(&self.path));
@@ -97,7 +110,9 @@ impl Image {
     pub(crate) fn superblock(&self, field: &str) -> u64 {
         let text = self.db(&["sb 0", &format!("print {field}")]);
         let value = text.split_whitespace().last().expect("a value");
-        let hexadecimal = value.strip_prefix("0x").map(|digits| u64::from_str_radix(digits, 16));
+        let hexadecimal = value
+            .strip_prefix("0x")
+            .map(|digits| u64::from_str_radix(digits, 16));
         hexadecimal.unwrap_or_else(|| value.parse()).expect("a number")
     }
 
@@ -109,7 +124,12 @@ impl Image {
     /// A copy in which every free byte is `fill`; as a target would have it where `fill` is 0.
     pub(crate) fn copy_without(&self, free: &FreeSet, fill: u8) -> PathBuf {
         let copy = self.dir.path().join(format!("copy-{fill}"));
-        succeed(Command::new("cp").arg("--sparse=always").arg(&self.path).arg(&copy));
+        succeed(
+            Command::new("cp")
+                .arg("--sparse=always")
+                .arg(&self.path)
+                .arg(&copy),
+        );
         let file = File::options().write(true).open(&copy).expect("the copy opens");
         let chunk = vec![fill; MIB as usize];
         for (start, end) in free {

@@ -5,15 +5,15 @@
 //! their seed; `LONGHAUL_FILTER_SEED=n` replays it, `LONGHAUL_FILTER_CASES=n` runs n cases of each campaign.
 
 mod clean;
-//X mod damage;
-//X mod dirty;
-//X mod features;
-//X mod hostile;
+mod damage;
+mod dirty;
+mod features;
+mod hostile;
 mod image;
-//X mod mounted;
+mod mounted;
 mod oracle;
-//X mod scale;
-//X mod synthetic;
+mod scale;
+mod synthetic;
 mod volume;
 
 use std::env;
@@ -51,12 +51,18 @@ struct Shown<'a> {
 impl Drop for Shown<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("{}: replay with LONGHAUL_FILTER_SEED={}", self.campaign, self.seed);
+            eprintln!(
+                "{}: replay with LONGHAUL_FILTER_SEED={}",
+                self.campaign, self.seed
+            );
         }
     }
 }
 
 fn number(variable: &str) -> Option<u64> {
     let text = env::var(variable).ok()?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{variable} must be a number, not {text:?}")))
+    Some(
+        text.parse()
+            .unwrap_or_else(|_| panic!("{variable} must be a number, not {text:?}")),
+    )
 }

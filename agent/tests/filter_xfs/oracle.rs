@@ -20,7 +20,9 @@ pub(crate) fn free(image: &Image) -> FreeSet {
     for ag in 0..image.superblock("agcount") {
         let dump = image.db(&[&format!("agf {ag}"), "addr bnoroot", "btdump"]);
         let base = ag * ag_blocks;
-        free.extend(records(&dump).map(|(start, len)| ((base + start) * block, (base + start + len) * block)));
+        free.extend(
+            records(&dump).map(|(start, len)| ((base + start) * block, (base + start + len) * block)),
+        );
     }
     merged(free)
 }

@@ -14,15 +14,24 @@ use longhaul_common::extent::Extent;
 /// Free extents in ascending order, in bytes; neighbours are merged.
 pub(crate) type FreeSet = Vec<(u64, u64)>;
 
-/// Recognises and scans, as the agent does.
+/// Recognises and scans, as the agent does. A volume that is not recognised is unproven as well.
 pub(crate) fn scan(volume: &dyn ReadAt) -> Result<(FsSummary, FreeSet), Unproven> {
-    let fs = xfs::probe(volume)?.expect("the volume carries the signature of XFS");
+    let Some(fs) = xfs::probe(volume)? else {
+        let what = "no signature".to_owned();
+        return Err(Unproven::Inconsistent { kind: "xfs", what });
+    };
     let mut free = Vec::new();
     let summary = fs.scan(volume, &mut |extent: Extent| {
-        assert!(!extent.is_empty() && extent.end() <= fs.size(), "{extent:?} leaves the volume");
+        assert!(
+            !extent.is_empty() && extent.end() <= fs.size(),
+            "{extent:?} leaves the volume"
+        );
         free.push((extent.offset(), extent.end()));
     })?;
-    assert_eq!(summary.free, free.iter().map(|(start, end)| end - start).sum::<u64>());
+    assert_eq!(
+        summary.free,
+        free.iter().map(|(start, end)| end - start).sum::<u64>()
+    );
     assert_eq!((summary.size, summary.kind), (fs.size(), "xfs"));
     Ok((summary, merged(free)))
 }
@@ -109,7 +118,8 @@ impl<'a> Patched<'a> {
 
     pub(crate) fn get<const N: usize>(&self, offset: u64) -> [u8; N] {
         let mut bytes = [0; N];
-        self.read_exact_at(&mut bytes, offset).expect("a place inside the volume");
+        self.read_exact_at(&mut bytes, offset)
+            .expect("a place inside the volume");
         bytes
     }
 
@@ -117,7 +127,8 @@ impl<'a> Patched<'a> {
     pub(crate) fn seal(&mut self, offset: u64, len: usize, crc: u64) {
         self.put(offset + crc, &[0; 4]);
         let mut bytes = vec![0; len];
-        self.read_exact_at(&mut bytes, offset).expect("a place inside the volume");
+        self.read_exact_at(&mut bytes, offset)
+            .expect("a place inside the volume");
         self.put(offset + crc, &crc32c::crc32c(&bytes).to_le_bytes());
     }
 }
@@ -128,7 +139,9 @@ impl ReadAt for Patched<'_> {
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        let end = offset.checked_add(buf.len() as u64).ok_or(io::ErrorKind::UnexpectedEof)?;
+        let end = offset
+            .checked_add(buf.len() as u64)
+            .ok_or(io::ErrorKind::UnexpectedEof)?;
         if end > self.size {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }

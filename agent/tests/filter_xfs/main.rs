@@ -4,6 +4,9 @@
 //! host may mount) the kernel; damaged, cut off, dirty and hostile images against the pristine answer. Random cases print
 //! their seed; `LONGHAUL_FILTER_SEED=n` replays it, `LONGHAUL_FILTER_CASES=n` runs n cases of each campaign.
 
+// Everything here is a test, also what clippy does not recognise as one.
+#![allow(clippy::unwrap_used)]
+
 mod clean;
 mod damage;
 mod dirty;

@@ -4,16 +4,19 @@
 //! host may mount) the kernel; damaged, cut off, dirty and hostile images against the pristine answer. Random cases print
 //! their seed; `LONGHAUL_FILTER_SEED=n` replays it, `LONGHAUL_FILTER_CASES=n` runs n cases of each campaign.
 
+// Everything here is a test, also what clippy does not recognise as one.
+#![allow(clippy::unwrap_used)]
+
 mod clean;
-//X mod damage;
-//X mod dirty;
-//X mod features;
-//X mod hostile;
+mod damage;
+mod dirty;
+mod features;
+mod hostile;
 mod image;
-//X mod mounted;
+mod mounted;
 mod oracle;
-//X mod scale;
-//X mod synthetic;
+mod scale;
+mod synthetic;
 mod volume;
 
 use std::env;

@@ -14,9 +14,12 @@ use longhaul_common::extent::Extent;
 /// Free extents in ascending order, in bytes; neighbours are merged.
 pub(crate) type FreeSet = Vec<(u64, u64)>;
 
-/// Recognises and scans, as the agent does.
+/// Recognises and scans, as the agent does. A volume that is not recognised is unproven as well.
 pub(crate) fn scan(volume: &dyn ReadAt) -> Result<(FsSummary, FreeSet), Unproven> {
-    let fs = xfs::probe(volume)?.expect("the volume carries the signature of XFS");
+    let Some(fs) = xfs::probe(volume)? else {
+        let what = "no signature".to_owned();
+        return Err(Unproven::Inconsistent { kind: "xfs", what });
+    };
     let mut free = Vec::new();
     let summary = fs.scan(volume, &mut |extent: Extent| {
         assert!(

@@ -9,6 +9,9 @@
 //!   0                              ^ head                          end
 //! ```
 //!
+//! `xfs_repair` and `xfs_admin` leave blocks of zeros between the record and the lap before, up to block 512, when they format
+//! a log that was in use.
+//!
 //! Promises to be stricter than Linux: around the head, as far as writes may have been under way at once, every block must
 //! carry exactly the expected cycle, and the unmount record must be whole. Everything else is [`Unproven::NotClean`].
 
@@ -32,6 +35,8 @@ const EXTENDED_HEADER_SIZE: usize = 260;
 /// The kernel's log client and its flag for "this is an unmount record".
 const CLIENT_LOG: u8 = 0xaa;
 const UNMOUNT: u8 = 0x20;
+/// Where the first record of the lap before begins in a log that the tools have formatted.
+const FORMATTED: u32 = 512;
 /// Blocks read at once.
 const CHUNK: u32 = 128;
 
@@ -67,11 +72,17 @@ struct Head {
     first: u32,
     /// Cycle of the log's last block.
     last: u32,
+    /// Where blocks of zeros between the two laps end; the head, where there are none.
+    zeros_end: u32,
 }
 
 impl Head {
     fn expected_cycle(&self, block: u32) -> u32 {
-        if block < self.block { self.first } else { self.last }
+        match block {
+            block if block < self.block => self.first,
+            block if block < self.zeros_end => 0,
+            _ => self.last,
+        }
     }
 
     fn next_cycle(&self) -> u32 {
@@ -84,37 +95,44 @@ impl Head {
 }
 
 impl Log<'_> {
-    /// Halves the log until it knows where the cycle changes.
     fn find_head(&self) -> Result<Head, Unproven> {
         let first = self.cycle_at(0)?;
         let last = self.cycle_at(self.blocks - 1)?;
+        let head = |block, zeros_end| Head {
+            block,
+            first,
+            last,
+            zeros_end,
+        };
         if first == 0 {
             return Err(not_clean("its log holds no record"));
         }
         if first == last {
-            return Ok(Head {
-                block: 0,
-                first,
-                last,
-            });
+            return Ok(head(0, 0));
         }
         if last != first - 1 {
             return Err(not_clean("the cycles of its log do not follow each other"));
         }
-        let (mut before, mut behind) = (0, self.blocks - 1);
+        let formatted = last != 0 && self.blocks > FORMATTED && self.cycle_at(FORMATTED - 1)? == 0;
+        if formatted {
+            return Ok(head(self.find_change(first, 0, FORMATTED - 1)?, FORMATTED));
+        }
+        let change = self.find_change(first, last, self.blocks - 1)?;
+        Ok(head(change, change))
+    }
+
+    /// The first block of cycle `next` behind blocks of cycle `first`; block 0 is of `first`, and `behind` of `next`.
+    fn find_change(&self, first: u32, next: u32, mut behind: u32) -> Result<u32, Unproven> {
+        let mut before = 0;
         while behind - before > 1 {
             let middle = before + (behind - before) / 2;
             match self.cycle_at(middle)? {
                 cycle if cycle == first => before = middle,
-                cycle if cycle == last => behind = middle,
+                cycle if cycle == next => behind = middle,
                 _ => return Err(not_clean("its log holds a block of another cycle")),
             }
         }
-        Ok(Head {
-            block: behind,
-            first,
-            last,
-        })
+        Ok(behind)
     }
 
     fn cycle_at(&self, block: u32) -> Result<u32, Unproven> {

@@ -117,7 +117,8 @@ impl Clusters {
             size: mapped.size,
             initialised: mapped.initialised,
         };
-        let whole = mapped.allocated % clusters.cluster == 0 && mapped.allocated / clusters.cluster <= limit;
+        let whole =
+            mapped.allocated.is_multiple_of(clusters.cluster) && mapped.allocated / clusters.cluster <= limit;
         if !whole || mapped.size > mapped.allocated || mapped.initialised > mapped.size {
             return Err(inconsistent(
                 "the sizes of a system attribute contradict each other",

@@ -56,7 +56,9 @@ impl<'a> Record<'a> {
         let fields = Fields(bytes);
         let (first, used) = (fields.index(0x14)?, fields.u32(0x18)? as usize);
         let allocated = fields.u32(0x1c)? as usize;
-        let numbered = fields.index(4)? >= 0x30;
+        let in_use = fields.u16(0x16)? & 1 != 0;
+        // Formatters leave the number of unused records blank, and NTFS before 3.1 has none.
+        let numbered = in_use && fields.index(4)? >= 0x30;
         if allocated != bytes.len() || used > allocated || first < 0x28 || first % 8 != 0 || first > used {
             return Err(inconsistent(format!("MFT record {number} has impossible sizes")));
         }
@@ -68,7 +70,7 @@ impl<'a> Record<'a> {
         Ok(Some(Self {
             fields,
             attributes: first..used,
-            in_use: fields.u16(0x16)? & 1 != 0,
+            in_use,
             sequence: fields.u16(0x10)?,
             base: Reference(fields.u64(0x20)?),
         }))
@@ -115,7 +117,7 @@ impl<'a> Attributes<'a> {
             return Ok(None);
         }
         let len = used.u32(self.at + 4)? as usize;
-        if len < 0x18 || len % 8 != 0 || kind == 0 {
+        if len < 0x18 || !len.is_multiple_of(8) || kind == 0 {
             return Err(inconsistent("an attribute has an impossible length"));
         }
         let fields = Fields(used.bytes(self.at, len)?);

@@ -68,7 +68,15 @@ impl Bench {
     }
 
     /// Lets QEMU fill a range with one byte, and does the same to `raw`.
-    pub(crate) fn overwrite(&self, path: &Path, format: &str, byte: u8, offset: u64, len: u64, raw: &mut [u8]) {
+    pub(crate) fn overwrite(
+        &self,
+        path: &Path,
+        format: &str,
+        byte: u8,
+        offset: u64,
+        len: u64,
+        raw: &mut [u8],
+    ) {
         let write = if byte == 0 {
             format!("write -z {offset} {len}")
         } else {

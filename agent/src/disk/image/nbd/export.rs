@@ -94,9 +94,9 @@ pub struct BlockSizes {
 }
 
 impl BlockSizes {
-    /// What holds where a server states nothing: the protocol's defaults.
+    /// What holds where a server states nothing: by the protocol it then takes requests of any alignment up to 32 MiB.
     pub const UNSTATED: Self = Self {
-        min: 512,
+        min: 1,
         preferred: 4096,
         max: PAYLOAD_MAX,
     };

@@ -1,164 +1,23 @@
-//! NBD servers that lie, stall, drip, overflow or die at every step: a clear error each time, soon, and with little memory.
+//! NBD servers that lie, stall, drip, overflow or die at every step: a clear error each time, soon, and with
+//! little memory.
 
-use std::io::{Read, Write};
+#![allow(clippy::unwrap_used)] // A step that fails is a test that fails.
+
+mod image_bench;
+
+use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use longhaul_agent::disk::image::nbd::decode::{self, HELLO_LEN, OPTION_REPLY_LEN};
-use longhaul_agent::disk::image::nbd::{
-    BASE_ALLOCATION, ConnectOptions, Connection, Headers, NbdError, Timeouts, replay,
+use image_bench::fake::{
+    ACK, Bytes, EXTENDED, LIMIT, OPTION_REPLY, SIZE, STRUCTURED, chunk, data, export_info, handshake,
+    option_reply, options, serve,
 };
+
+use longhaul_agent::disk::image::nbd::decode::{self, HELLO_LEN, OPTION_REPLY_LEN};
+use longhaul_agent::disk::image::nbd::{BASE_ALLOCATION, Connection, Headers, NbdError, replay};
 use longhaul_common::extent::Extent;
 use proptest::prelude::*;
-
-const SIZE: u64 = 1 << 30;
-const OPTION_REPLY: u64 = 0x3e889045565a9;
-const STRUCTURED: u32 = 0x668e33ef;
-const EXTENDED: u32 = 0x6e8a278c;
-const ACK: u32 = 1;
-const UNSUPPORTED: u32 = (1 << 31) + 1;
-const LIMIT: Duration = Duration::from_millis(300);
-
-fn options() -> ConnectOptions {
-    let timeouts = Timeouts {
-        handshake: LIMIT,
-        transfer: LIMIT,
-        settle: LIMIT,
-    };
-    ConnectOptions {
-        timeouts,
-        ..ConnectOptions::default()
-    }
-}
-
-/// Big-endian fields, one after the other.
-#[derive(Clone, Default)]
-struct Bytes(Vec<u8>);
-
-impl Bytes {
-    fn u16(mut self, value: u16) -> Self {
-        self.0.extend(value.to_be_bytes());
-        self
-    }
-
-    fn u32(mut self, value: u32) -> Self {
-        self.0.extend(value.to_be_bytes());
-        self
-    }
-
-    fn u64(mut self, value: u64) -> Self {
-        self.0.extend(value.to_be_bytes());
-        self
-    }
-
-    fn raw(mut self, bytes: &[u8]) -> Self {
-        self.0.extend(bytes);
-        self
-    }
-}
-
-fn hello() -> Vec<u8> {
-    Bytes::default().raw(b"NBDMAGICIHAVEOPT").u16(3).0
-}
-
-fn option_reply(option: u32, kind: u32, payload: &[u8]) -> Vec<u8> {
-    Bytes::default()
-        .u64(OPTION_REPLY)
-        .u32(option)
-        .u32(kind)
-        .u32(payload.len() as u32)
-        .raw(payload)
-        .0
-}
-
-fn export_info(size: u64, min: u32) -> Vec<u8> {
-    let export = Bytes::default().u16(0).u64(size).u16(0b101_0110_1101).0;
-    let blocks = Bytes::default().u16(3).u32(min).u32(4096).u32(32 << 20).0;
-    [
-        option_reply(7, 3, &export),
-        option_reply(7, 3, &blocks),
-        option_reply(7, ACK, &[]),
-    ]
-    .concat()
-}
-
-/// What an honest server says from its greeting to the end of the handshake.
-fn handshake(headers: Headers) -> Vec<Vec<u8>> {
-    let context = Bytes::default().u32(5).raw(BASE_ALLOCATION.as_bytes()).0;
-    let contexts = [option_reply(10, 4, &context), option_reply(10, ACK, &[])].concat();
-    match headers {
-        Headers::Extended => vec![
-            hello(),
-            option_reply(11, ACK, &[]),
-            contexts,
-            export_info(SIZE, 1),
-        ],
-        Headers::Structured => vec![
-            hello(),
-            option_reply(11, UNSUPPORTED, b"unknown"),
-            option_reply(8, ACK, &[]),
-            contexts,
-            export_info(SIZE, 1),
-        ],
-        Headers::Simple => {
-            vec![
-                hello(),
-                option_reply(11, UNSUPPORTED, &[]),
-                option_reply(8, UNSUPPORTED, &[]),
-                export_info(SIZE, 1),
-            ]
-        }
-    }
-}
-
-fn chunk(headers: Headers, done: bool, kind: u16, cookie: u64, payload: &[u8]) -> Vec<u8> {
-    let len = payload.len();
-    let flags = u16::from(done);
-    match headers {
-        Headers::Extended => {
-            Bytes::default()
-                .u32(EXTENDED)
-                .u16(flags)
-                .u16(kind)
-                .u64(cookie)
-                .u64(0)
-                .u64(len as u64)
-                .raw(payload)
-                .0
-        }
-        _ => {
-            Bytes::default()
-                .u32(STRUCTURED)
-                .u16(flags)
-                .u16(kind)
-                .u64(cookie)
-                .u32(len as u32)
-                .raw(payload)
-                .0
-        }
-    }
-}
-
-fn data(offset: u64, bytes: &[u8]) -> Vec<u8> {
-    Bytes::default().u64(offset).raw(bytes).0
-}
-
-/// A server that says these bytes, listens to whatever comes, and keeps the connection open until the client leaves.
-fn serve(words: Vec<u8>) -> (UnixStream, JoinHandle<Vec<u8>>) {
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    let thread = std::thread::spawn(move || {
-        let mut speaker = theirs.try_clone().unwrap();
-        let talk = std::thread::spawn(move || {
-            let _ = speaker.write_all(&words);
-        });
-        let mut heard = Vec::new();
-        let _ = (&theirs).read_to_end(&mut heard);
-        talk.join().unwrap();
-        heard
-    });
-    (ours, thread)
-}
 
 /// The client's whole session with such a server: connect, read 64 KiB at 1 MiB, ask for 1 MiB's state.
 fn session(words: Vec<u8>) -> Result<(), NbdError> {
@@ -409,105 +268,96 @@ fn read_error(headers: Headers, words: &[Vec<u8>]) -> String {
     session(all.concat()).unwrap_err().to_string()
 }
 
+/// Runs the client against each reply, given as chunks: its error must contain the words beside it.
+fn check_replies(headers: Headers, cases: &[(&[Vec<u8>], &str)]) {
+    for (words, wanted) in cases {
+        let error = read_error(headers, words);
+        assert!(
+            error.contains(wanted),
+            "{headers:?}: {error:?} where {wanted:?} was expected"
+        );
+    }
+}
+
+const AT: u64 = 1 << 20;
+
 #[test]
-fn a_lying_reply_is_named() {
-    let at = 1 << 20;
+fn data_in_the_wrong_place_is_named() {
     let half = vec![7; 32_768];
     for headers in [Headers::Structured, Headers::Extended] {
         let reply = |done, kind, payload: &[u8]| chunk(headers, done, kind, 1, payload);
-        let huge = match headers {
-            Headers::Extended => {
-                Bytes::default()
-                    .u32(EXTENDED)
-                    .u16(1)
-                    .u16(1)
-                    .u64(1)
-                    .u64(at)
-                    .u64(u64::MAX)
-                    .u64(at)
-                    .0
-            }
-            _ => {
-                Bytes::default()
-                    .u32(STRUCTURED)
-                    .u16(1)
-                    .u16(1)
-                    .u64(1)
-                    .u32(u32::MAX)
-                    .u64(at)
-                    .0
-            }
-        };
+        let piece = |done, offset| reply(done, 1, &data(offset, &half));
+        let hole = |len| reply(true, 2, &Bytes::default().u64(AT).u32(len).0);
         let scattered: Vec<_> = (0..2000)
-            .map(|step| reply(false, 1, &data(at + 2 * step, &[1])))
+            .map(|step| reply(false, 1, &data(AT + 2 * step, &[1])))
             .collect();
-        for (words, wanted) in [
-            (vec![vec![0; 32]], "reply magic is 0x0"),
-            (
-                vec![chunk(headers, true, 1, 77, &data(at, &half))],
-                "belongs to no request",
-            ),
-            (vec![reply(true, 1, &data(at, &half))], "answered only in part"),
-            (vec![reply(true, 0, &[])], "answered only in part"),
-            (vec![reply(false, 0, &[])], "an empty chunk is not the last one"),
-            (vec![reply(true, 1, &data(at - 1, &half))], "outside of the range"),
-            (
-                vec![reply(true, 1, &data(at + 32_769, &half))],
-                "outside of the range",
-            ),
-            (
-                vec![reply(true, 1, &data(u64::MAX - 3, &half))],
-                "outside of the range",
-            ),
-            (vec![huge], "outside of the range"),
-            (
-                vec![
-                    reply(false, 1, &data(at, &half)),
-                    reply(true, 1, &data(at + 9, &half)),
-                ],
-                "sent twice",
-            ),
-            (
-                vec![reply(true, 2, &Bytes::default().u64(at).u32(u32::MAX).0)],
-                "outside of the range",
-            ),
-            (
-                vec![reply(true, 2, &Bytes::default().u64(at).u32(0).0)],
-                "outside of the range",
-            ),
-            (vec![reply(true, 2, &[0; 11])], "a hole chunk is 11 bytes long"),
-            (vec![reply(true, 1, &[0; 8])], "a data chunk is 8 bytes long"),
-            (vec![reply(true, 5, &[0; 12])], "does not fit its request"),
-            (vec![reply(true, 99, &[])], "chunk type is 0x63"),
-            (vec![reply(true, 0x8001, &[0; 6])], "error number 0"),
-            (
-                vec![reply(true, 0x8001, &Bytes::default().u32(5).u16(9).0)],
-                "error chunk is cut short",
-            ),
-            (
-                vec![reply(
-                    true,
-                    0x8001,
-                    &Bytes::default().u32(28).u16(4).raw(b"full").0,
-                )],
-                "no space left (full)",
-            ),
-            (
-                vec![reply(true, 0x8002, &Bytes::default().u32(5).u16(0).u64(at).0)],
-                "input/output error",
-            ),
-            (
-                vec![reply(true, 0x8001, &vec![0; 5000])],
-                "an error chunk is 5000 bytes long",
-            ),
-            (scattered, "scattered into too many pieces"),
-        ] {
-            let error = read_error(headers, &words);
-            assert!(
-                error.contains(wanted),
-                "{headers:?}: {error:?} where {wanted:?} was expected"
-            );
-        }
+        let outside = "outside of the range";
+        check_replies(
+            headers,
+            &[
+                (&[piece(true, AT)], "answered only in part"),
+                (&[reply(true, 0, &[])], "answered only in part"),
+                (&[piece(true, AT - 1)], outside),
+                (&[piece(true, AT + 32_769)], outside),
+                (&[piece(true, u64::MAX - 3)], outside),
+                (&[huge_data(headers)], outside),
+                (&[hole(u32::MAX)], outside),
+                (&[hole(0)], outside),
+                (&[piece(false, AT), piece(true, AT + 9)], "sent twice"),
+                (&scattered, "scattered into too many pieces"),
+            ],
+        );
+    }
+}
+
+/// A chunk that announces all the data in the world.
+fn huge_data(headers: Headers) -> Vec<u8> {
+    let (magic, bytes) = match headers {
+        Headers::Extended => (EXTENDED, Bytes::default().u64(AT).u64(u64::MAX)),
+        _ => (STRUCTURED, Bytes::default().u32(u32::MAX)),
+    };
+    Bytes::default()
+        .u32(magic)
+        .u16(1)
+        .u16(1)
+        .u64(1)
+        .raw(&bytes.0)
+        .u64(AT)
+        .0
+}
+
+#[test]
+fn a_malformed_chunk_is_named() {
+    for headers in [Headers::Structured, Headers::Extended] {
+        let reply = |done, kind, payload: &[u8]| chunk(headers, done, kind, 1, payload);
+        let error = |kind, payload: Bytes| reply(true, kind, &payload.0);
+        let start = |code, len| Bytes::default().u32(code).u16(len);
+        check_replies(
+            headers,
+            &[
+                (&[vec![0; 32]], "reply magic is 0x0"),
+                (
+                    &[chunk(headers, true, 1, 77, &data(AT, &[7; 9]))],
+                    "belongs to no request",
+                ),
+                (&[reply(false, 0, &[])], "an empty chunk is not the last one"),
+                (&[reply(true, 2, &[0; 11])], "a hole chunk is 11 bytes long"),
+                (&[reply(true, 1, &[0; 8])], "a data chunk is 8 bytes long"),
+                (&[reply(true, 5, &[0; 12])], "does not fit its request"),
+                (&[reply(true, 99, &[])], "chunk type is 0x63"),
+                (&[error(0x8001, start(0, 0))], "error number 0"),
+                (&[error(0x8001, start(5, 9))], "error chunk is cut short"),
+                (
+                    &[error(0x8001, start(28, 4).raw(b"full"))],
+                    "no space left (full)",
+                ),
+                (&[error(0x8002, start(5, 0).u64(AT))], "input/output error"),
+                (
+                    &[reply(true, 0x8001, &[0; 5000])],
+                    "an error chunk is 5000 bytes long",
+                ),
+            ],
+        );
     }
 }
 
@@ -595,8 +445,10 @@ fn a_listener_that_never_accepts_meets_the_deadline() {
 
 proptest! {
     #[test]
-    fn no_bytes_panic_the_decoder(bytes in proptest::collection::vec(any::<u8>(), 0..200), with_magic in any::<Option<bool>>()) {
-        let mut bytes = bytes;
+    fn no_bytes_panic_the_decoder(
+        mut bytes in proptest::collection::vec(any::<u8>(), 0..200),
+        with_magic in any::<Option<bool>>(),
+    ) {
         if let Some(wide) = with_magic {
             let magic = if wide { EXTENDED } else { STRUCTURED };
             bytes.splice(0..0, magic.to_be_bytes());
@@ -613,7 +465,11 @@ proptest! {
     }
 
     #[test]
-    fn one_flipped_byte_never_panics_a_session(extended in any::<bool>(), place in any::<prop::sample::Index>(), byte in any::<u8>()) {
+    fn one_flipped_byte_never_panics_a_session(
+        extended in any::<bool>(),
+        place in any::<prop::sample::Index>(),
+        byte in any::<u8>(),
+    ) {
         let headers = if extended { Headers::Extended } else { Headers::Structured };
         let mut words = handshake(headers);
         words.push(chunk(headers, true, 1, 1, &data(0, &[7; 65_536])));
@@ -630,13 +486,19 @@ proptest! {
     }
 
     #[test]
-    fn block_status_holds_what_was_sent(runs in proptest::collection::vec((1u32.., any::<u32>()), 1..50), wide in any::<bool>()) {
+    fn block_status_holds_what_was_sent(
+        runs in proptest::collection::vec((1u32.., any::<u32>()), 1..50),
+        wide in any::<bool>(),
+    ) {
         let mut payload = Bytes::default().u32(9);
         if wide {
             payload = payload.u32(runs.len() as u32);
         }
         for (len, flags) in &runs {
-            payload = if wide { payload.u64((*len).into()).u64((*flags).into()) } else { payload.u32(*len).u32(*flags) };
+            payload = match wide {
+                true => payload.u64((*len).into()).u64((*flags).into()),
+                false => payload.u32(*len).u32(*flags),
+            };
         }
         let status = decode::block_status(&payload.0, wide).unwrap();
         prop_assert_eq!(status.context, 9);

@@ -1,5 +1,7 @@
 //! Images that somebody else uses, and images that must not be followed to other files: refused by name.
 
+#![allow(clippy::unwrap_used)] // A step that fails is a test that fails.
+
 mod image_bench;
 
 use std::io::{BufRead, BufReader, Write};
@@ -237,10 +239,35 @@ fn nothing_outside_of_the_allowed_directories_is_opened() {
     );
     refuse(&external, Format::Qcow2);
     let vmdk = bench.path("allowed/disk.vmdk");
-    let descriptor = "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"monolithicFlat\"\n\
+    let descriptor = "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\n\
+        createType=\"monolithicFlat\"\n\
         RW 2048 FLAT \"../secret.raw\" 0\n";
     std::fs::write(&vmdk, descriptor).unwrap();
     refuse(&vmdk, Format::Vmdk);
+}
+
+#[test]
+fn a_part_of_a_vmdk_cannot_name_further_files() {
+    let bench = Bench::new();
+    let text =
+        "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"twoGbMaxExtentSparse\"\n";
+    let outer = bench.write(
+        "disk.vmdk",
+        format!("{text}RW 2048 SPARSE \"part.vmdk\"\n").as_bytes(),
+    );
+    // A sparse header without capacity, whose descriptor QEMU would follow.
+    let mut part = vec![0; 4096];
+    part[..5].copy_from_slice(b"KDMV\x01");
+    part[28] = 1;
+    part[36] = 2;
+    let inner = format!("{text}RW 2048 FLAT \"/etc/shadow\" 0\n");
+    part[512..512 + inner.len()].copy_from_slice(inner.as_bytes());
+    bench.write("part.vmdk", &part);
+    let error = refusal(&bench, &outer, Format::Vmdk);
+    assert!(
+        error.contains("part.vmdk cannot be trusted as vmdk: its sparse header states no capacity"),
+        "{error}"
+    );
 }
 
 #[test]

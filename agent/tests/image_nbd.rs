@@ -1,5 +1,7 @@
 //! The NBD client against QEMU's own server: writing, zeroing, trimming, flushing, states and dirty bitmaps.
 
+#![allow(clippy::unwrap_used)] // A step that fails is a test that fails.
+
 mod image_bench;
 
 use std::path::{Path, PathBuf};

@@ -1,5 +1,7 @@
 //! Images as QEMU makes them: content and allocation, held against `qemu-img`'s own view.
 
+#![allow(clippy::unwrap_used)] // A step that fails is a test that fails.
+
 mod image_bench;
 
 use std::path::Path;
@@ -20,7 +22,8 @@ fn open(bench: &Bench, path: &Path, format: &str, flatten: Flatten) -> SourceIma
     image::open(path, &options).unwrap()
 }
 
-/// The image reads as `raw` does, in one thread and in many; its allocation is right and what `qemu-img map` says.
+/// The image reads as `raw` does, in one thread and in many; its allocation is right and what `qemu-img map`
+/// says.
 fn check(bench: &Bench, image: &SourceImage, raw: &[u8]) {
     assert_eq!(image.size(), raw.len() as u64, "{}", image.path().display());
     let whole = Extent::between(0, image.size());

@@ -1,6 +1,9 @@
 //! What the image tests share: a temporary directory with QEMU's tools at hand, and content to write.
 
-#![allow(dead_code)] // Each test program uses a part of it.
+// Each test program uses a part of it; a step that fails is a test that fails.
+#![allow(dead_code, clippy::unwrap_used)]
+
+pub(crate) mod fake;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -126,7 +129,8 @@ pub(crate) fn run(command: &mut Command) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Random runs of random bytes, of one byte and of zeroes, at odd places. The seed is changed by LONGHAUL_SEED.
+/// Random runs of random bytes, of one byte and of zeroes, at odd places. The seed is changed by
+/// LONGHAUL_SEED.
 pub(crate) fn random_content(len: u64, seed: u64) -> Vec<u8> {
     let base: u64 =
         std::env::var("LONGHAUL_SEED").map_or(0, |seed| seed.parse().expect("LONGHAUL_SEED is a number"));

@@ -1,10 +1,11 @@
 //! Which files an image consists of, and whether QEMU may be given them.
 //!
-//! Owns the walk from an image down its backing files. At each step, names are first read from the header by ourselves,
-//! resolved, held against the agent's allowed directories and opened and locked; only then is QEMU asked about that one
-//! file. Then the whole chain is written down as QEMU's block options, so that QEMU never follows a name from a header.
-//! Leaves alone what the content is.
+//! Owns the walk from an image down its backing files. At each step, names are first read from the header by
+//! ourselves, resolved, held against the agent's allowed directories and opened and locked; only then is QEMU
+//! asked about that one file. Then the whole chain is written down as QEMU's block options, so that QEMU
+//! never follows a name from a header. Leaves alone what the content is.
 
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -37,6 +38,7 @@ pub(super) struct Chain {
 
 /// One image of the chain, before it is tied to the one below.
 struct Layer {
+    path: PathBuf,
     options: Value,
     backing: Option<(PathBuf, Format)>,
 }
@@ -80,9 +82,9 @@ impl Chain {
             ));
         }
         let layers = walk.down(top, format.clone())?;
-        if layers.len() > 1 {
+        if let [_, below, ..] = layers.as_slice() {
             if options.flatten == Flatten::Refuse {
-                let what = format!("a backing file ({})", walk.held[1].path().display());
+                let what = format!("a backing file ({})", below.path.display());
                 return Err(ImageError::NotFlat {
                     path: path.to_owned(),
                     what,
@@ -91,10 +93,14 @@ impl Chain {
             walk.notes
                 .push(format!("a chain of {} images was flattened", layers.len()));
         }
-        let chain = layers.into_iter().rev().reduce(|below, mut layer| {
-            layer["backing"] = below;
-            layer
-        });
+        let chain = layers
+            .into_iter()
+            .map(|layer| layer.options)
+            .rev()
+            .reduce(|below, mut layer| {
+                layer["backing"] = below;
+                layer
+            });
         let unlocked = walk.held.iter().find(|file| !file.is_locked());
         if let Some(file) = unlocked {
             walk.notes.push(format!(
@@ -123,7 +129,8 @@ impl Walk<'_> {
     /// Opens and locks one file, if this agent may; gives its place in `held`.
     fn hold(&mut self, path: &Path, by: Option<&Path>) -> Result<usize, ImageError> {
         let real = std::fs::canonicalize(path).map_err(ImageError::io("find", path))?;
-        if !(self.options.allowed)(&real) {
+        let is_allowed = |path: &Path| (self.options.allowed)(path);
+        if !is_allowed(&real) && !device_link(path).is_some_and(|link| is_allowed(&link)) {
             return Err(ImageError::NotAllowed {
                 path: real,
                 by: by.map(Path::to_owned),
@@ -144,15 +151,16 @@ impl Walk<'_> {
         Ok(self.held.len() - 1)
     }
 
-    /// Walks from the image at `held[top]` to the last backing file; gives each one's options, topmost first.
-    fn down(&mut self, top: usize, format: Format) -> Result<Vec<Value>, ImageError> {
+    /// Walks from the image at `held[top]` to the last backing file; gives them, topmost first.
+    fn down(&mut self, top: usize, format: Format) -> Result<Vec<Layer>, ImageError> {
         let mut layers = Vec::new();
         let mut at = top;
         let mut format = format;
         while layers.len() < LAYERS_MAX {
-            let layer = self.layer(at, &format)?;
-            layers.push(layer.options);
-            let Some((path, backing_format)) = layer.backing else {
+            let mut layer = self.layer(at, &format)?;
+            let backing = layer.backing.take();
+            layers.push(layer);
+            let Some((path, backing_format)) = backing else {
                 return Ok(layers);
             };
             let by = self.held[at].path().to_owned();
@@ -174,32 +182,40 @@ impl Walk<'_> {
         });
         if *format == Format::Raw {
             return Ok(Layer {
+                path,
                 options,
                 backing: None,
             });
         }
-        let header = header::read(format, &RawImage(file)).map_err(|error| match error {
-            HeaderError::Io(source) => ImageError::io("read", &path)(source),
-            HeaderError::Malformed(what) => malformed(&path, format, what),
-        })?;
+        let header =
+            header::read(format, &RawImage(file)).map_err(|error| untrusted(&path, format, error))?;
         refuse_marked(&path, format, header.encrypted, header.dirty, header.corrupt)?;
         let backing = match &header.backing {
             Some(backing) => Some(self.backing(&path, format, backing)?),
             None => None,
         };
-        for name in header.data_file.iter().chain(&header.extents) {
-            let place = self.resolve(&path, format, name)?;
-            self.hold(&place, Some(&path))?;
+        for part in &header.parts {
+            let place = self.resolve(&path, format, &part.name)?;
+            let held = self.hold(&place, Some(&path))?;
+            if !part.flat {
+                let checked = header::check_part(&RawImage(&self.held[held]));
+                checked.map_err(|error| untrusted(&place, format, error))?;
+            }
         }
-        if header.data_file.is_some() {
-            let file = &self.held[self.held.len() - 1];
-            options["data-file"] = protocol(file)?;
+        if let Some(name) = &header.data_file {
+            let place = self.resolve(&path, format, name)?;
+            let held = self.hold(&place, Some(&path))?;
+            options["data-file"] = protocol(&self.held[held])?;
         }
         if header.backing.is_some() || takes_backing(format) {
             options["backing"] = Value::Null;
         }
         self.ask(&path, format, &options)?;
-        Ok(Layer { options, backing })
+        Ok(Layer {
+            path,
+            options,
+            backing,
+        })
     }
 
     fn backing(
@@ -335,12 +351,28 @@ fn refuse_marked(
     }
 }
 
+fn untrusted(path: &Path, format: &Format, error: HeaderError) -> ImageError {
+    match error {
+        HeaderError::Io(source) => ImageError::io("read", path)(source),
+        HeaderError::Malformed(what) => malformed(path, format, what),
+    }
+}
+
 fn malformed(path: &Path, format: &Format, what: &str) -> ImageError {
     ImageError::Malformed {
         path: path.to_owned(),
         format: format.clone(),
         what: what.to_owned(),
     }
+}
+
+/// The name in /dev by which a block device is known, a link or not: the system makes these names, and what a
+/// logical volume's name leads to (`dm-7`) is of no use in a config.
+fn device_link(path: &Path) -> Option<PathBuf> {
+    let folder = std::fs::canonicalize(path.parent()?).ok()?;
+    let link = folder.join(path.file_name()?);
+    let is_device = std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device());
+    (is_device && folder.starts_with("/dev")).then_some(link)
 }
 
 /// Relative names in headers count from the path by which an image was named, not from where a link leads.

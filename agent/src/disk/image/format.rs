@@ -2,10 +2,10 @@
 //!
 //! Owns the names and the magic numbers. Leaves alone what the headers go on to say (`header`).
 //!
-//! Security: **a probed format is a guess that a guest can steer.** A guest owns every byte of its raw disk and may write a
-//! qcow2 header there whose backing file is `/etc/shadow`; whoever probes that disk later hands the host's file to the
-//! guest. Therefore a format that the operator states is never questioned, `raw` least of all, and a probed image may never
-//! make us open another file (see `chain`).
+//! Security: **a probed format is a guess that a guest can steer.** A guest owns every byte of its raw disk
+//! and may write a qcow2 header there whose backing file is `/etc/shadow`; whoever probes that disk later
+//! hands the host's file to the guest. Therefore a format that the operator states is never questioned, `raw`
+//! least of all, and a probed image may never make us open another file (see `chain`).
 
 use std::fmt;
 use std::io;
@@ -36,7 +36,8 @@ const OTHERS: [&str; 5] = ["qcow", "parallels", "dmg", "bochs", "cloop"];
 /// A format that QEMU does not read, or that is not a format of images.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} is no image format known here; known are raw, qcow2, vmdk, vhdx, vpc, vdi, qed, qcow, parallels, dmg, bochs, cloop"
+    "{0:?} is no image format known here; known are raw, qcow2, vmdk, vhdx, vpc, vdi, qed, qcow, parallels, \
+     dmg, bochs and cloop"
 )]
 pub struct UnknownFormat(String);
 

@@ -1,9 +1,9 @@
 //! What the headers of QEMU's formats refer to and warn of: other files, encryption, damage.
 //!
-//! Owns as much of each format as decides whether QEMU may be let near the image: the names of further files that it would
-//! open by itself, and the marks of encrypted, dirty or corrupt images. Leaves the content to QEMU, and resolving and
-//! permitting names to `chain`. Sources: QEMU's docs/interop/{qcow2,qed_spec}.rst; VMware's Virtual Disk Format 1.1; for qcow
-//! its header in docs of the same place.
+//! Owns as much of each format as decides whether QEMU may be let near the image: the names of further files
+//! that it would open by itself, and the marks of encrypted, dirty or corrupt images. Leaves the content to
+//! QEMU, and resolving and permitting names to `chain`. Sources: QEMU's docs/interop/{qcow2,qed_spec}.rst;
+//! VMware's Virtual Disk Format 1.1; for qcow its header in docs of the same place.
 //!
 //! Promises: pure, bounded reads (1 MiB at most), no panic on any content.
 
@@ -17,7 +17,7 @@ const NAME_MAX: u32 = 1023;
 /// QEMU reads no longer descriptors of VMDK images.
 const DESCRIPTOR_MAX: u64 = (1 << 20) - 1;
 /// Most files of one VMDK image: 2 TiB in pieces of 2 GiB.
-const EXTENTS_MAX: usize = 1024;
+const PARTS_MAX: usize = 1024;
 /// Most header extensions of a qcow2 image looked at; QEMU writes a handful.
 const EXTENSIONS_MAX: usize = 256;
 
@@ -28,10 +28,19 @@ pub struct Header {
     /// Where a qcow2 image keeps its data, if not in itself.
     pub data_file: Option<String>,
     /// The files a VMDK descriptor puts together.
-    pub extents: Vec<String>,
+    pub parts: Vec<Part>,
     pub encrypted: bool,
     pub dirty: bool,
     pub corrupt: bool,
+}
+
+/// A file that holds a part of a VMDK image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    pub name: String,
+    /// Whether it is nothing but content; else it has a header of its own, to be looked at with
+    /// [`check_part`].
+    pub flat: bool,
 }
 
 /// An image that is read where this one holds nothing.
@@ -53,14 +62,17 @@ pub enum HeaderError {
 
 use HeaderError::Malformed;
 
-/// Reads what the header of an image in `format` refers to. Formats that cannot refer to other files give nothing.
+/// Reads what the header of an image in `format` refers to. Formats that cannot refer to other files give
+/// nothing.
 pub fn read(format: &Format, image: &dyn ReadAt) -> Result<Header, HeaderError> {
     match format {
         Format::Qcow2 => qcow2(image),
         Format::Qed => qed(image),
         Format::Vmdk => vmdk(image),
         Format::Other(name) if name == "qcow" => qcow(image),
-        Format::Raw | Format::Vhdx | Format::Vpc | Format::Vdi | Format::Other(_) => Ok(Header::default()),
+        Format::Vpc => vpc(image),
+        // VHDX and VDI have parents too; QEMU refuses those that have one.
+        Format::Raw | Format::Vhdx | Format::Vdi | Format::Other(_) => Ok(Header::default()),
     }
 }
 
@@ -112,7 +124,7 @@ fn qcow2(image: &dyn ReadAt) -> Result<Header, HeaderError> {
             format: backing_format,
         }),
         data_file: data_file.filter(|_| external),
-        extents: Vec::new(),
+        parts: Vec::new(),
         encrypted: be32(&head, 32) != 0,
         dirty: incompatible & 1 != 0,
         corrupt: incompatible & 2 != 0,
@@ -193,6 +205,19 @@ fn qcow(image: &dyn ReadAt) -> Result<Header, HeaderError> {
     })
 }
 
+/// Of a virtual PC image only whether it is a whole one. QEMU reads differencing images as if their parent
+/// were empty.
+fn vpc(image: &dyn ReadAt) -> Result<Header, HeaderError> {
+    let mut head = [0; 64];
+    read_start(image, &mut head)?;
+    if head[..8] == *b"conectix" && be32(&head, 60) == 4 {
+        return Err(Malformed(
+            "it is a differencing disk, whose parent QEMU does not read; merge it first",
+        ));
+    }
+    Ok(Header::default())
+}
+
 fn vmdk(image: &dyn ReadAt) -> Result<Header, HeaderError> {
     let mut magic = [0; 4];
     read_start(image, &mut magic)?;
@@ -222,7 +247,24 @@ fn vmdk_sparse(image: &dyn ReadAt) -> Result<Header, HeaderError> {
     vmdk_descriptor(&text(image, at, len)?, false)
 }
 
+/// Makes sure that a part of a VMDK image which has a header of its own is only that, and refers to nothing
+/// further.
+pub fn check_part(part: &dyn ReadAt) -> Result<(), HeaderError> {
+    let mut magic = [0; 4];
+    read_start(part, &mut magic)?;
+    match &magic {
+        b"KDMV" => vmdk_sparse(part).map(|_| ()),
+        b"COWD" => Ok(()),
+        _ => Err(Malformed(
+            "one of the files that it is made of is no sparse extent",
+        )),
+    }
+}
+
 /// `alone`: the descriptor is a file of its own, and names the files that hold the data.
+///
+/// QEMU's parser takes any white space for any other, line ends too. Nothing may pass here that it could read
+/// as the name of a file, so lines are taken only in the form in which they are written by everybody.
 fn vmdk_descriptor(text: &str, alone: bool) -> Result<Header, HeaderError> {
     let mut header = Header::default();
     let mut has_parent = false;
@@ -232,21 +274,14 @@ fn vmdk_descriptor(text: &str, alone: bool) -> Result<Header, HeaderError> {
             has_parent = !id.trim().eq_ignore_ascii_case("ffffffff");
         } else if let Some(hint) = line.strip_prefix("parentFileNameHint=") {
             parent = quoted(hint);
-        } else if alone
-            && ["RW ", "RDONLY ", "NOACCESS "]
-                .iter()
-                .any(|access| line.starts_with(access))
-        {
-            // ACCESS SECTORS TYPE "FILE" [OFFSET]; a zero extent has no file.
-            header.extents.extend(quoted(
-                line.split_once('"').map_or("", |(head, _)| &line[head.len()..]),
-            ));
-        } else if alone && !is_known(line) {
+        } else if alone && matches!(line.split_whitespace().next(), Some("RW" | "RDONLY" | "NOACCESS")) {
+            header.parts.extend(vmdk_part(line)?);
+        } else if alone && !is_assignment(line) {
             return Err(Malformed(
                 "its descriptor holds a line that this program does not know",
             ));
         }
-        if header.extents.len() > EXTENTS_MAX {
+        if header.parts.len() > PARTS_MAX {
             return Err(Malformed("it is made of too many files"));
         }
     }
@@ -260,9 +295,31 @@ fn vmdk_descriptor(text: &str, alone: bool) -> Result<Header, HeaderError> {
     Ok(header)
 }
 
-/// Lines that cannot name a file: blank ones, comments, `key=value`.
-fn is_known(line: &str) -> bool {
-    line.is_empty() || line.starts_with('#') || line.starts_with('\0') || line.contains('=')
+/// One line: access, sectors, type, and except for zeroes a name in quotation marks.
+fn vmdk_part(line: &str) -> Result<Option<Part>, HeaderError> {
+    let mut fields = line.split_ascii_whitespace();
+    let sectors = fields.nth(1).and_then(|field| field.parse::<u64>().ok());
+    let (Some(_), Some(kind)) = (sectors, fields.next()) else {
+        return Err(Malformed("its descriptor holds an incomplete line"));
+    };
+    let name = line.find('"').and_then(|at| quoted(&line[at..]));
+    match (kind, name) {
+        ("ZERO", None) => Ok(None),
+        ("FLAT" | "VMFS", Some(name)) => Ok(Some(Part { name, flat: true })),
+        ("SPARSE" | "VMFSSPARSE", Some(name)) => Ok(Some(Part { name, flat: false })),
+        _ => Err(Malformed(
+            "its descriptor holds a kind of extent that this program does not know",
+        )),
+    }
+}
+
+/// Lines that cannot be part of a file's description: blank ones, comments, and `key=value`.
+fn is_assignment(line: &str) -> bool {
+    let is_key = |key: &str| {
+        key.chars()
+            .all(|c| c.is_ascii_alphanumeric() || "._: ".contains(c))
+    };
+    line.is_empty() || line.starts_with('#') || line.split_once('=').is_some_and(|(key, _)| is_key(key))
 }
 
 /// The text between the first two quotation marks.
@@ -302,7 +359,8 @@ fn read_start(image: &dyn ReadAt, head: &mut [u8]) -> io::Result<()> {
     image.read_exact_at(&mut head[..len], 0)
 }
 
-/// The array of `N` bytes at `at`, which lies inside: the offsets are constants below the buffers' fixed sizes.
+/// The array of `N` bytes at `at`, which lies inside: the offsets are constants below the buffers' fixed
+/// sizes.
 fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     let mut array = [0; N];
     array.copy_from_slice(&bytes[at..at + N]);
@@ -338,7 +396,12 @@ mod tests {
     #[test]
     fn a_descriptor_names_all_its_files() {
         let header = read(&Format::Vmdk, &DESCRIPTOR.as_bytes().to_vec()).unwrap();
-        assert_eq!(header.extents, ["a-f001.vmdk", "/etc/shadow"]);
+        let parts: Vec<_> = header
+            .parts
+            .iter()
+            .map(|part| (part.name.as_str(), part.flat))
+            .collect();
+        assert_eq!(parts, [("a-f001.vmdk", true), ("/etc/shadow", false)]);
         assert_eq!(header.backing, None);
         let child = DESCRIPTOR.replace("ffffffff", "12345678\nparentFileNameHint=\"base.vmdk\"");
         let backing = read(&Format::Vmdk, &child.into_bytes()).unwrap().backing.unwrap();
@@ -350,17 +413,40 @@ mod tests {
 
     #[test]
     fn what_might_hide_a_file_is_refused() {
-        let odd = DESCRIPTOR.replace("RW 4 ZERO", "RX 4 FLAT \"/etc/shadow\" 0");
-        assert!(read(&Format::Vmdk, &odd.into_bytes()).is_err());
+        // QEMU's scanner would find a name in most of these.
+        for odd in [
+            "RX 4 FLAT \"/etc/shadow\" 0",
+            "RW\n4 FLAT \"/etc/shadow=\" 0",
+            "RW 4\nFLAT \"/etc/shadow\" 0",
+            "RW 4 FLAT\n\"/etc/shadow=\" 0",
+            "RW 4 FLAT /etc/shadow",
+            "RW 4 SESPARSE \"/etc/shadow\"",
+            "RW many FLAT \"/etc/shadow\" 0",
+        ] {
+            let text = DESCRIPTOR.replace("RW 4 ZERO", odd);
+            assert!(read(&Format::Vmdk, &text.into_bytes()).is_err(), "{odd}");
+        }
+        let tabs = DESCRIPTOR.replace("RW 4 ZERO", "\tRW\t4\tFLAT\t\"/etc/shadow=\"\t0");
+        assert_eq!(read(&Format::Vmdk, &tabs.into_bytes()).unwrap().parts.len(), 3);
         let mut head = vec![0; 512];
         head[..4].copy_from_slice(b"KDMV");
         assert!(read(&Format::Vmdk, &head).is_err());
+        assert!(check_part(&head).is_err());
+        assert!(check_part(&DESCRIPTOR.as_bytes().to_vec()).is_err());
+        let mut differencing = vec![0; 512];
+        differencing[..8].copy_from_slice(b"conectix");
+        differencing[63] = 4;
+        assert!(read(&Format::Vpc, &differencing).is_err());
     }
 
     proptest! {
         #[test]
-        fn no_content_panics(mut bytes in proptest::collection::vec(any::<u8>(), 0..2048), magic in 0usize..5) {
-            let magics: [&[u8]; 5] = [b"QFI\xfb\0\0\0\x03", b"QFI\xfb\0\0\0\x02", b"QED\0", b"KDMV", b"# Disk DescriptorFile\n"];
+        fn no_content_panics(
+            mut bytes in proptest::collection::vec(any::<u8>(), 0..2048),
+            magic in 0usize..5,
+        ) {
+            let magics: [&[u8]; 5] =
+                [b"QFI\xfb\0\0\0\x03", b"QFI\xfb\0\0\0\x02", b"QED\0", b"KDMV", b"# Disk DescriptorFile\n"];
             bytes.splice(0..0, magics[magic].iter().copied());
             // A plausible cluster size, so that the extensions are reached.
             if bytes.len() > 104 && magic < 2 {
@@ -369,9 +455,11 @@ mod tests {
                 bytes[8..16].copy_from_slice(&400u64.to_be_bytes());
                 bytes[72..80].fill(0);
             }
-            for format in [Format::Qcow2, Format::Qed, Format::Vmdk, Format::Other("qcow".into())] {
+            let qcow = Format::Other("qcow".into());
+            for format in [Format::Qcow2, Format::Qed, Format::Vmdk, qcow, Format::Vpc] {
                 let _ = read(&format, &bytes);
             }
+            let _ = check_part(&bytes);
         }
     }
 }

@@ -1,19 +1,23 @@
-//! One file of an image, held for the time of the copy: open, locked, and known well enough to notice a change.
+//! One file of an image, held for the time of the copy: open, locked, and known well enough to notice a
+//! change.
 //!
-//! Owns the refusal of files that others use, and the detection of writes that happened all the same. Leaves alone what
-//! the file contains. Every file of a chain is held: a backing file may be changed as well.
+//! Owns the refusal of files that others use, and the detection of writes that happened all the same. Leaves
+//! alone what the file contains. Every file of a chain is held: a backing file may be changed as well.
 
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Advice, SeekFrom};
 
 use super::error::ImageError;
-use super::holders;
+use super::holders::{self, Holder};
 use super::locks::{self, Locked};
+
+/// How long a process must have a file open for writing to count as its user.
+const WRITER_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A file that is held.
 #[derive(Debug)]
@@ -33,12 +37,14 @@ enum Fingerprint {
         modified: (i64, i64),
         changed: (i64, i64),
     },
-    /// Best effort: the kernel's count of written sectors, where it has one. Writes to a device below this one are missed.
+    /// Best effort: the kernel's count of written sectors, where it has one. Writes to a device below this
+    /// one are missed.
     Device { size: u64, written: Option<u64> },
 }
 
 impl HeldFile {
-    /// Opens and locks `path`; refuses what is neither a file nor a block device, and what somebody else may write to.
+    /// Opens and locks `path`; refuses what is neither a file nor a block device, and what somebody else may
+    /// write to.
     pub(super) fn open(path: &Path) -> Result<Self, ImageError> {
         // Looked at before it is opened: opening a named pipe would wait for its writer.
         let metadata = fs::metadata(path).map_err(ImageError::io("find", path))?;
@@ -133,7 +139,8 @@ impl HeldFile {
     }
 }
 
-/// Opens a block device exclusively: fails while it is mounted or part of another device, and bars that while it is open.
+/// Opens a block device exclusively: fails while it is mounted or part of another device, and bars that while
+/// it is open.
 fn open_device(path: &Path, metadata: &Metadata) -> Result<File, ImageError> {
     let exclusive = rustix::fs::OFlags::EXCL.bits() as i32;
     match File::options().read(true).custom_flags(exclusive).open(path) {
@@ -177,20 +184,22 @@ fn refuse_if_used(path: &Path, file: &File, metadata: &Metadata) -> Result<bool,
     Ok(locked == Locked::Yes)
 }
 
-/// A process that has the file open for writing, and not only for the blink in which a new process still has its parent's
-/// files.
-fn lasting_writer(path: &Path, metadata: &Metadata) -> Option<holders::Holder> {
+/// A process that has the file open for writing all through the time that is given to those who only look (a
+/// new process that still has its parent's files, a tool that tries devices).
+fn lasting_writer(path: &Path, metadata: &Metadata) -> Option<Holder> {
     let writers = || {
         holders::processes(path, metadata)
             .into_iter()
             .filter(|holder| holder.writes)
     };
-    let suspects: Vec<_> = writers().collect();
-    if suspects.is_empty() {
-        return None;
+    let mut suspects: Vec<_> = writers().collect();
+    let deadline = Instant::now() + WRITER_PATIENCE;
+    while !suspects.is_empty() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(100));
+        let still: Vec<_> = writers().collect();
+        suspects.retain(|suspect| still.contains(suspect));
     }
-    std::thread::sleep(Duration::from_millis(100));
-    writers().find(|writer| suspects.contains(writer))
+    suspects.into_iter().next()
 }
 
 impl Fingerprint {
@@ -244,7 +253,7 @@ impl Fingerprint {
                     ));
                 }
                 (changed != changed_now).then(|| {
-                    "its owner, mode, name or links were changed, or it was written to and its time set back".into()
+                    "its owner, mode or links were changed, or it was written to and its time set back".into()
                 })
             }
             (

@@ -1,7 +1,8 @@
 //! Who else has an image open or mounted: for what image locks do not show, and to name the holder in errors.
 //!
-//! Owns looking through /proc and /sys. Leaves alone image locks. Best effort by nature: an agent without privileges does
-//! not see other users' files, and a holder may come a moment later; what slips through is found by `change`.
+//! Owns looking through /proc and /sys. Leaves alone image locks. Best effort by nature: an agent without
+//! privileges does not see other users' files, and a holder may come a moment later; what slips through is
+//! found by `change`.
 
 use std::fmt;
 use std::fs::{self, File, Metadata};

@@ -1,11 +1,12 @@
 //! QEMU's image locks: telling whether somebody uses an image, and telling others that we do.
 //!
-//! Owns the scheme of QEMU's file driver: open-file-description locks on single bytes, always shared ones, so that they
-//! also work on files opened for reading. Byte 100 + p is locked by who holds permission p, byte 200 + p by who does not
-//! share p with others; testing goes by asking whether an exclusive lock would collide.
+//! Owns the scheme of QEMU's file driver: open-file-description locks on single bytes, always shared ones, so
+//! that they also work on files opened for reading. Byte 100 + p is locked by who holds permission p, byte
+//! 200 + p by who does not share p with others; testing goes by asking whether an exclusive lock would
+//! collide.
 //!
-//! Promises: what is locked here cannot be opened for writing by any QEMU until the file is closed. Programs that lock
-//! nothing are not seen; `holders` and `change` look for those.
+//! Promises: what is locked here cannot be opened for writing by any QEMU until the file is closed. Programs
+//! that lock nothing are not seen; `holders` and `change` look for those.
 
 use std::fs::File;
 use std::io;
@@ -31,7 +32,8 @@ pub(super) enum Locked {
     Conflict(&'static str),
 }
 
-/// Claims the image for consistent reading, shared with readers only, as a QEMU that opens it read-only would.
+/// Claims the image for consistent reading, shared with readers only, as a QEMU that opens it read-only
+/// would.
 pub(super) fn claim_for_reading(file: &File) -> io::Result<Locked> {
     // First claim, then test: of two who start at once, at least one sees the other.
     for byte in [

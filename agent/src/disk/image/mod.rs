@@ -1,18 +1,19 @@
 //! Reading images: raw files, block devices, and every format that QEMU reads.
 //!
-//! Owns the source side of a copy: which bytes an image holds, which of them are stored at all, and that nobody changes
-//! them meanwhile. Leaves alone what the bytes mean (`volume`, `fs`) and how targets are written (`apply`). All calls block;
-//! any number of threads may read at once.
+//! Owns the source side of a copy: which bytes an image holds, which of them are stored at all, and that
+//! nobody changes them meanwhile. Leaves alone what the bytes mean (`volume`, `fs`) and how targets are
+//! written (`apply`). All calls block; any number of threads may read at once.
 //!
 //! An image is opened in this order, and refused with one sentence at the first doubt:
-//! 1. path allowed by the agent's config, file opened, locked as QEMU does, not in use by anybody who may write (`held`,
-//!    `locks`, `holders`);
+//! 1. path allowed by the agent's config, file opened, locked as QEMU does, not in use by anybody who may
+//!    write (`held`, `locks`, `holders`);
 //! 2. format as stated, or recognised by its magic numbers (`format` says why that is a guess);
-//! 3. raw: read directly (`raw`). Anything else: all files of its chain found, allowed, held (`header`, `chain`), then
-//!    served read-only by `qemu-nbd` on a unix socket (`server`, `served`) and read with our own client (`nbd`).
+//! 3. raw: read directly (`raw`). Anything else: all files of its chain found, allowed, held (`header`,
+//!    `chain`), then served read-only by `qemu-nbd` on a unix socket (`server`, `served`) and read with our
+//!    own client (`nbd`).
 //!
-//! Promises: `unchanged` right after the last read says whether what was read is one consistent state; a guest or tenant
-//! who forges an image's header cannot make this host read another file.
+//! Promises: `unchanged` right after the last read says whether what was read is one consistent state; a
+//! guest or tenant who forges an image's header cannot make this host read another file.
 
 mod chain;
 mod error;
@@ -43,22 +44,25 @@ use self::served::ServedImage;
 use self::server::Programs;
 use super::ReadAt;
 
-/// Most runs that one call gives, about 24 MiB of memory; where an image is more fragmented, the rest is called data.
+/// Most runs that one call gives, about 24 MiB of memory; where an image is more fragmented, the rest is
+/// called data.
 const RUNS_MAX: usize = 1 << 20;
 
 /// How images are opened.
 #[derive(Clone)]
 pub struct OpenOptions<'a> {
-    /// What the operator says it is. `None`: recognise it, which is safe only for images that no guest or tenant wrote; an
-    /// image recognised so may not refer to other files.
+    /// What the operator says it is. `None`: recognise it, which is safe only for images that no guest or
+    /// tenant wrote; an image recognised so may not refer to other files.
     pub format: Option<Format>,
     /// What to do with backing chains and internal snapshots.
     pub flatten: Flatten,
-    /// Which files may be read: gets absolute paths free of links.
+    /// Which files may be read: gets absolute paths free of links; for block devices also the link in /dev,
+    /// such as `/dev/vg/disk`.
     pub allowed: &'a (dyn Fn(&Path) -> bool + Send + Sync),
     /// Most requests to a served image at a time, 1 to 64.
     pub connections: usize,
-    /// Directory for sockets and pid files, made where it is missing; its path must be short (about 70 bytes).
+    /// Directory for sockets and pid files, made where it is missing; its path must be short (about 70
+    /// bytes).
     pub run_dir: PathBuf,
     /// Program, default `qemu-nbd` from PATH; where it is missing, `qemu-storage-daemon` stands in.
     pub qemu_nbd: PathBuf,
@@ -153,7 +157,8 @@ pub fn open(path: &Path, options: &OpenOptions<'_>) -> Result<SourceImage, Image
 }
 
 impl SourceImage {
-    /// Size of the disk that the image holds, in bytes; for a raw file its length, be it whole sectors or not.
+    /// Size of the disk that the image holds, in bytes; for a raw file its length, be it whole sectors or
+    /// not.
     pub fn size(&self) -> u64 {
         match &self.body {
             Body::Raw => self.held[0].size(),
@@ -171,8 +176,8 @@ impl SourceImage {
         &self.path
     }
 
-    /// What the report should say of this image: a recognised format, flattened chains, snapshots left behind, missing
-    /// locks.
+    /// What the report should say of this image: a recognised format, flattened chains, snapshots left
+    /// behind, missing locks.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }
@@ -191,12 +196,14 @@ impl SourceImage {
         }
     }
 
-    /// Whether all of the image's files are still what they were when it was opened; an error names file and change.
+    /// Whether all of the image's files are still what they were when it was opened; an error names file and
+    /// change.
     pub fn unchanged(&self) -> Result<(), ImageError> {
         self.held.iter().try_for_each(HeldFile::unchanged)
     }
 
-    /// Ends the server, if there is one, in good order, and releases the locks. Dropping does the same in haste.
+    /// Ends the server, if there is one, in good order, and releases the locks. Dropping does the same in
+    /// haste.
     pub fn close(self) {
         if let Body::Served(served) = self.body {
             served.finish();

@@ -1,7 +1,8 @@
 //! Running QEMU's tools: with a deadline, with bounded output, and never orphaned by us.
 //!
-//! Owns child processes that are asked one question. Leaves alone servers that stay (`server`). Promises: a child that
-//! hangs is killed, one that talks without end is killed, and what it said last is kept for the error.
+//! Owns child processes that are asked one question. Leaves alone servers that stay (`server`). Promises: a
+//! child that hangs is killed, one that talks without end is killed, and what it said last is kept for the
+//! error.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -136,7 +137,8 @@ pub(super) fn output(command: &mut Command, limit: Duration, output_max: u64) ->
     match child.wait_until(deadline) {
         Ok(Some(status)) if status.success() => Ok(bytes),
         Ok(Some(status)) => {
-            // Its last words may still be on their way. Somebody it started might hold the pipe open, so not for long.
+            // Its last words may still be on their way. Somebody it started might hold the pipe open, so not
+            // for long.
             let patience = Instant::now() + Duration::from_millis(500);
             while !listener.is_finished() && Instant::now() < patience {
                 std::thread::sleep(Duration::from_millis(1));

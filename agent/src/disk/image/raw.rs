@@ -1,7 +1,7 @@
 //! Reading raw images: files and block devices, by any number of threads at once.
 //!
-//! Owns positioned reads and the search for holes. Leaves alone locks and changes (`held`). Promises that reading a large
-//! image does not push everything else out of the host's page cache.
+//! Owns positioned reads and the search for holes. Leaves alone locks and changes (`held`). Promises that
+//! reading a large image does not push everything else out of the host's page cache.
 
 use std::io;
 use std::num::NonZeroU64;
@@ -15,8 +15,8 @@ use super::held::HeldFile;
 use super::{Allocation, Run, Runs};
 use crate::disk::ReadAt;
 
-/// Reads from this size on are taken as part of a copy, and what they leave in the page cache is given back; smaller ones
-/// are metadata that is likely to be read again.
+/// Reads from this size on are taken as part of a copy, and what they leave in the page cache is given back;
+/// smaller ones are metadata that is likely to be read again.
 const COPY_READ: usize = 64 * 1024;
 
 /// A raw image.
@@ -49,7 +49,8 @@ impl RawImage<'_> {
         let mut runs = Runs::new(range);
         while !runs.is_complete() {
             let at = runs.end();
-            // The answer is the call's result, so threads that share the file's position do not disturb each other.
+            // The answer is the call's result, so threads that share the file's position do not disturb each
+            // other.
             let data = match rustix::fs::seek(self.0.file(), SeekFrom::Data(at)) {
                 Ok(data) => data,
                 Err(Errno::NXIO) => range.end(), // Nothing but a hole up to the file's end.
@@ -65,7 +66,8 @@ impl RawImage<'_> {
             }
             let hole = match rustix::fs::seek(self.0.file(), SeekFrom::Hole(data)) {
                 Ok(hole) if hole > data => hole,
-                Ok(_) | Err(Errno::NXIO) => range.end(), // Changing under us: call it data; `unchanged` will tell.
+                // Changing under us: call it data; `unchanged` will tell.
+                Ok(_) | Err(Errno::NXIO) => range.end(),
                 Err(error) => return Err(error.into()),
             };
             runs.push_until(hole, Allocation::Data);

@@ -1,7 +1,8 @@
 //! Reading an image through a server: a small pool of NBD connections that any number of threads share.
 //!
-//! Owns the pool. Leaves alone the protocol (`nbd`) and the process (`server`). Promises: a connection that saw an error is
-//! dropped and replaced by the next reader; a failure says which program serves the image and what it said last.
+//! Owns the pool. Leaves alone the protocol (`nbd`) and the process (`server`). Promises: a connection that
+//! saw an error is dropped and replaced by the next reader; a failure says which program serves the image and
+//! what it said last.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -200,7 +201,9 @@ mod tests {
         let image = folder.path().join("disk.raw");
         std::fs::write(&image, vec![1; 1 << 20]).unwrap();
         let options = serde_json::json!({
-            "driver": "raw", "read-only": true, "file": { "driver": "file", "filename": image.to_str().unwrap() },
+            "driver": "raw",
+            "read-only": true,
+            "file": { "driver": "file", "filename": image.to_str().unwrap() },
         });
         let programs = Programs {
             qemu_nbd: std::path::Path::new("qemu-nbd"),

@@ -2,10 +2,11 @@
 //!
 //! Owns the server's process, socket and pid file. Leaves alone what is said over the socket (`nbd`).
 //!
-//! Promises: the server ends with us. It is killed when dropped. Where this process is killed instead, `qemu-nbd` ends by
-//! itself, since it runs without `--persistent` and its last client is gone; `qemu-storage-daemon`, the stand-in where
-//! `qemu-nbd` is missing, does not, and neither does a server whose first client never came: both are found by their pid
-//! files and ended by [`end_stale_servers`] at the next start.
+//! Promises: the server ends with us. It is killed when dropped. Where this process is killed instead,
+//! `qemu-nbd` ends by itself, since it runs without `--persistent` and its last client is gone;
+//! `qemu-storage-daemon`, the stand-in where `qemu-nbd` is missing, does not, and neither does a server whose
+//! first client never came: both are found by their pid files and ended by [`end_stale_servers`] at the next
+//! start.
 
 use std::fs;
 use std::io;
@@ -25,7 +26,8 @@ use super::program::{self, Reaped, Said};
 
 /// The name under which an image is exported.
 pub(super) const EXPORT: &str = "disk";
-/// How long a server may take from its start to its first answer; large images are slow to open on busy disks.
+/// How long a server may take from its start to its first answer; large images are slow to open on busy
+/// disks.
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// Longest path of a unix socket.
 const SOCKET_PATH_MAX: usize = 107;
@@ -48,7 +50,8 @@ pub(super) struct Programs<'a> {
 }
 
 impl Server {
-    /// Starts a server for up to `clients` clients of the image that `options` describes, and connects a first one.
+    /// Starts a server for up to `clients` clients of the image that `options` describes, and connects a
+    /// first one.
     ///
     /// That connection has to be kept until the end: the server leaves with its last client.
     pub(super) fn start(
@@ -131,7 +134,12 @@ impl Server {
     }
 
     fn failed(&self, source: NbdError) -> ImageError {
-        self.failed_start(source.to_string())
+        let (program, said) = (self.program.clone(), self.said.last_line());
+        ImageError::Served {
+            program,
+            source: Box::new(source),
+            said,
+        }
     }
 
     /// Connects one more client.
@@ -206,7 +214,8 @@ fn storage_daemon(
     command
 }
 
-/// A command in a process group of its own: an interrupt at the terminal must end the agent first, in its own order.
+/// A command in a process group of its own: an interrupt at the terminal must end the agent first, in its own
+/// order.
 fn serving(program: &Path) -> Command {
     let mut command = program::command(program);
     command
@@ -240,10 +249,11 @@ fn places(run_dir: &Path) -> Result<(PathBuf, PathBuf), ImageError> {
     Ok((socket, run_dir.join(format!("{stem}.pid"))))
 }
 
-/// Ends the servers that an agent which was killed left behind in `run_dir`, and removes their files; gives their number.
+/// Ends the servers that an agent which was killed left behind in `run_dir`, and removes their files; gives
+/// their number.
 ///
-/// To be called once at an agent's start, before it opens images. A process is ended only if its command line names the
-/// very pid file that named it, so a process that merely got the same number is safe.
+/// To be called once at an agent's start, before it opens images. A process is ended only if its command line
+/// names the very pid file that named it, so a process that merely got the same number is safe.
 pub fn end_stale_servers(run_dir: &Path) -> usize {
     let Ok(folder) = fs::read_dir(run_dir) else {
         return 0;
@@ -264,7 +274,8 @@ pub fn end_stale_servers(run_dir: &Path) -> usize {
 
 fn end_stale_server(pid_file: &Path) -> Option<()> {
     let pid = fs::read_to_string(pid_file).ok()?.trim().parse::<i32>().ok()?;
-    // Held by descriptor first, so that the number cannot pass to another process between the check and the signal.
+    // Held by descriptor first, so that the number cannot pass to another process between the check and the
+    // signal.
     let process = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
     let command_line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let wanted = std::path::absolute(pid_file).ok()?;

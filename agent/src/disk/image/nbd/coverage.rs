@@ -1,11 +1,12 @@
 //! Which bytes of a read have arrived: a read is whole when each byte came exactly once.
 //!
-//! Owns that account for one request. Promises bounded memory: a server that scatters a reply into very many islands is
-//! refused.
+//! Owns that account for one request. Promises bounded memory: a server that scatters a reply into very many
+//! islands is refused.
 
 use super::decode::WireError;
 
-/// Most separate islands of one reply. Servers send in order, so that one island grows; this leaves room for striping.
+/// Most separate islands of one reply. Servers send in order, so that one island grows; this leaves room for
+/// striping.
 const ISLANDS_MAX: usize = 1024;
 
 /// The bytes of `[start, end)` that have arrived.
@@ -72,7 +73,8 @@ mod tests {
             let mut bits = [false; 52];
             for (offset, len) in chunks {
                 let range = offset as usize..(offset + len) as usize;
-                let valid = len > 0 && offset >= 4 && offset + len <= 36 && !bits[range.clone()].contains(&true);
+                let inside = len > 0 && offset >= 4 && offset + len <= 36;
+                let valid = inside && !bits[range.clone()].contains(&true);
                 let got = coverage.add(offset, len);
                 prop_assert_eq!(got.is_ok(), valid);
                 if valid {

@@ -4,7 +4,8 @@
 
 use super::decode::WireError;
 
-/// Largest payload this client sends or asks for in one request, whatever the server allows: QEMU's own limit.
+/// Largest payload this client sends or asks for in one request, whatever the server allows: QEMU's own
+/// limit.
 pub(super) const PAYLOAD_MAX: u32 = 32 << 20;
 
 /// The layout of requests and replies that both sides agreed on.
@@ -94,9 +95,10 @@ pub struct BlockSizes {
 }
 
 impl BlockSizes {
-    /// What holds where a server states nothing: the protocol's defaults.
+    /// What holds where a server states nothing: by the protocol it then takes requests of any alignment up
+    /// to 32 MiB.
     pub const UNSTATED: Self = Self {
-        min: 512,
+        min: 1,
         preferred: 4096,
         max: PAYLOAD_MAX,
     };

@@ -1,13 +1,16 @@
 //! From a fresh connection to an export that takes commands.
 //!
-//! Owns the order of the newstyle handshake: greeting, extended headers or else structured replies, metadata contexts, GO.
-//! Leaves alone the commands. Promises to end within the handshake's deadline and after a bounded number of replies.
+//! Owns the order of the newstyle handshake: greeting, extended headers or else structured replies, metadata
+//! contexts, GO. Leaves alone the commands. Promises to end within the handshake's deadline and after a
+//! bounded number of replies.
 
-use super::decode::{self, Info, MAGIC_OPTION, OptionReplyKind, Refusal};
+use super::decode::{self, Info, OptionReplyKind, Refusal};
 use super::export::{BlockSizes, Context, Export, ExportFlags, Headers};
 use super::transport::{Link, Timed};
 use super::{ConnectOptions, NbdError, WireError};
 
+/// Starts every option, and ends the greeting of a newstyle server.
+pub(super) const MAGIC_OPTION: u64 = 0x4948_4156_454f_5054;
 const OPTION_GO: u32 = 7;
 const OPTION_STRUCTURED_REPLY: u32 = 8;
 const OPTION_SET_META_CONTEXT: u32 = 10;
@@ -22,7 +25,8 @@ const REPLIES_MAX: usize = 64;
 /// The protocol's limit for names.
 const NAME_MAX: usize = 4096;
 
-/// What a server answered to one option, in the order of arrival; the final acknowledgement is not among them.
+/// What a server answered to one option, in the order of arrival; the final acknowledgement is not among
+/// them.
 enum Outcome {
     Granted(Vec<(OptionReplyKind, Vec<u8>)>),
     Refused(Refusal, String),

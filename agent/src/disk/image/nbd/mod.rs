@@ -1,18 +1,24 @@
-//! Our own NBD client: how images of any format, and later the disks of a running VM, are read and written through QEMU.
+//! Our own NBD client: how images of any format, and later the disks of a running VM, are read and written
+//! through QEMU.
 //!
-//! Owns the protocol as <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md> states it, client side, over
-//! unix sockets: fixed newstyle handshake, structured replies, extended headers where offered, metadata contexts. Leaves
-//! alone who started the server and what the content means. `decode` is pure: bytes in, values or a refusal out;
-//! `transport` holds the socket and its deadlines; `handshake` negotiates; `connection` runs commands.
+//! Owns the protocol as <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md> states it,
+//! client side, over unix sockets: fixed newstyle handshake, structured replies, extended headers where
+//! offered, metadata contexts. Leaves alone who started the server and what the content means. `decode` is
+//! pure: bytes in, values or a refusal out; `transport` holds the socket and its deadlines; `handshake`
+//! negotiates; `connection` runs commands.
 //!
-//! Promises: the server is not trusted. Every length is checked before memory is taken for it, every reply ends within its
-//! deadline however slowly bytes drip in, and a connection whose framing was violated is never used again.
+//! Promises: the server is not trusted. Every length is checked before memory is taken for it, every reply
+//! ends within its deadline however slowly bytes drip in, and a connection whose framing was violated is
+//! never used again.
 
 mod connection;
 mod coverage;
 pub mod decode;
+mod exchange;
 mod export;
 mod handshake;
+mod replay;
+mod request;
 mod transport;
 
 use std::io;
@@ -21,6 +27,7 @@ use std::time::Duration;
 pub use connection::{Connection, StatusRun};
 pub use decode::{ServerError, WireError};
 pub use export::{BlockSizes, Context, Export, ExportFlags, Headers};
+pub use replay::replay;
 pub use transport::{Timed, Timeouts, UnixTransport};
 
 /// The metadata context that says what is a hole and what reads as zero.
@@ -35,7 +42,8 @@ pub const STATE_DIRTY: u64 = 1;
 /// How a connection is made.
 #[derive(Clone, Debug)]
 pub struct ConnectOptions {
-    /// Metadata contexts to ask for, at most 16; those the server does not have are left out of [`Export::contexts`].
+    /// Metadata contexts to ask for, at most 16; those the server does not have are left out of
+    /// [`Export::contexts`].
     pub contexts: Vec<String>,
     /// How long each phase may take.
     pub timeouts: Timeouts,
@@ -110,11 +118,4 @@ impl NbdError {
             Self::Command { .. } | Self::OutOfRange { .. } | Self::Misaligned { .. } | Self::Unusable(_)
         )
     }
-}
-
-/// Plays one whole session of the client against canned bytes of a server: handshake, a read, a status query, a flush.
-///
-/// The entry for fuzzing: whatever the bytes are, this returns, without a panic and with little memory.
-pub fn replay(server: &[u8]) -> Result<(), NbdError> {
-    connection::replay(server)
 }

@@ -1,7 +1,7 @@
 //! Bytes to and from a server, each exchange within its deadline.
 //!
-//! Owns the socket and the clock. Leaves alone what the bytes mean. Promises: an exchange ends by its deadline even if the
-//! server sends one byte a second; every failure names what was going on.
+//! Owns the socket and the clock. Leaves alone what the bytes mean. Promises: an exchange ends by its
+//! deadline even if the server sends one byte a second; every failure names what was going on.
 
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
@@ -49,7 +49,8 @@ pub struct UnixTransport {
 impl UnixTransport {
     /// Connects, waiting at most until `deadline` for a listener whose queue is full.
     pub(super) fn connect(socket: &Path, deadline: Instant) -> io::Result<Self> {
-        // A blocking connect to a listener that accepts nothing would wait for ever; std offers no timeout for it.
+        // A blocking connect to a listener that accepts nothing would wait for ever; std offers no timeout
+        // for it.
         let fd = rustix::net::socket_with(
             AddressFamily::UNIX,
             SocketType::STREAM,

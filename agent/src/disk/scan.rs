@@ -8,13 +8,14 @@ use longhaul_common::extent::Extent;
 use serde::{Deserialize, Serialize};
 
 use super::free_map::FreeMap;
+use super::volume::doubt::doubt;
 use super::volume::judge::{Judgement, Outcome, Probe, judge};
 use super::volume::lvm::LvmUnproven;
 use super::volume::lvm::physical::read_physical;
 use super::volume::lvm::place::{Found, Placed, place};
-use super::volume::table::{self, Cut, Slot, Table};
+use super::volume::sentence;
+use super::volume::table::{self, Cut, Slot, Table, between};
 use super::volume::view::{Layout, View};
-use super::volume::{sentence, signature};
 use super::{ReadAt, fs};
 
 /// File systems that can prove free space.
@@ -86,7 +87,7 @@ pub fn scan_with(disk: &dyn ReadAt, probes: &[Probe]) -> Scan {
     match table::read(disk) {
         Table::None => scanner.volume("whole disk", whole),
         Table::Refused(why) => scanner.copied("whole disk", whole, "unknown", why),
-        Table::Cut(cut) => match scanner.second_claim(&cut) {
+        Table::Cut(cut) => match doubt(disk, &cut, probes) {
             Some(why) => scanner.copied("whole disk", whole, "unknown", why),
             None => scanner.slots(&cut),
         },
@@ -107,30 +108,6 @@ struct Scanner<'a> {
 }
 
 impl Scanner<'_> {
-    /// A disk with a table may carry a claim on all of it: a RAID superblock at its end, a file system from before the table.
-    fn second_claim(&self, cut: &Cut) -> Option<String> {
-        let signatures = match signature::find(self.disk) {
-            Ok(found) => found,
-            Err(e) => return Some(format!("it cannot be read: {e}")),
-        };
-        let by_table = |sig: &&signature::Signature| {
-            let inside = |range: &Extent| range.intersect(&sig.at) == Some(sig.at);
-            sig.kind == "table" || (cut.kind == "GPT" && cut.reserved.iter().any(inside))
-        };
-        if let Some(other) = signatures.iter().find(|sig| !by_table(sig)) {
-            return Some(format!(
-                "besides a partition table ({}) it carries {}",
-                cut.kind, other.what
-            ));
-        }
-        // The GPT's own sectors lie where a file system would have its header.
-        let claims = self.probes.iter().map(|probe| probe(self.disk));
-        match cut.kind == "MBR" && claims.into_iter().any(|claim| !matches!(claim, Ok(None))) {
-            true => Some("both a partition table and a file system claim it".into()),
-            false => None,
-        }
-    }
-
     fn slots(&mut self, cut: &Cut) {
         if let Some(note) = &cut.note {
             let extent = cut.reserved.first().copied().unwrap_or(Extent::between(0, 0));
@@ -148,25 +125,17 @@ impl Scanner<'_> {
         self.gaps(&slots);
     }
 
-    /// One line for all that belongs to no partition. `slots` are in order.
+    /// One line for all that belongs to no partition.
     fn gaps(&mut self, slots: &[&Slot]) {
-        let size = self.disk.size();
-        let (mut at, mut sum) = (0, 0);
-        let mut hull: Option<Extent> = None;
-        let ends = slots
-            .iter()
-            .map(|slot| (slot.extent.offset().min(size), slot.extent.end().min(size)));
-        for (start, end) in ends.chain([(size, size)]) {
-            if start > at {
-                sum += start - at;
-                hull = Some(Extent::between(hull.map_or(at, |hull| hull.offset()), start));
-            }
-            at = at.max(end);
-        }
-        if let Some(hull) = hull {
-            let why = format!("{sum} bytes of tables, boot areas and gaps are copied");
-            self.copied("outside of partitions", hull, "gaps", why);
-        }
+        let ranges: Vec<Extent> = slots.iter().map(|slot| slot.extent).collect();
+        let gaps = between(&ranges, self.disk.size());
+        let (Some(first), Some(last)) = (gaps.first(), gaps.last()) else {
+            return;
+        };
+        let sum: u64 = gaps.iter().map(Extent::len).sum();
+        let why = format!("{sum} bytes of tables, boot areas and gaps are copied");
+        let hull = Extent::between(first.offset(), last.end());
+        self.copied("outside of partitions", hull, "gaps", why);
     }
 
     /// Judges one partition, or the whole disk.

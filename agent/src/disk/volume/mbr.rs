@@ -12,8 +12,8 @@ use crate::disk::ReadAt;
 /// An MBR counts sectors of 512 bytes here. Disks of 4096-byte sectors are told apart by `table`.
 pub(crate) const SECTOR: u64 = 512;
 
-/// Far above what any tool makes (Linux reads at most 255 partitions).
-const LOGICAL_LIMIT: usize = 512;
+/// Far above what people make. Linux reads at most 255 partitions.
+const LOGICAL_LIMIT: usize = 128;
 
 /// One used entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,6 +6,7 @@
 //! volume lies, and where two of them disagree, or one does not hold together, its volumes are copied whole. Every list read
 //! from a disk has a limit.
 
+pub(crate) mod doubt;
 pub(crate) mod gpt;
 pub(crate) mod judge;
 pub(crate) mod lvm;

@@ -240,6 +240,21 @@ fn settle(disk: &dyn ReadAt, mut cut: Cut) -> Cut {
     cut
 }
 
+/// The ranges of a disk of `size` bytes that lie in none of `ranges`, in order.
+pub(crate) fn between(ranges: &[Extent], size: u64) -> Vec<Extent> {
+    let mut order = ranges.to_vec();
+    order.sort_unstable();
+    let mut gaps = Vec::new();
+    let mut at = 0;
+    for range in order.into_iter().chain([Extent::between(size, size)]) {
+        if at < range.offset().min(size) {
+            gaps.push(Extent::between(at, range.offset().min(size)));
+        }
+        at = at.max(range.end());
+    }
+    gaps
+}
+
 /// For each range, whether it shares a byte with another.
 pub(crate) fn overlapping(ranges: &[Extent]) -> Vec<bool> {
     let mut order: Vec<usize> = (0..ranges.len()).filter(|i| !ranges[*i].is_empty()).collect();

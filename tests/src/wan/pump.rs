@@ -80,7 +80,9 @@ impl Pump {
         loop {
             let mut readable = self.wait(&stdin)?;
             if readable.control && !self.obey(&stdin, &mut lines)? {
-                return say(&Event::Stats(self.stats()));
+                // Nobody may be left to read it.
+                let _ = say(&Event::Stats(self.stats()));
+                return Ok(());
             }
             // Reading goes on while there is something to read, but what is due is released in between.
             loop {

@@ -4,9 +4,18 @@
 //! that boot, and the report. Leaves alone how a move works: it knows the programs only by their command lines, settings and
 //! printed events (all in `programs`). Promises that nothing it started outlives it.
 
+pub mod compare;
+pub mod demo;
+pub mod faults;
 pub mod guest;
 pub mod janitor;
+pub mod lab;
+pub mod move_disk;
 pub mod namespace;
+pub mod page;
+pub mod process;
+pub mod programs;
+pub mod report;
 pub mod usage;
 pub mod wan;
 

@@ -5,15 +5,16 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use longhaul_common::units::Span;
+use longhaul_lab::demo::{self, BOOT_LIMIT, DemoArgs, Live};
 use longhaul_lab::guest::{self, Kind};
 use longhaul_lab::janitor;
+use longhaul_lab::move_disk::{self, Moment, MoveArgs};
 use longhaul_lab::namespace::{SOURCE_ADDRESS, Site, TARGET_ADDRESS};
+use longhaul_lab::page::{Paint, page};
 use longhaul_lab::wan::path::Path;
 use longhaul_lab::wan::pump::{Pump, open};
 use longhaul_lab::wan::spec::LinkSpec;
-
-/// A guest under software emulation on a busy machine takes a while.
-const BOOT_LIMIT: Duration = Duration::from_secs(300);
 
 /// Two sites on one machine, joined by an emulated WAN.
 #[derive(Debug, Parser)]
@@ -25,6 +26,10 @@ struct Line {
 
 #[derive(Debug, Subcommand)]
 enum Part {
+    /// Move a disk between two sites through real programs and print the report
+    Move(Box<Move>),
+    /// Make a guest's disk, move it, boot the copy, and show it all
+    Demo(Box<Demo>),
     /// Make the disk of a guest that proves itself when booted
     Image(Image),
     /// Boot a disk made by `lab image` and let it prove itself
@@ -44,6 +49,23 @@ struct Wan {
     /// Namespace of the target site
     #[arg(long)]
     target: String,
+    #[command(flatten)]
+    link: LinkSpec,
+}
+
+#[derive(Args, Debug)]
+struct Move {
+    #[command(flatten)]
+    args: MoveArgs,
+    /// Print the report as one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args, Debug)]
+struct Demo {
+    #[command(flatten)]
+    demo: DemoArgs,
     #[command(flatten)]
     link: LinkSpec,
 }
@@ -71,6 +93,8 @@ struct Boot {
 
 fn main() -> ExitCode {
     let outcome = match Line::parse().part {
+        Part::Move(part) => move_disk(&part),
+        Part::Demo(part) => demo::run(&part.demo, plain_job(part.link)).map(verdict),
         Part::Image(image) => make_image(&image).map(|()| ExitCode::SUCCESS),
         Part::Boot(boot) => boot_image(&boot),
         Part::Wan(wan) => emulate(wan).map(|()| ExitCode::SUCCESS),
@@ -80,6 +104,47 @@ fn main() -> ExitCode {
         eprintln!("lab: {error}");
         ExitCode::from(2)
     })
+}
+
+/// Exit code 0 for a good end, 1 for a bad one; 2 (from `main`) means that the lab itself could not work.
+fn verdict(well: bool) -> ExitCode {
+    if well {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn move_disk(part: &Move) -> std::io::Result<ExitCode> {
+    let mut live = Live::new();
+    let mut watch = |moment: Moment| match (part.json, moment) {
+        (false, moment) => live.show(&moment),
+        (true, Moment::Step(step)) => eprintln!("{step} ..."),
+        (true, Moment::Progress(_)) => {}
+    };
+    let report = move_disk::run(&part.args, &mut watch, &mut |_| Ok(()))?;
+    if part.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        print!("{}", page(&report, None, Paint::detect()));
+    }
+    Ok(verdict(report.ok))
+}
+
+/// A job with nothing but a link; the demonstration fills in the disk.
+fn plain_job(link: LinkSpec) -> MoveArgs {
+    MoveArgs {
+        image: PathBuf::new(),
+        format: Some("raw".to_owned()),
+        target_format: "raw".to_owned(),
+        link,
+        cut: Vec::new(),
+        kill: Vec::new(),
+        connections: None,
+        keep: false,
+        directory: None,
+        limit: Span(Duration::from_secs(7200)),
+    }
 }
 
 fn make_image(image: &Image) -> std::io::Result<()> {

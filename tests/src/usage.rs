@@ -17,6 +17,14 @@ pub struct Usage {
 }
 
 impl Usage {
+    /// The later of two looks at one life.
+    pub fn max(self, other: Self) -> Self {
+        Self {
+            peak_rss_bytes: self.peak_rss_bytes.max(other.peak_rss_bytes),
+            cpu_seconds: self.cpu_seconds.max(other.cpu_seconds),
+        }
+    }
+
     /// Joins two lives of one program: the larger peak, the sum of the times.
     pub fn join(self, other: Self) -> Self {
         Self {

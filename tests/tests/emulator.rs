@@ -3,6 +3,8 @@
 //! Needs the right to make namespaces and TUN devices; without it each test says so and passes, because the lab itself falls
 //! back to loopback there.
 
+#![allow(clippy::unwrap_used)] // helpers of tests fail like tests
+
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 

@@ -2,13 +2,13 @@
 //!
 //! Owns the devices (one in each namespace), the clock and the loop: read what came, release what is due, sleep until the next
 //! deadline. Leaves alone what happens to a packet. Promises that packets are released by deadline with catch-up: a late
-//! wake-up releases all that became due, so that the rate holds however coarse the sleeps are. The last moments before a
-//! deadline are spun, because a sleep that short costs more than it saves.
+//! wake-up releases all that became due, so that the rate holds however coarse the sleeps are. Under load it looks every
+//! [`GRAIN`] and moves all there is, instead of waking for each packet: the CPU time is the programs', who share the machine.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tun_rs::{DeviceBuilder, SyncDevice};
@@ -18,8 +18,8 @@ use super::direction::Nanos;
 use super::path::{Path, Way};
 use crate::namespace::{self, Site};
 
-/// Deadlines nearer than this are spun towards.
-const SPIN: Nanos = 60_000;
+/// Pause between two looks while packets flow (the kernel adds some 50 us): the coarseness of arrival and release.
+const GRAIN: Duration = Duration::from_micros(100);
 /// Packets read from one device before the other has its turn.
 const READ_BATCH: usize = 64;
 /// Spare packet buffers kept.
@@ -55,6 +55,8 @@ pub struct Pump {
     mtu: usize,
     spare: VecDeque<Vec<u8>>,
     late_max: Nanos,
+    /// A packet was moved in the last round.
+    flowing: bool,
 }
 
 impl Pump {
@@ -69,6 +71,7 @@ impl Pump {
             mtu: usize::from(mtu),
             spare,
             late_max: 0,
+            flowing: false,
         }
     }
 
@@ -80,8 +83,11 @@ impl Pump {
         loop {
             let mut readable = self.wait(&stdin)?;
             if readable.control && !self.obey(&stdin, &mut lines)? {
-                return say(&Event::Stats(self.stats()));
+                // Nobody may be left to read it.
+                let _ = say(&Event::Stats(self.stats()));
+                return Ok(());
             }
+            self.flowing = false;
             // Reading goes on while there is something to read, but what is due is released in between.
             loop {
                 readable.source = readable.source && self.take(Way::Forth)?;
@@ -99,12 +105,17 @@ impl Pump {
         u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(Nanos::MAX)
     }
 
-    /// Sleeps until something can be read or the next packet is nearly due.
+    /// Sleeps until something can be read or the next packet is due; while packets flow, for a grain.
     fn wait(&self, stdin: &io::Stdin) -> io::Result<Readable> {
-        let left = self
-            .path
-            .next_deadline()
-            .map(|due| due.saturating_sub(self.now()).saturating_sub(SPIN));
+        if self.flowing {
+            std::thread::sleep(GRAIN);
+        }
+        let deadline = if self.flowing {
+            Some(0)
+        } else {
+            self.path.next_deadline()
+        };
+        let left = deadline.map(|due| due.saturating_sub(self.now()));
         let timeout = left.map(|left| Timespec {
             tv_sec: (left / 1_000_000_000) as i64,
             tv_nsec: (left % 1_000_000_000) as i64,
@@ -139,6 +150,7 @@ impl Pump {
             match device.recv(&mut packet) {
                 Ok(length) => {
                     packet.truncate(length);
+                    self.flowing = true;
                     let now = self.now();
                     self.path.push(now, way, packet);
                 }
@@ -159,6 +171,7 @@ impl Pump {
             self.late_max = self.late_max.max(now.saturating_sub(due));
         }
         while let Some(packet) = self.path.pop(now, way) {
+            self.flowing = true;
             let device = if way == Way::Forth {
                 &self.target
             } else {
@@ -198,7 +211,7 @@ impl Pump {
 
     fn follow(&mut self, command: Command) -> io::Result<()> {
         let now = self.now();
-        let nanos = |span: std::time::Duration| u64::try_from(span.as_nanos()).unwrap_or(u64::MAX / 2);
+        let nanos = |span: Duration| u64::try_from(span.as_nanos()).unwrap_or(u64::MAX / 2);
         match command {
             Command::Cut(cut) => self.path.set_cut(cut),
             Command::CutBetween(window) => {

@@ -1,0 +1,138 @@
+//! `lab demo`: a guest's disk is made, moved over an emulated WAN, proved equal and booted, while somebody watches.
+//!
+//! Owns the story and the live line. Leaves alone each of its parts. Promises a failure in words and in the exit code when any
+//! part of the story fails, the guest's boot included.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+
+use crate::guest::boot::{Booted, boot};
+use crate::guest::{self, Kind};
+use crate::move_disk::{self, Moment, MoveArgs};
+use crate::page::{Paint, page, span};
+use crate::report::Report;
+
+/// A guest under software emulation on a busy machine takes a while.
+pub const BOOT_LIMIT: Duration = Duration::from_secs(300);
+/// Width of the live bar.
+const BAR: usize = 40;
+
+/// What the demonstration uses.
+#[derive(Args, Clone, Debug)]
+pub struct DemoArgs {
+    /// Which disk
+    #[arg(long, value_enum, default_value = "small")]
+    pub kind: Kind,
+}
+
+/// Runs it, on this link; gives whether all went well.
+///
+/// # Errors
+/// When a part cannot be started at all.
+pub fn run(args: &DemoArgs, mut job: MoveArgs) -> io::Result<bool> {
+    let mut live = Live::new();
+    let step = |text: &str| println!("  {text} ...");
+    println!("Longhaul moves a Linux machine's disk from one site to another.\n");
+    job.image = guest::disk(args.kind, &step)?;
+    let kernel = guest::kernel(&step)?;
+    let mut booted = None;
+    let report = move_disk::run(&job, &mut |moment| live.show(&moment), &mut |copy: &Path| {
+        println!("  booting the copy ...");
+        booted = Some(boot(copy, &job.target_format, "/dev/vda", &kernel, BOOT_LIMIT)?);
+        Ok(())
+    })?;
+    print!("{}", page(&report, booted.as_ref(), Paint::detect()));
+    show_console(booted.as_ref());
+    let well = report.ok && booted.as_ref().is_some_and(|booted| booted.ok);
+    println!("\n{}", closing(&report, well));
+    Ok(well)
+}
+
+fn closing(report: &Report, well: bool) -> String {
+    if well {
+        return format!(
+            "The machine is at the other site after {}, and nothing is missing.",
+            span(report.seconds)
+        );
+    }
+    "The demonstration failed. `cargo lab move --image FILE --keep` keeps configs and logs to look at."
+        .to_owned()
+}
+
+fn show_console(booted: Option<&Booted>) {
+    for line in booted
+        .filter(|booted| !booted.ok)
+        .into_iter()
+        .flat_map(|booted| booted.console.iter().rev().take(15).rev())
+    {
+        println!("  | {line}");
+    }
+}
+
+/// What is shown while the job runs: on a terminal one line that changes, else a line every ten per cent.
+#[derive(Debug)]
+pub struct Live {
+    terminal: bool,
+    start: Instant,
+    shown: i64,
+    open: bool,
+}
+
+impl Default for Live {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Live {
+    /// For standard output.
+    pub fn new() -> Self {
+        Self {
+            terminal: io::stdout().is_terminal(),
+            start: Instant::now(),
+            shown: -1,
+            open: false,
+        }
+    }
+
+    /// Shows one moment.
+    pub fn show(&mut self, moment: &Moment) {
+        match moment {
+            Moment::Step(text) => {
+                self.close();
+                println!("  {text} ...");
+                self.start = Instant::now();
+            }
+            Moment::Progress(percent) => self.progress(*percent),
+        }
+    }
+
+    fn progress(&mut self, percent: f64) {
+        let elapsed = span(self.start.elapsed().as_secs_f64());
+        if self.terminal {
+            let done = (percent / 100.0 * BAR as f64).round().clamp(0.0, BAR as f64) as usize;
+            print!(
+                "\r  [{}{}] {percent:>5.1} %  {elapsed:<12}",
+                "#".repeat(done),
+                ".".repeat(BAR - done)
+            );
+            self.open = true;
+            let _ = io::stdout().flush();
+            return;
+        }
+        let tenth = (percent / 10.0) as i64;
+        if tenth > self.shown {
+            self.shown = tenth;
+            println!("    {:>3.0} %  after {elapsed}", percent);
+        }
+    }
+
+    fn close(&mut self) {
+        if std::mem::take(&mut self.open) {
+            println!();
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! One lab: a directory, two sites, the link between them, and the promise that all of it goes away.
+//!
+//! Owns the order of making and removing. Leaves alone which programs run in it. Promises that a machine without the rights to
+//! make namespaces or TUN devices gets a lab over loopback that names what it does not emulate.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::janitor::Janitor;
+use crate::namespace::{self, Sites};
+use crate::wan::link::Link;
+use crate::wan::spec::LinkSpec;
+
+/// Directories of labs begin with this, followed by process and number.
+const DIRECTORY_PREFIX: &str = "longhaul-lab-";
+/// A file that keeps a lab's directory from being removed as stale.
+const KEEP_MARK: &str = ".keep";
+
+/// Which site.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum End {
+    Source,
+    Target,
+}
+
+impl End {
+    /// Its name in file names, certificates and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Target => "target",
+        }
+    }
+}
+
+/// A running lab. The order of the fields is the order in which they end: the link, then (by the janitor) programs,
+/// namespaces and directory.
+#[derive(Debug)]
+pub struct Lab {
+    link: Option<Link>,
+    janitor: Janitor,
+    sites: Option<Sites>,
+    directory: PathBuf,
+    not_emulated: Vec<String>,
+}
+
+impl Lab {
+    /// Makes a lab under `parent`, after removing what dead labs left there.
+    ///
+    /// # Errors
+    /// When the directory cannot be made, or the link fails although this machine has the rights for it.
+    pub fn start(spec: &LinkSpec, parent: &Path, keep: bool) -> io::Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        namespace::remove_stale();
+        remove_stale_directories(parent);
+        let mut janitor = Janitor::start()?;
+        let name = format!(
+            "{DIRECTORY_PREFIX}{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
+        let directory = parent.join(name);
+        janitor.directory(&directory)?;
+        fs::create_dir(&directory)?;
+        if keep {
+            janitor.keep()?;
+            fs::write(directory.join(KEEP_MARK), "")?;
+        }
+        let mut lab = Self {
+            link: None,
+            janitor,
+            sites: None,
+            directory,
+            not_emulated: Vec::new(),
+        };
+        match namespace::missing_rights() {
+            None => lab.join_sites(spec)?,
+            Some(cause) => lab.not_emulated = not_emulated(spec, &cause),
+        }
+        Ok(lab)
+    }
+
+    fn join_sites(&mut self, spec: &LinkSpec) -> io::Result<()> {
+        let sites = Sites::create()?;
+        self.janitor.namespace(&sites.source.namespace)?;
+        self.janitor.namespace(&sites.target.namespace)?;
+        self.link = Some(Link::start(spec, &sites.source, &sites.target)?);
+        self.sites = Some(sites);
+        Ok(())
+    }
+
+    /// Where the lab's files are.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The emulated link, if there is one.
+    pub fn link(&mut self) -> Option<&mut Link> {
+        self.link.as_mut()
+    }
+
+    /// Takes the link out, to end it and read its last count.
+    pub fn take_link(&mut self) -> Option<Link> {
+        self.link.take()
+    }
+
+    /// What was asked for and is not emulated on this machine; empty when everything is.
+    pub fn not_emulated(&self) -> &[String] {
+        &self.not_emulated
+    }
+
+    /// The address of a site's gateway on the link; without a link, both are this machine.
+    pub fn address(&self, end: End) -> std::net::Ipv4Addr {
+        match (&self.sites, end) {
+            (None, _) => std::net::Ipv4Addr::LOCALHOST,
+            (Some(sites), End::Source) => sites.source.address,
+            (Some(sites), End::Target) => sites.target.address,
+        }
+    }
+
+    /// A command that runs at a site.
+    pub fn command(&self, end: End, program: &Path) -> Command {
+        let site = self.sites.as_ref().map(|sites| match end {
+            End::Source => &sites.source,
+            End::Target => &sites.target,
+        });
+        namespace::command(site.map(|site| site.namespace.as_str()), program)
+    }
+
+    /// Has the janitor end this process (the leader of its group) with the lab.
+    ///
+    /// # Errors
+    /// When the janitor is gone.
+    pub fn adopt(&mut self, pid: u32) -> io::Result<()> {
+        self.janitor.process(pid)
+    }
+}
+
+fn not_emulated(spec: &LinkSpec, cause: &str) -> Vec<String> {
+    let (forth, back) = spec.shapes();
+    let mut missing = vec![
+        format!("no emulated link: {cause}; everything runs over loopback"),
+        format!(
+            "rate of {} and {} bit/s",
+            forth.rate_bit_per_s, back.rate_bit_per_s
+        ),
+        format!("round-trip time of {} ms", spec.rtt.0.as_millis()),
+        format!("queue of {} bytes, MTU of {} bytes", forth.queue_bytes, spec.mtu),
+    ];
+    if forth.loss > 0.0 {
+        missing.push(format!("loss of {} %", forth.loss * 100.0));
+    }
+    if !forth.jitter.is_zero() {
+        missing.push(format!("jitter of {} ms", forth.jitter.as_millis()));
+    }
+    missing
+}
+
+/// Removes directories of labs whose process is dead, unless they were asked to be kept.
+fn remove_stale_directories(parent: &Path) {
+    let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+    for entry in entries {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let owner = name
+            .strip_prefix(DIRECTORY_PREFIX)
+            .and_then(|rest| rest.split('-').next()?.parse().ok());
+        if owner.is_some_and(|pid| !namespace::is_alive(pid)) && !entry.path().join(KEEP_MARK).exists() {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}

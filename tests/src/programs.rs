@@ -1,0 +1,352 @@
+//! How Longhaul's programs are called: their settings, command lines and printed events. The only place in the lab that knows.
+//!
+//! Owns the text of every config file, the certificates' names, the ports, and the reading of the operator program's lines.
+//! Leaves alone processes and faults. Promises that the rest of the lab needs no change when a key or an option changes.
+//!
+//! Expected of the programs: `longhaul-agent --config F`, `longhaul-gateway --config F`,
+//! `longhaul pki init|issue`, and `longhaul --api SOCKET run JOB --json`, which prints one JSON object per line and a last one
+//! with `"event":"report"`.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::lab::{End, Lab};
+use crate::process::Launch;
+use crate::usage::wait_until;
+use crate::wan::spec::LinkSpec;
+
+/// UDP port of the gateways towards each other, and towards their agents. With one address for both sites (loopback) the
+/// target's are shifted, and with several labs on one loopback they are shifted again.
+const PORT_PEER: u16 = 7401;
+const PORT_AGENTS: u16 = 7402;
+/// How long programs may take until they are ready.
+const READY_LIMIT: Duration = Duration::from_secs(30);
+
+/// Where the programs are.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    directory: PathBuf,
+}
+
+/// What is to be moved, and how.
+#[derive(Clone, Debug)]
+pub struct Job {
+    pub image: PathBuf,
+    pub format: String,
+    pub target_format: String,
+    /// Connections between the gateways, if not the default.
+    pub connections: Option<u32>,
+}
+
+/// A line of the operator program.
+#[derive(Clone, Debug)]
+pub enum Line {
+    /// The job's progress, 0 to 100.
+    Progress(f64),
+    /// The job's report: the last line.
+    Report(Value),
+    Other,
+}
+
+impl Programs {
+    /// Those in `LONGHAUL_BIN`, or beside the lab's own program, built now if they lie in a repository.
+    ///
+    /// # Errors
+    /// When they are missing and cannot be built.
+    pub fn find() -> io::Result<Self> {
+        if let Some(directory) = std::env::var_os("LONGHAUL_BIN") {
+            return Ok(Self {
+                directory: directory.into(),
+            });
+        }
+        let own = crate::own_program()?;
+        let directory = own.parent().map(Path::to_path_buf).unwrap_or_default();
+        if let Some(repository) = crate::repository() {
+            build(&repository, directory.ends_with("release"))?;
+        }
+        Ok(Self { directory })
+    }
+
+    fn program(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// Makes certificates and config files in the lab's directory.
+    ///
+    /// # Errors
+    /// When a file cannot be written or `longhaul pki` fails.
+    pub fn prepare(&self, lab: &Lab, link: &LinkSpec, job: &Job) -> io::Result<()> {
+        let directory = lab.directory();
+        let pki = directory.join("pki");
+        self.operator(&["pki", "init", "--directory", &text(&pki)])?;
+        for end in [End::Source, End::Target] {
+            for role in ["gateway", "agent"] {
+                let name = format!("{}-{role}", end.name());
+                let words = [
+                    "pki",
+                    "issue",
+                    "--directory",
+                    &text(&pki),
+                    "--role",
+                    role,
+                    "--site",
+                    end.name(),
+                    "--name",
+                ];
+                self.operator(&[&words[..], &[&name]].concat())?;
+                for folder in ["run", "state", "disks"] {
+                    fs::create_dir_all(directory.join(&name).join(folder))?;
+                }
+            }
+            fs::write(config(directory, end, "agent"), agent_config(lab, end, job))?;
+            fs::write(
+                config(directory, end, "gateway"),
+                gateway_config(lab, end, link, job),
+            )?;
+        }
+        fs::write(directory.join("job.toml"), job_file(directory, job))
+    }
+
+    /// The four programs, in the order in which they are started.
+    pub fn launches(&self, lab: &Lab) -> Vec<Launch> {
+        let of = |end: End, role: &str| Launch {
+            name: format!("{}-{role}", end.name()),
+            end,
+            program: self.program(&format!("longhaul-{role}")),
+            arguments: vec!["--config".to_owned(), text(config(lab.directory(), end, role))],
+        };
+        vec![
+            of(End::Target, "gateway"),
+            of(End::Source, "gateway"),
+            of(End::Target, "agent"),
+            of(End::Source, "agent"),
+        ]
+    }
+
+    /// Waits until both gateways answer.
+    ///
+    /// # Errors
+    /// When one does not in time.
+    pub fn wait_ready(&self, lab: &Lab) -> io::Result<()> {
+        for end in [End::Source, End::Target] {
+            let socket = api_socket(lab.directory(), end);
+            let ready = wait_until(READY_LIMIT, || {
+                std::os::unix::net::UnixStream::connect(&socket).ok()
+            });
+            if ready.is_none() {
+                return Err(io::Error::other(format!(
+                    "the {} gateway does not answer on its API",
+                    end.name()
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The operator's command that runs the job and prints its events.
+    pub fn run_job(&self, lab: &Lab) -> Command {
+        let mut command = lab.command(End::Source, &self.program("longhaul"));
+        let socket = api_socket(lab.directory(), End::Source);
+        command.args([
+            "--api",
+            &text(&socket),
+            "run",
+            &text(lab.directory().join("job.toml")),
+            "--json",
+        ]);
+        command
+    }
+
+    fn operator(&self, words: &[&str]) -> io::Result<()> {
+        let program = self.program("longhaul");
+        let output = Command::new(&program).args(words).stdin(Stdio::null()).output();
+        let output = output.map_err(|error| {
+            io::Error::new(error.kind(), format!("cannot run {}: {error}", program.display()))
+        })?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let cause = String::from_utf8_lossy(&output.stderr);
+        Err(io::Error::other(format!(
+            "longhaul {} failed: {}",
+            words.join(" "),
+            cause.trim()
+        )))
+    }
+}
+
+/// Where the target agent puts the disk.
+pub fn target_image(directory: &Path) -> PathBuf {
+    directory.join("target-agent").join("disks").join("disk")
+}
+
+/// Understands one line of the operator program.
+pub fn read_line(line: &str) -> Line {
+    let Ok(value) = serde_json::from_str::<Value>(line) else {
+        return Line::Other;
+    };
+    match value["event"].as_str() {
+        Some("report") => Line::Report(value),
+        Some("progress") => value["percent"].as_f64().map_or(Line::Other, Line::Progress),
+        _ => Line::Other,
+    }
+}
+
+fn build(repository: &Path, release: bool) -> io::Result<()> {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args([
+        "build",
+        "--quiet",
+        "-p",
+        "longhaul-agent",
+        "-p",
+        "longhaul-gateway",
+        "--bins",
+    ]);
+    if release {
+        command.arg("--release");
+    }
+    // Standard output belongs to the report.
+    let status = command
+        .current_dir(repository)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .status()?;
+    status
+        .success()
+        .then_some(())
+        .ok_or_else(|| io::Error::other("Longhaul's programs cannot be built"))
+}
+
+fn config(directory: &Path, end: End, role: &str) -> PathBuf {
+    directory.join(format!("{}-{role}.toml", end.name()))
+}
+
+fn api_socket(directory: &Path, end: End) -> PathBuf {
+    directory
+        .join(format!("{}-gateway", end.name()))
+        .join("run")
+        .join("api.sock")
+}
+
+/// Ports of a site's gateway: (towards the peer, towards its agents).
+fn ports(lab: &Lab, end: End) -> (u16, u16) {
+    if !lab.address(End::Source).is_loopback() {
+        return (PORT_PEER, PORT_AGENTS);
+    }
+    let shift = 4 * (std::process::id() % 5000) as u16 + if end == End::Target { 2 } else { 0 };
+    (20_000 + shift, 20_001 + shift)
+}
+
+fn identity(directory: &Path, name: &str) -> String {
+    let pki = directory.join("pki");
+    let file = |name: String| text(pki.join(name));
+    format!(
+        "[identity]\ncertificate = \"{}\"\nkey = \"{}\"\nca = \"{}\"\n",
+        file(format!("{name}.pem")),
+        file(format!("{name}.key")),
+        file("ca.pem".to_owned()),
+    )
+}
+
+fn agent_config(lab: &Lab, end: End, job: &Job) -> String {
+    let name = format!("{}-agent", end.name());
+    let home = lab.directory().join(&name);
+    let read = match end {
+        End::Source => job.image.parent().map(text).unwrap_or_default(),
+        End::Target => text(home.join("disks")),
+    };
+    let mut config = identity(lab.directory(), &name);
+    let _ = write!(
+        config,
+        "[gateway]\naddress = \"{}:{}\"\nname = \"{}-gateway\"\n\
+         [paths]\nread = [\"{read}\"]\nwrite = [\"{}\"]\nrun = \"{}\"\nstate = \"{}\"\n",
+        lab.address(end),
+        ports(lab, end).1,
+        end.name(),
+        text(home.join("disks")),
+        text(home.join("run")),
+        text(home.join("state")),
+    );
+    config
+}
+
+fn gateway_config(lab: &Lab, end: End, link: &LinkSpec, job: &Job) -> String {
+    let (name, other) = match end {
+        End::Source => ("source", End::Target),
+        End::Target => ("target", End::Source),
+    };
+    let home = lab.directory().join(format!("{name}-gateway"));
+    let (forth, back) = link.shapes();
+    let rate = if end == End::Source {
+        forth.rate_bit_per_s
+    } else {
+        back.rate_bit_per_s
+    };
+    let mut config = identity(lab.directory(), &format!("{name}-gateway"));
+    let _ = write!(
+        config,
+        "[site]\nname = \"{name}\"\n\
+         [agents]\nlisten = \"{address}:{agents}\"\n\
+         [peers]\nlisten = \"{address}:{peer}\"\n\
+         [[peer]]\nname = \"{other}-gateway\"\naddress = \"{other_address}:{other_port}\"\n\
+         [paths]\nstate = \"{state}\"\n[api]\nsocket = \"{socket}\"\n[link]\nrtt = \"{rtt} ms\"\n",
+        address = lab.address(end),
+        agents = ports(lab, end).1,
+        peer = ports(lab, end).0,
+        other = other.name(),
+        other_address = lab.address(other),
+        other_port = ports(lab, other).0,
+        state = text(home.join("state")),
+        socket = text(api_socket(lab.directory(), end)),
+        rtt = link.rtt.0.as_millis().max(1),
+    );
+    if rate > 0 {
+        let _ = writeln!(config, "rate = \"{rate} bit/s\"");
+    }
+    if let Some(connections) = job.connections {
+        let _ = writeln!(config, "connections = {connections}");
+    }
+    config
+}
+
+fn job_file(directory: &Path, job: &Job) -> String {
+    format!(
+        "kind = \"move\"\nname = \"lab\"\n[source]\nagent = \"source-agent\"\n[target]\nagent = \"target-agent\"\n\
+         [[disk]]\nsource = \"{}\"\nsource_format = \"{}\"\ntarget = \"{}\"\ntarget_format = \"{}\"\n",
+        text(&job.image),
+        job.format,
+        text(target_image(directory)),
+        job.target_format,
+    )
+}
+
+/// A path inside a TOML string or on a command line; the lab refuses images whose names need quoting.
+fn text(path: impl AsRef<Path>) -> String {
+    path.as_ref().display().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_operators_lines_are_understood_and_others_ignored() {
+        assert!(
+            matches!(read_line(r#"{"event":"progress","percent":12.5}"#), Line::Progress(p) if p == 12.5)
+        );
+        assert!(matches!(
+            read_line(r#"{"event":"report","ok":true}"#),
+            Line::Report(_)
+        ));
+        for line in ["", "not json", "{}", r#"{"event":"progress"}"#, r#"{"event":7}"#] {
+            assert!(matches!(read_line(line), Line::Other), "{line}");
+        }
+    }
+}

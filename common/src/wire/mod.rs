@@ -31,7 +31,4 @@ pub mod frame;
 pub mod sequences;
 pub mod session;
 
-/// ALPN between an agent and its gateway.
-pub const ALPN_AGENT: &[u8] = b"longhaul-agent/1";
-/// ALPN between two gateways.
-pub const ALPN_PEER: &[u8] = b"longhaul-peer/1";
+pub use crate::link::{ALPN_AGENT, ALPN_PEER};

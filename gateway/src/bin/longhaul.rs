@@ -1,2 +1,7 @@
-//! stub
-fn main() {}
+//! The operator's program. Everything is in `longhaul_gateway::operator`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    longhaul_gateway::operator::main()
+}

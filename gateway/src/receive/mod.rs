@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 use dashmap::DashMap;
 use longhaul_common::ids::JobId;
-use longhaul_common::link::{Link, LinkError, Listener, Role, TlsState};
+use longhaul_common::link::probe::serve_probe;
+use longhaul_common::link::{ALPN_PROBE, Link, LinkError, Listener, Role, TlsState};
 use longhaul_common::wire::ALPN_PEER;
 use longhaul_common::wire::batch::STREAM_MAX;
 use tokio::sync::Semaphore;
@@ -50,10 +51,14 @@ impl Receiving {
             return Ok(());
         };
         let link = settings.link.settings();
-        let listener = Listener::bind(address, tls, &[ALPN_PEER], &[Role::Gateway], &link)?;
+        let listener = Listener::bind(address, tls, &[ALPN_PEER, ALPN_PROBE], &[Role::Gateway], &link)?;
         tracing::info!(%address, "listening for peers");
         tokio::spawn(async move {
             while let Some(link) = listener.accept().await {
+                if link.alpn() == ALPN_PROBE {
+                    tokio::spawn(serve_probe(link));
+                    continue;
+                }
                 tracing::info!(peer = %link.peer(), address = %link.remote_address(), "peer linked");
                 tokio::spawn(Arc::clone(&self).serve(link));
             }

@@ -1,0 +1,107 @@
+//! A job's progress on a terminal.
+//!
+//! Owns the bar and the line under it. On anything but a terminal it prints a line now and then instead.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use longhaul_common::units::Rate;
+
+use super::show;
+use crate::job::progress::{JobState, Phase, Progress};
+
+/// Between two lines where there is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// Draws one job.
+pub(super) struct Bars {
+    bar: ProgressBar,
+    terminal: bool,
+    said: Option<(Instant, Phase, Option<String>)>,
+}
+
+impl Bars {
+    pub(super) fn new(name: &str) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let target = if terminal {
+            ProgressDrawTarget::stderr_with_hz(5)
+        } else {
+            ProgressDrawTarget::hidden()
+        };
+        let bar = ProgressBar::with_draw_target(Some(1), target);
+        let template = "{prefix} [{bar:32}] {percent:>3} %  {msg}";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style.progress_chars("#> "));
+        }
+        bar.set_prefix(name.to_owned());
+        Self {
+            bar,
+            terminal,
+            said: None,
+        }
+    }
+
+    /// Shows where the job is.
+    pub(super) fn show(&mut self, state: JobState, progress: &Progress, now: Instant) {
+        let (done, whole) = match progress.phase {
+            Phase::Verify => (progress.verified_bytes, progress.raw_bytes),
+            Phase::Commit | Phase::Done => (1, 1),
+            _ => (progress.done_bytes, progress.used_bytes),
+        };
+        self.bar.set_length(whole.max(1));
+        self.bar.set_position(done);
+        let words = words(state, progress);
+        self.bar.set_message(words.clone());
+        if !self.terminal {
+            self.print_line(progress, &words, now);
+        }
+    }
+
+    fn print_line(&mut self, progress: &Progress, words: &str, now: Instant) {
+        let due = self.said.as_ref().is_none_or(|(at, phase, message)| {
+            now.saturating_duration_since(*at) >= LINE_EVERY
+                || *phase != progress.phase
+                || *message != progress.message
+        });
+        if due {
+            eprintln!("{} {words}", self.bar.prefix());
+            self.said = Some((now, progress.phase, progress.message.clone()));
+        }
+    }
+
+    /// Takes the bar away.
+    pub(super) fn clear(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// The line beside the bar.
+fn words(state: JobState, progress: &Progress) -> String {
+    if let Some(message) = &progress.message {
+        return format!("{}: {message}", show::state(state));
+    }
+    let phase = match (state, progress.phase) {
+        (JobState::Queued, _) => return "waits for its turn".to_owned(),
+        (_, Phase::Connect) => return "connects both sides".to_owned(),
+        (_, Phase::Scan) => return "scans the disks".to_owned(),
+        (_, Phase::Transfer) => "moves",
+        (_, Phase::Verify) => return format!("reads back {}", show::bytes(progress.verified_bytes)),
+        (_, Phase::Commit) => return "commits".to_owned(),
+        (_, Phase::Done) => return "done".to_owned(),
+    };
+    let left = progress.eta_seconds.map_or_else(|| "?".to_owned(), show::span);
+    let saved = match progress.sent_raw_bytes {
+        0 => String::new(),
+        raw => format!(
+            ", LZ4 saves {} %",
+            100 - (progress.wan_bytes * 100 / raw).min(100)
+        ),
+    };
+    let (done, rate) = (
+        show::bytes(progress.done_bytes),
+        Rate(progress.wan_bit_per_s / 100_000 * 100_000),
+    );
+    let free = show::bytes(progress.skipped_free_bytes);
+    format!("{phase} {done}, {rate}, {left} left; free {free}{saved}")
+}

@@ -19,6 +19,9 @@ const DIRECTORY_PREFIX: &str = "longhaul-lab-";
 /// A file that keeps a lab's directory from being removed as stale.
 const KEEP_MARK: &str = ".keep";
 
+/// A unix socket's path has at most 107 bytes, and `/source-gateway/run/api.sock` follows.
+const DIRECTORY_BYTES_MAX: usize = 75;
+
 /// Which site.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum End {
@@ -62,7 +65,14 @@ impl Lab {
             std::process::id(),
             NEXT.fetch_add(1, Ordering::Relaxed)
         );
-        let directory = parent.join(name);
+        let directory = parent.canonicalize()?.join(name);
+        if directory.as_os_str().len() > DIRECTORY_BYTES_MAX {
+            let problem = format!(
+                "{}: too long for the sockets in it; choose another",
+                directory.display()
+            );
+            return Err(io::Error::other(problem));
+        }
         janitor.directory(&directory)?;
         fs::create_dir(&directory)?;
         if keep {

@@ -28,11 +28,11 @@ job=$4
 source=$(sed -n 's/^source = "\(.*\)"/\1/p' "$job")
 target=$(sed -n 's/^target = "\(.*\)"/\1/p' "$job")
 cp "$source" "$target"
-echo '{"event":"progress","percent":40}'
+echo '{"event":"progress","progress":{"done_bytes":40,"used_bytes":100}}'
 sleep SECONDS
 MISDEED
-echo '{"event":"progress","percent":100}'
-echo '{"event":"report","ok":true,"raw_bytes":1048576,"used_bytes":1048576,"source_digest":"d","target_digest":"d"}'
+echo '{"event":"progress","progress":{"done_bytes":100,"used_bytes":100}}'
+echo '{"event":"report","job":{"state":"completed","report":{"ok":true,"raw_bytes":1048576,"source_digest":"d","target_digest":"d"}}}'
 "#;
 
 struct Stage {

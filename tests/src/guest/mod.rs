@@ -17,6 +17,9 @@ const KERNEL_RECIPE: &str = include_str!("kernel.sh");
 const ROOT_RECIPE: &str = include_str!("root.sh");
 const DISK_RECIPE: &str = include_str!("disk.sh");
 
+/// What a recipe mounts goes away with it, however it ends: a cache is never cleared through a mount.
+const PRIVATE_MOUNTS: [&str; 4] = ["unshare", "--mount", "--propagation", "private"];
+
 /// Which disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Kind {
@@ -68,10 +71,8 @@ pub fn disk(kind: Kind, say: &dyn Fn(&str)) -> io::Result<PathBuf> {
         say,
         "a small Debian root",
         |out, work| {
-            recipe(
-                &["sh", "-c", ROOT_RECIPE, "root.sh"],
-                &[out.as_os_str(), work.as_os_str(), packages.as_ref()],
-            )
+            let words = [&PRIVATE_MOUNTS[..], &["sh", "-c", ROOT_RECIPE, "root.sh"]].concat();
+            recipe(&words, &[out.as_os_str(), work.as_os_str(), packages.as_ref()])
         },
     )?;
     let (size, copies) = (kind.size_mib().to_string(), kind.deleted_copies().to_string());
@@ -82,16 +83,7 @@ pub fn disk(kind: Kind, say: &dyn Fn(&str)) -> io::Result<PathBuf> {
         say,
         "its disk, with files written and deleted",
         |out, work| {
-            let words = [
-                "unshare",
-                "--mount",
-                "--propagation",
-                "private",
-                "sh",
-                "-c",
-                DISK_RECIPE,
-                "disk.sh",
-            ];
+            let words = [&PRIVATE_MOUNTS[..], &["sh", "-c", DISK_RECIPE, "disk.sh"]].concat();
             let (out, work) = (out.as_os_str(), work.as_os_str());
             recipe(
                 &words,

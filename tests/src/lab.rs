@@ -1,7 +1,8 @@
 //! One lab: a directory, two sites, the link between them, and the promise that all of it goes away.
 //!
-//! Owns the order of making and removing. Leaves alone which programs run in it. Promises that a machine without the rights to
-//! make namespaces or TUN devices gets a lab over loopback that names what it does not emulate.
+//! Owns the order of making and removing. Leaves alone which programs run in it. Promises that a machine
+//! without the rights to make namespaces or TUN devices gets a lab over loopback that names what it does not
+//! emulate.
 
 use std::fs;
 use std::io;
@@ -39,8 +40,8 @@ impl End {
     }
 }
 
-/// A running lab. The order of the fields is the order in which they end: the link, then (by the janitor) programs,
-/// namespaces and directory.
+/// A running lab. The order of the fields is the order in which they end: the link, then (by the janitor)
+/// programs, namespaces and directory.
 #[derive(Debug)]
 pub struct Lab {
     link: Option<Link>,

@@ -1,7 +1,7 @@
 //! A report as a page for people: 80 columns, colour only on a terminal that wants it.
 //!
-//! Owns words, columns and colours. Leaves alone every figure: it shows what the report says. Promises plain text where output
-//! is no terminal or NO_COLOR is set.
+//! Owns words, columns and colours. Leaves alone every figure: it shows what the report says. Promises plain
+//! text where output is no terminal or NO_COLOR is set.
 
 use std::fmt::Write as _;
 use std::io::IsTerminal;

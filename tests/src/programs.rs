@@ -1,11 +1,13 @@
-//! How Longhaul's programs are called: their settings, command lines and printed events. The only place in the lab that knows.
+//! How Longhaul's programs are called: their settings, command lines and printed events. The only place in
+//! the lab that knows.
 //!
-//! Owns the text of every config file, the certificates' names, the ports, and the reading of the operator program's lines.
-//! Leaves alone processes and faults. Promises that the rest of the lab needs no change when a key or an option changes.
+//! Owns the text of every config file, the certificates' names, the ports, and the reading of the operator
+//! program's lines. Leaves alone processes and faults. Promises that the rest of the lab needs no change when
+//! a key or an option changes.
 //!
-//! Expected of the programs: `longhaul-agent --config F`, `longhaul-gateway --config F`,
-//! `longhaul pki init|issue`, and `longhaul --api SOCKET run JOB --json`, which prints one JSON object per line and a last one
-//! with `"event":"report"`.
+//! Expected of the programs: `longhaul-agent --config F`, `longhaul-gateway --config F`, `longhaul pki
+//! init|issue`, and `longhaul --api SOCKET run JOB --json`, which prints one JSON object per line and a last
+//! one with `"event":"report"`.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -21,8 +23,8 @@ use crate::process::Launch;
 use crate::usage::wait_until;
 use crate::wan::spec::LinkSpec;
 
-/// UDP port of the gateways towards each other, and towards their agents. With one address for both sites (loopback) the
-/// target's are shifted, and with several labs on one loopback they are shifted again.
+/// UDP port of the gateways towards each other, and towards their agents. With one address for both sites
+/// (loopback) the target's are shifted, and with several labs on one loopback they are shifted again.
 const PORT_PEER: u16 = 7401;
 const PORT_AGENTS: u16 = 7402;
 /// How long programs may take until they are ready.

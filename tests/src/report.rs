@@ -1,8 +1,8 @@
 //! The report of a lab run: for programs one JSON object, for people a page of 80 columns.
 //!
-//! Owns the names and the meaning of the fields, which stay stable: fields may be added, none is renamed or changes its unit.
-//! Leaves alone how they were measured. Promises that `ok` is true only when the job said so and the lab's own comparison
-//! agrees.
+//! Owns the names and the meaning of the fields, which stay stable: fields may be added, none is renamed or
+//! changes its unit. Leaves alone how they were measured. Promises that `ok` is true only when the job said
+//! so and the lab's own comparison agrees.
 
 use std::collections::BTreeMap;
 
@@ -78,7 +78,8 @@ pub struct LinkReport {
     pub rate_bit_per_s: u64,
     pub rtt_ms: f64,
     pub loss: f64,
-    /// Bits of IP delivered per second towards the target, from the 3rd second of the job to the last but one.
+    /// Bits of IP delivered per second towards the target, from the 3rd second of the job to the last but
+    /// one.
     pub steady_bit_per_s: Option<f64>,
     /// That as a part of the rate.
     pub steady_share: Option<f64>,

@@ -1,7 +1,9 @@
-//! The lab's own work, with stand-ins for Longhaul's programs: running a job, faults, judging the outcome, cleaning up.
+//! The lab's own work, with stand-ins for Longhaul's programs: running a job, faults, judging the outcome,
+//! cleaning up.
 //!
-//! The stand-ins are scripts that copy a file and print what the real programs would; some of them lie. So a lab that trusts
-//! what it is told, or leaves something behind, is found here and not in a story that happens to go well.
+//! The stand-ins are scripts that copy a file and print what the real programs would; some of them lie. So a
+//! lab that trusts what it is told, or leaves something behind, is found here and not in a story that happens
+//! to go well.
 
 #![allow(clippy::unwrap_used)] // helpers of tests fail like tests
 

@@ -1,8 +1,8 @@
 //! Guests: disks with a real Debian on them that prove themselves when booted.
 //!
-//! Owns the recipes (shell scripts, kept beside this file), the cache of what they made, and booting a copy. Leaves alone how
-//! a disk is moved. Promises that a cached disk is what the recipe of this build makes, that two labs never build the same
-//! disk at once, and that a half-made disk is never found in the cache.
+//! Owns the recipes (shell scripts, kept beside this file), the cache of what they made, and booting a copy.
+//! Leaves alone how a disk is moved. Promises that a cached disk is what the recipe of this build makes, that
+//! two labs never build the same disk at once, and that a half-made disk is never found in the cache.
 
 pub mod boot;
 
@@ -25,7 +25,8 @@ const PRIVATE_MOUNTS: [&str; 4] = ["unshare", "--mount", "--propagation", "priva
 pub enum Kind {
     /// 1 GiB with a minimal Debian and about 500 MB of deleted files
     Small,
-    /// 4 GiB with python3, redis, git and perl, 1.1 GB of deleted files and duplicates: the disk of the standard run
+    /// 4 GiB with python3, redis, git and perl, 1.1 GB of deleted files and duplicates: the disk of the
+    /// standard run
     Standard,
 }
 

@@ -1,11 +1,13 @@
 //! The lab's own comparison of source and target, which trusts no program of Longhaul.
 //!
-//! Owns reading both disks as raw content and judging every 4 KiB block: equal, or zero at the target where an independent
-//! oracle says that the source's file system holds the block free. Leaves alone digests and reports of the programs. Promises
-//! that a block the oracle knows to be in use and that differs makes the comparison fail.
+//! Owns reading both disks as raw content and judging every 4 KiB block: equal, or zero at the target where
+//! an independent oracle says that the source's file system holds the block free. Leaves alone digests and
+//! reports of the programs. Promises that a block the oracle knows to be in use and that differs makes the
+//! comparison fail.
 //!
-//! The oracle is `dumpe2fs`, on whole-disk ext2/3/4 and on every partition that `sfdisk` names. Where no oracle knows a block
-//! (other file systems, LVM), a zeroed block passes only within the number of bytes that the job reported as skipped.
+//! The oracle is `dumpe2fs`, on whole-disk ext2/3/4 and on every partition that `sfdisk` names. Where no
+//! oracle knows a block (other file systems, LVM), a zeroed block passes only within the number of bytes that
+//! the job reported as skipped.
 
 use std::fs::File;
 use std::io;

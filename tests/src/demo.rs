@@ -1,7 +1,8 @@
-//! `lab demo`: a guest's disk is made, moved over an emulated WAN, proved equal and booted, while somebody watches.
+//! `lab demo`: a guest's disk is made, moved over an emulated WAN, proved equal and booted, while somebody
+//! watches.
 //!
-//! Owns the story and the live line. Leaves alone each of its parts. Promises a failure in words and in the exit code when any
-//! part of the story fails, the guest's boot included.
+//! Owns the story and the live line. Leaves alone each of its parts. Promises a failure in words and in the
+//! exit code when any part of the story fails, the guest's boot included.
 
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;

@@ -1,7 +1,7 @@
 //! What is to go wrong, and when.
 //!
-//! Owns the words `WHO@PERCENT` and the decision which faults are due. Leaves alone how a program is killed. Promises that each
-//! fault happens at most once, and that one whose moment was jumped over still happens.
+//! Owns the words `WHO@PERCENT` and the decision which faults are due. Leaves alone how a program is killed.
+//! Promises that each fault happens at most once, and that one whose moment was jumped over still happens.
 
 use std::str::FromStr;
 

@@ -1,9 +1,10 @@
 //! Cleans up after a lab, however the lab ends.
 //!
-//! A child process of the lab, in a process group of its own, that waits for its standard input to end. When the lab returns,
-//! panics, is interrupted or is killed with -9, the pipe closes, and the janitor ends the programs, removes the namespaces
-//! and, unless told to keep it, the lab's directory. Owns nothing else. Promises to end only processes that the lab named,
-//! checked by their start time, and those inside the lab's own namespaces.
+//! A child process of the lab, in a process group of its own, that waits for its standard input to end. When
+//! the lab returns, panics, is interrupted or is killed with -9, the pipe closes, and the janitor ends the
+//! programs, removes the namespaces and, unless told to keep it, the lab's directory. Owns nothing else.
+//! Promises to end only processes that the lab named, checked by their start time, and those inside the lab's
+//! own namespaces.
 //!
 //! Lines it understands: `process PID`, `namespace NAME`, `directory PATH`, `keep`.
 

@@ -1,7 +1,8 @@
 //! One lab: a directory, two sites, the link between them, and the promise that all of it goes away.
 //!
-//! Owns the order of making and removing. Leaves alone which programs run in it. Promises that a machine without the rights to
-//! make namespaces or TUN devices gets a lab over loopback that names what it does not emulate.
+//! Owns the order of making and removing. Leaves alone which programs run in it. Promises that a machine
+//! without the rights to make namespaces or TUN devices gets a lab over loopback that names what it does not
+//! emulate.
 
 use std::fs;
 use std::io;
@@ -18,6 +19,9 @@ use crate::wan::spec::LinkSpec;
 const DIRECTORY_PREFIX: &str = "longhaul-lab-";
 /// A file that keeps a lab's directory from being removed as stale.
 const KEEP_MARK: &str = ".keep";
+
+/// A unix socket's path has at most 107 bytes, and `/source-gateway/run/api.sock` follows.
+const DIRECTORY_BYTES_MAX: usize = 75;
 
 /// Which site.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,8 +40,8 @@ impl End {
     }
 }
 
-/// A running lab. The order of the fields is the order in which they end: the link, then (by the janitor) programs,
-/// namespaces and directory.
+/// A running lab. The order of the fields is the order in which they end: the link, then (by the janitor)
+/// programs, namespaces and directory.
 #[derive(Debug)]
 pub struct Lab {
     link: Option<Link>,
@@ -62,7 +66,14 @@ impl Lab {
             std::process::id(),
             NEXT.fetch_add(1, Ordering::Relaxed)
         );
-        let directory = parent.join(name);
+        let directory = parent.canonicalize()?.join(name);
+        if directory.as_os_str().len() > DIRECTORY_BYTES_MAX {
+            let problem = format!(
+                "{}: too long for the sockets in it; choose another",
+                directory.display()
+            );
+            return Err(io::Error::other(problem));
+        }
         janitor.directory(&directory)?;
         fs::create_dir(&directory)?;
         if keep {

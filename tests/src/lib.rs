@@ -1,8 +1,9 @@
 //! The lab: two sites on one machine, joined by an emulated WAN, with real programs in them.
 //!
-//! Owns namespaces, the emulator, the programs' processes, faults on command, an own comparison of source and target, guests
-//! that boot, and the report. Leaves alone how a move works: it knows the programs only by their command lines, settings and
-//! printed events (all in `programs`). Promises that nothing it started outlives it.
+//! Owns namespaces, the emulator, the programs' processes, faults on command, an own comparison of source and
+//! target, guests that boot, and the report. Leaves alone how a move works: it knows the programs only by
+//! their command lines, settings and printed events (all in `programs`). Promises that nothing it started
+//! outlives it.
 
 pub mod compare;
 pub mod demo;
@@ -19,8 +20,8 @@ pub mod report;
 pub mod usage;
 pub mod wan;
 
-/// The lab's own executable, which also is the emulator and the janitor. A test program finds it beside its own directory,
-/// where cargo puts it.
+/// The lab's own executable, which also is the emulator and the janitor. A test program finds it beside its
+/// own directory, where cargo puts it.
 ///
 /// # Errors
 /// When the system cannot say which file this program was started from.

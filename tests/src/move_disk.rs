@@ -1,8 +1,8 @@
 //! `lab move`: one job through real programs over the emulated link.
 //!
-//! Owns the order of a run: lab, programs, job, faults while it runs, then the lab's own comparison and the report. Leaves
-//! alone how the programs are called (`programs`). Promises a report in every case in which the lab itself worked, also when
-//! the job fails or a program dies.
+//! Owns the order of a run: lab, programs, job, faults while it runs, then the lab's own comparison and the
+//! report. Leaves alone how the programs are called (`programs`). Promises a report in every case in which
+//! the lab itself worked, also when the job fails or a program dies.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};

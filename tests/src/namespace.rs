@@ -1,8 +1,9 @@
 //! The two sites: a pair of network namespaces.
 //!
-//! Owns their names, making and removing them, running a closure or a command inside one, and removing what labs that died
-//! have left. Leaves alone the devices (the emulator brings them) and the programs. Promises that names never collide between
-//! labs, and that a namespace is removed only when the process in its name is dead.
+//! Owns their names, making and removing them, running a closure or a command inside one, and removing what
+//! labs that died have left. Leaves alone the devices (the emulator brings them) and the programs. Promises
+//! that names never collide between labs, and that a namespace is removed only when the process in its name
+//! is dead.
 //!
 //! A name is `lh-<pid>-<n>-a` (source) or `-b` (target).
 

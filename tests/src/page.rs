@@ -1,7 +1,7 @@
 //! A report as a page for people: 80 columns, colour only on a terminal that wants it.
 //!
-//! Owns words, columns and colours. Leaves alone every figure: it shows what the report says. Promises plain text where output
-//! is no terminal or NO_COLOR is set.
+//! Owns words, columns and colours. Leaves alone every figure: it shows what the report says. Promises plain
+//! text where output is no terminal or NO_COLOR is set.
 
 use std::fmt::Write as _;
 use std::io::IsTerminal;
@@ -85,7 +85,7 @@ fn heading(page: &mut String, paint: Paint, text: &str) {
     let _ = writeln!(page, "\n{}", paint.bold(text));
 }
 
-/// Where the bytes of the disk went, largest decision first.
+/// Where the bytes of the disk went.
 fn shares(report: &Report) -> Vec<(String, u64)> {
     let mut shares = vec![("the whole disk".to_owned(), report.raw_bytes)];
     if report.skipped_by_proof.is_empty() {
@@ -94,8 +94,14 @@ fn shares(report: &Report) -> Vec<(String, u64)> {
     for (proof, bytes) in report.skipped_by_proof.iter().filter(|(_, bytes)| **bytes > 0) {
         shares.push((format!("free, proof {proof}"), *bytes));
     }
-    shares.push(("zero".to_owned(), report.zero_bytes));
-    shares.push(("in use".to_owned(), report.used_bytes));
+    shares.push((
+        "holes and zeros".to_owned(),
+        report.hole_bytes + report.zero_bytes,
+    ));
+    shares.push((
+        "data in use".to_owned(),
+        report.used_bytes.saturating_sub(report.zero_bytes),
+    ));
     shares.push(("on the wire, compressed".to_owned(), report.wan_bytes));
     shares
 }

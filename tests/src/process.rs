@@ -1,8 +1,8 @@
 //! One program under the lab's supervision.
 //!
-//! Owns starting it with its log, killing it, starting it again after a second as a supervisor would, and adding up what its
-//! lives used. Leaves alone what the program is. Promises to give up on a program that keeps dying by itself, with the last
-//! words of its log.
+//! Owns starting it with its log, killing it, starting it again after a second as a supervisor would, and
+//! adding up what its lives used. Leaves alone what the program is. Promises to give up on a program that
+//! keeps dying by itself, with the last words of its log.
 
 use std::fs::{self, File};
 use std::io;
@@ -83,7 +83,8 @@ impl Process {
         (self.kills, self.deaths)
     }
 
-    /// Kills it with -9, with what it has started, as its systemd unit would; it is started again after a second.
+    /// Kills it with -9, with what it has started, as its systemd unit would; it is started again after a
+    /// second.
     pub fn kill(&mut self, now: Instant) -> io::Result<()> {
         self.sample();
         let Some(mut child) = self.child.take() else {

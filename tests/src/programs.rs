@@ -1,11 +1,13 @@
-//! How Longhaul's programs are called: their settings, command lines and printed events. The only place in the lab that knows.
+//! How Longhaul's programs are called: their settings, command lines and printed events. The only place in
+//! the lab that knows.
 //!
-//! Owns the text of every config file, the certificates' names, the ports, and the reading of the operator program's lines.
-//! Leaves alone processes and faults. Promises that the rest of the lab needs no change when a key or an option changes.
+//! Owns the text of every config file, the certificates' names, the ports, and the reading of the operator
+//! program's lines. Leaves alone processes and faults. Promises that the rest of the lab needs no change when
+//! a key or an option changes.
 //!
-//! Expected of the programs: `longhaul-agent --config F`, `longhaul-gateway --config F`,
-//! `longhaul pki init|issue`, and `longhaul --api SOCKET run JOB --json`, which prints one JSON object per line and a last one
-//! with `"event":"report"`.
+//! Expected of the programs: `longhaul-agent --config F`, `longhaul-gateway --config F`, `longhaul pki
+//! init|issue`, and `longhaul --api SOCKET run JOB --json`, which prints one JSON object per line and a last
+//! one with `"event":"report"`.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -21,8 +23,8 @@ use crate::process::Launch;
 use crate::usage::wait_until;
 use crate::wan::spec::LinkSpec;
 
-/// UDP port of the gateways towards each other, and towards their agents. With one address for both sites (loopback) the
-/// target's are shifted, and with several labs on one loopback they are shifted again.
+/// UDP port of the gateways towards each other, and towards their agents. With one address for both sites
+/// (loopback) the target's are shifted, and with several labs on one loopback they are shifted again.
 const PORT_PEER: u16 = 7401;
 const PORT_AGENTS: u16 = 7402;
 /// How long programs may take until they are ready.
@@ -62,7 +64,7 @@ impl Programs {
     pub fn find() -> io::Result<Self> {
         if let Some(directory) = std::env::var_os("LONGHAUL_BIN") {
             return Ok(Self {
-                directory: directory.into(),
+                directory: Path::new(&directory).canonicalize()?,
             });
         }
         let own = crate::own_program()?;
@@ -192,10 +194,26 @@ pub fn read_line(line: &str) -> Line {
         return Line::Other;
     };
     match value["event"].as_str() {
-        Some("report") => Line::Report(value),
-        Some("progress") => value["percent"].as_f64().map_or(Line::Other, Line::Progress),
+        Some("report") => Line::Report(job_report(&value["job"])),
+        Some("progress") => percent(&value["progress"]).map_or(Line::Other, Line::Progress),
         _ => Line::Other,
     }
+}
+
+/// The report inside the job's record; without one (the job failed) its cause.
+fn job_report(record: &Value) -> Value {
+    if record["report"].is_object() {
+        return record["report"].clone();
+    }
+    let state = record["state"].as_str().unwrap_or("without a report");
+    let cause = record["message"].as_str().unwrap_or("no reason was given");
+    serde_json::json!({ "ok": false, "cause": format!("the job is {state}: {cause}") })
+}
+
+/// How far a job is: data that is settled, of the data to be read.
+fn percent(progress: &Value) -> Option<f64> {
+    let (done, used) = (progress["done_bytes"].as_f64()?, progress["used_bytes"].as_f64()?);
+    (used > 0.0).then(|| (done * 100.0 / used).min(100.0))
 }
 
 fn build(repository: &Path, release: bool) -> io::Result<()> {
@@ -277,49 +295,53 @@ fn agent_config(lab: &Lab, end: End, job: &Job) -> String {
     config
 }
 
+/// The link between the sites as a gateway is told of it, under `section`.
+fn link_section(section: &str, rate: u64, link: &LinkSpec, job: &Job) -> String {
+    let mut text = format!("[{section}]\nrtt = \"{} ms\"\n", link.rtt.0.as_millis().max(1));
+    if rate > 0 {
+        let _ = writeln!(text, "rate = \"{rate} bit/s\"");
+    }
+    if let Some(connections) = job.connections {
+        let _ = writeln!(text, "connections = {connections}");
+    }
+    text
+}
+
 fn gateway_config(lab: &Lab, end: End, link: &LinkSpec, job: &Job) -> String {
-    let (name, other) = match end {
-        End::Source => ("source", End::Target),
-        End::Target => ("target", End::Source),
-    };
-    let home = lab.directory().join(format!("{name}-gateway"));
+    let name = format!("{}-gateway", end.name());
+    let home = lab.directory().join(&name);
+    let (address, (peer, agents)) = (lab.address(end), ports(lab, end));
     let (forth, back) = link.shapes();
+    // Keys without a section come first in TOML.
+    let mut config = format!("state = \"{}\"\n", text(home.join("state")));
+    config += &identity(lab.directory(), &name);
+    let _ = write!(
+        config,
+        "[agents]\nlisten = \"{address}:{agents}\"\n[api]\nsocket = \"{}\"\n[peers]\nlisten = \"{address}:{peer}\"\n",
+        text(api_socket(lab.directory(), end)),
+    );
     let rate = if end == End::Source {
         forth.rate_bit_per_s
     } else {
         back.rate_bit_per_s
     };
-    let mut config = identity(lab.directory(), &format!("{name}-gateway"));
-    let _ = write!(
-        config,
-        "[site]\nname = \"{name}\"\n\
-         [agents]\nlisten = \"{address}:{agents}\"\n\
-         [peers]\nlisten = \"{address}:{peer}\"\n\
-         [[peer]]\nname = \"{other}-gateway\"\naddress = \"{other_address}:{other_port}\"\n\
-         [paths]\nstate = \"{state}\"\n[api]\nsocket = \"{socket}\"\n[link]\nrtt = \"{rtt} ms\"\n",
-        address = lab.address(end),
-        agents = ports(lab, end).1,
-        peer = ports(lab, end).0,
-        other = other.name(),
-        other_address = lab.address(other),
-        other_port = ports(lab, other).0,
-        state = text(home.join("state")),
-        socket = text(api_socket(lab.directory(), end)),
-        rtt = link.rtt.0.as_millis().max(1),
-    );
-    if rate > 0 {
-        let _ = writeln!(config, "rate = \"{rate} bit/s\"");
-    }
-    if let Some(connections) = job.connections {
-        let _ = writeln!(config, "connections = {connections}");
+    config += &link_section("peers.link", rate, link, job);
+    if end == End::Source {
+        let (other, port) = (lab.address(End::Target), ports(lab, End::Target).0);
+        let _ = write!(
+            config,
+            "[[peer]]\nsite = \"target\"\nname = \"target-gateway\"\naddress = \"{other}:{port}\"\n"
+        );
+        config += &link_section("peer.link", rate, link, job);
     }
     config
 }
 
 fn job_file(directory: &Path, job: &Job) -> String {
     format!(
-        "kind = \"move\"\nname = \"lab\"\n[source]\nagent = \"source-agent\"\n[target]\nagent = \"target-agent\"\n\
-         [[disk]]\nsource = \"{}\"\nsource_format = \"{}\"\ntarget = \"{}\"\ntarget_format = \"{}\"\n",
+        "kind = \"move\"\nname = \"lab\"\n[source]\nagent = \"source-agent\"\n\
+         [target]\nsite = \"target\"\nagent = \"target-agent\"\n\
+         [[disk]]\nsource = \"{}\"\nformat = \"{}\"\ntarget = \"{}\"\ntarget_format = \"{}\"\n",
         text(&job.image),
         job.format,
         text(target_image(directory)),
@@ -338,14 +360,24 @@ mod tests {
 
     #[test]
     fn the_operators_lines_are_understood_and_others_ignored() {
-        assert!(
-            matches!(read_line(r#"{"event":"progress","percent":12.5}"#), Line::Progress(p) if p == 12.5)
-        );
-        assert!(matches!(
-            read_line(r#"{"event":"report","ok":true}"#),
-            Line::Report(_)
-        ));
-        for line in ["", "not json", "{}", r#"{"event":"progress"}"#, r#"{"event":7}"#] {
+        let progress = r#"{"event":"progress","progress":{"done_bytes":25,"used_bytes":200}}"#;
+        assert!(matches!(read_line(progress), Line::Progress(p) if p == 12.5));
+        let report = r#"{"event":"report","job":{"state":"completed","report":{"ok":true}}}"#;
+        assert!(matches!(read_line(report), Line::Report(value) if value["ok"] == true));
+        let failed = r#"{"event":"report","job":{"state":"failed","message":"no space"}}"#;
+        let Line::Report(value) = read_line(failed) else {
+            panic!("a report")
+        };
+        assert!(value["ok"] == false && value["cause"].as_str().unwrap().contains("no space"));
+        let nothing_yet = r#"{"event":"progress","progress":{"done_bytes":0,"used_bytes":0}}"#;
+        for line in [
+            "",
+            "not json",
+            "{}",
+            r#"{"event":"progress"}"#,
+            r#"{"event":7}"#,
+            nothing_yet,
+        ] {
             assert!(matches!(read_line(line), Line::Other), "{line}");
         }
     }

@@ -1,8 +1,8 @@
 //! The report of a lab run: for programs one JSON object, for people a page of 80 columns.
 //!
-//! Owns the names and the meaning of the fields, which stay stable: fields may be added, none is renamed or changes its unit.
-//! Leaves alone how they were measured. Promises that `ok` is true only when the job said so and the lab's own comparison
-//! agrees.
+//! Owns the names and the meaning of the fields, which stay stable: fields may be added, none is renamed or
+//! changes its unit. Leaves alone how they were measured. Promises that `ok` is true only when the job said
+//! so and the lab's own comparison agrees.
 
 use std::collections::BTreeMap;
 
@@ -23,13 +23,15 @@ pub struct Report {
     pub equal: bool,
     /// Size of the disk.
     pub raw_bytes: u64,
-    /// Bytes that hold data in use: neither skipped nor zero.
+    /// Bytes that were read: neither a hole nor skipped as free.
     pub used_bytes: u64,
     /// Bytes skipped because they were proven free.
     pub skipped_free_bytes: u64,
     /// The same by proof.
     pub skipped_by_proof: BTreeMap<String, u64>,
-    /// Bytes that were not sent because they are zero.
+    /// Bytes in holes of the image.
+    pub hole_bytes: u64,
+    /// Bytes that were read and not sent because they are zero.
     pub zero_bytes: u64,
     /// Bytes sent to the peer gateway, as the programs count them.
     pub wan_bytes: u64,
@@ -76,7 +78,8 @@ pub struct LinkReport {
     pub rate_bit_per_s: u64,
     pub rtt_ms: f64,
     pub loss: f64,
-    /// Bits of IP delivered per second towards the target, from the 3rd second of the job to the last but one.
+    /// Bits of IP delivered per second towards the target, from the 3rd second of the job to the last but
+    /// one.
     pub steady_bit_per_s: Option<f64>,
     /// That as a part of the rate.
     pub steady_share: Option<f64>,
@@ -122,6 +125,7 @@ impl Report {
         self.raw_bytes = sum("raw_bytes");
         self.used_bytes = sum("used_bytes");
         self.skipped_free_bytes = sum("skipped_free_bytes");
+        self.hole_bytes = sum("hole_bytes");
         self.zero_bytes = sum("zero_bytes");
         self.wan_bytes = sum("wan_bytes");
         self.resent_bytes = sum("resent_bytes");
@@ -135,9 +139,11 @@ impl Report {
         };
         self.source_digest = words("source_digest");
         self.target_digest = words("target_digest");
-        for disk in std::iter::once(&job).chain(job["disks"].as_array().into_iter().flatten()) {
-            for (proof, bytes) in disk["skipped_by_proof"].as_object().into_iter().flatten() {
-                *self.skipped_by_proof.entry(proof.clone()).or_default() += bytes.as_u64().unwrap_or(0);
+        let disks = job["disks"].as_array().into_iter().flatten();
+        for part in disks.flat_map(|disk| disk["parts"].as_array().into_iter().flatten()) {
+            if let (Some(proof), Some(bytes)) = (part["proof"].as_str(), part["skipped_free_bytes"].as_u64())
+            {
+                *self.skipped_by_proof.entry(proof.to_owned()).or_default() += bytes;
             }
         }
         self.job = job;
@@ -150,14 +156,13 @@ impl Report {
         self.equal = digests && compared;
         self.ok = self.equal && self.job["ok"] == Value::Bool(true) && self.cause.is_none();
         if self.cause.is_none() && !self.ok {
-            self.cause = Some(match (digests, compared) {
-                (false, _) => "the agents' digests differ or are missing".to_owned(),
-                (_, false) => "the lab's own comparison found a difference".to_owned(),
-                _ => self.job["cause"]
-                    .as_str()
-                    .unwrap_or("the job says that it failed")
-                    .to_owned(),
-            });
+            let cause = match (self.job["cause"].as_str(), digests, compared) {
+                (Some(cause), ..) => cause,
+                (_, false, _) => "the agents' digests differ or are missing",
+                (_, _, false) => "the lab's own comparison found a difference",
+                _ => "the job says that it failed",
+            };
+            self.cause = Some(cause.to_owned());
         }
         self.comparison = comparison;
         self.goodput_bit_per_s = self.used_bytes as f64 * 8.0 / self.seconds.max(1e-3);
@@ -173,7 +178,7 @@ mod tests {
     fn job() -> Value {
         json!({"ok": true, "disks": [
             {"raw_bytes": 100, "used_bytes": 40, "skipped_free_bytes": 10, "source_digest": "d", "target_digest": "d",
-             "skipped_by_proof": {"unmounted": 10}},
+             "parts": [{"proof": "unmounted", "skipped_free_bytes": 10}, {"proof": null, "skipped_free_bytes": 0}]},
         ]})
     }
 

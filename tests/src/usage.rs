@@ -1,7 +1,7 @@
 //! What a process has used, read from /proc.
 //!
-//! Owns the parsing of `/proc/PID/stat` and `/proc/PID/status`. Promises nothing for a process that has ended: its figures
-//! must be read before.
+//! Owns the parsing of `/proc/PID/stat` and `/proc/PID/status`. Promises nothing for a process that has
+//! ended: its figures must be read before.
 
 use std::time::Duration;
 
@@ -51,7 +51,8 @@ pub fn start_time(pid: u32) -> Option<u64> {
     stat_fields(pid)?.get(19)?.parse().ok()
 }
 
-/// The fields of `/proc/PID/stat` from the state on (proc(5) field 3 is index 0): the name before may hold anything.
+/// The fields of `/proc/PID/stat` from the state on (proc(5) field 3 is index 0): the name before may hold
+/// anything.
 fn stat_fields(pid: u32) -> Option<Vec<String>> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     Some(

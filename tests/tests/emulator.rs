@@ -1,7 +1,8 @@
-//! The emulator as packets feel it: rate, delay, loss and cuts, measured with plain UDP between two namespaces.
+//! The emulator as packets feel it: rate, delay, loss and cuts, measured with plain UDP between two
+//! namespaces.
 //!
-//! Needs the right to make namespaces and TUN devices; without it each test says so and passes, because the lab itself falls
-//! back to loopback there.
+//! Needs the right to make namespaces and TUN devices; without it each test says so and passes, because the
+//! lab itself falls back to loopback there.
 
 #![allow(clippy::unwrap_used)] // helpers of tests fail like tests
 

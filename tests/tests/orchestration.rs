@@ -1,7 +1,9 @@
-//! The lab's own work, with stand-ins for Longhaul's programs: running a job, faults, judging the outcome, cleaning up.
+//! The lab's own work, with stand-ins for Longhaul's programs: running a job, faults, judging the outcome,
+//! cleaning up.
 //!
-//! The stand-ins are scripts that copy a file and print what the real programs would; some of them lie. So a lab that trusts
-//! what it is told, or leaves something behind, is found here and not in a story that happens to go well.
+//! The stand-ins are scripts that copy a file and print what the real programs would; some of them lie. So a
+//! lab that trusts what it is told, or leaves something behind, is found here and not in a story that happens
+//! to go well.
 
 #![allow(clippy::unwrap_used)] // helpers of tests fail like tests
 
@@ -28,11 +30,11 @@ job=$4
 source=$(sed -n 's/^source = "\(.*\)"/\1/p' "$job")
 target=$(sed -n 's/^target = "\(.*\)"/\1/p' "$job")
 cp "$source" "$target"
-echo '{"event":"progress","percent":40}'
+echo '{"event":"progress","progress":{"done_bytes":40,"used_bytes":100}}'
 sleep SECONDS
 MISDEED
-echo '{"event":"progress","percent":100}'
-echo '{"event":"report","ok":true,"raw_bytes":1048576,"used_bytes":1048576,"source_digest":"d","target_digest":"d"}'
+echo '{"event":"progress","progress":{"done_bytes":100,"used_bytes":100}}'
+echo '{"event":"report","job":{"state":"completed","report":{"ok":true,"raw_bytes":1048576,"source_digest":"d","target_digest":"d"}}}'
 "#;
 
 struct Stage {

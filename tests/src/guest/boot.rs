@@ -1,7 +1,8 @@
 //! Boots a disk under QEMU and listens to its serial console.
 //!
-//! Owns the QEMU command line and the words that a guest says. Leaves the disk as it was: QEMU writes to a throw-away overlay.
-//! Promises to end QEMU when the guest has said its last word, when the time is over, and with the lab.
+//! Owns the QEMU command line and the words that a guest says. Leaves the disk as it was: QEMU writes to a
+//! throw-away overlay. Promises to end QEMU when the guest has said its last word, when the time is over, and
+//! with the lab.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;

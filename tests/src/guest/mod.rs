@@ -1,8 +1,8 @@
 //! Guests: disks with a real Debian on them that prove themselves when booted.
 //!
-//! Owns the recipes (shell scripts, kept beside this file), the cache of what they made, and booting a copy. Leaves alone how
-//! a disk is moved. Promises that a cached disk is what the recipe of this build makes, that two labs never build the same
-//! disk at once, and that a half-made disk is never found in the cache.
+//! Owns the recipes (shell scripts, kept beside this file), the cache of what they made, and booting a copy.
+//! Leaves alone how a disk is moved. Promises that a cached disk is what the recipe of this build makes, that
+//! two labs never build the same disk at once, and that a half-made disk is never found in the cache.
 
 pub mod boot;
 
@@ -17,12 +17,16 @@ const KERNEL_RECIPE: &str = include_str!("kernel.sh");
 const ROOT_RECIPE: &str = include_str!("root.sh");
 const DISK_RECIPE: &str = include_str!("disk.sh");
 
+/// What a recipe mounts goes away with it, however it ends: a cache is never cleared through a mount.
+const PRIVATE_MOUNTS: [&str; 4] = ["unshare", "--mount", "--propagation", "private"];
+
 /// Which disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Kind {
     /// 1 GiB with a minimal Debian and about 500 MB of deleted files
     Small,
-    /// 4 GiB with python3, redis, git and perl, 1.1 GB of deleted files and duplicates: the disk of the standard run
+    /// 4 GiB with python3, redis, git and perl, 1.1 GB of deleted files and duplicates: the disk of the
+    /// standard run
     Standard,
 }
 
@@ -68,10 +72,8 @@ pub fn disk(kind: Kind, say: &dyn Fn(&str)) -> io::Result<PathBuf> {
         say,
         "a small Debian root",
         |out, work| {
-            recipe(
-                &["sh", "-c", ROOT_RECIPE, "root.sh"],
-                &[out.as_os_str(), work.as_os_str(), packages.as_ref()],
-            )
+            let words = [&PRIVATE_MOUNTS[..], &["sh", "-c", ROOT_RECIPE, "root.sh"]].concat();
+            recipe(&words, &[out.as_os_str(), work.as_os_str(), packages.as_ref()])
         },
     )?;
     let (size, copies) = (kind.size_mib().to_string(), kind.deleted_copies().to_string());
@@ -82,16 +84,7 @@ pub fn disk(kind: Kind, say: &dyn Fn(&str)) -> io::Result<PathBuf> {
         say,
         "its disk, with files written and deleted",
         |out, work| {
-            let words = [
-                "unshare",
-                "--mount",
-                "--propagation",
-                "private",
-                "sh",
-                "-c",
-                DISK_RECIPE,
-                "disk.sh",
-            ];
+            let words = [&PRIVATE_MOUNTS[..], &["sh", "-c", DISK_RECIPE, "disk.sh"]].concat();
             let (out, work) = (out.as_os_str(), work.as_os_str());
             recipe(
                 &words,

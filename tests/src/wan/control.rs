@@ -1,7 +1,7 @@
 //! The line protocol of the emulator process.
 //!
-//! Owns the commands read from standard input and the JSON lines written to standard output. Leaves alone who sends them.
-//! Promises that an unknown or overlong line is answered with an error and otherwise ignored.
+//! Owns the commands read from standard input and the JSON lines written to standard output. Leaves alone who
+//! sends them. Promises that an unknown or overlong line is answered with an error and otherwise ignored.
 //!
 //! | line | effect |
 //! |---|---|

@@ -1,10 +1,11 @@
 //! One direction of the emulated link, as a pure machine under an explicit clock.
 //!
-//! Owns what happens to a packet between two sites: the drop-tail queue before the bottleneck, the bottleneck's rate, random
-//! loss, delay, jitter and cuts. Leaves alone sockets, clocks and threads: `now` is always an argument, in nanoseconds since
-//! any fixed start, and never runs backwards. Promises that the bottleneck neither loses nor gains time (remainders are
-//! carried over), that packets leave in the order they came unless jitter was told to reorder, and that the same seed and
-//! the same calls give the same result.
+//! Owns what happens to a packet between two sites: the drop-tail queue before the bottleneck, the
+//! bottleneck's rate, random loss, delay, jitter and cuts. Leaves alone sockets, clocks and threads: `now` is
+//! always an argument, in nanoseconds since any fixed start, and never runs backwards. Promises that the
+//! bottleneck neither loses nor gains time (remainders are carried over), that packets leave in the order
+//! they came unless jitter was told to reorder, and that the same seed and the same calls give the same
+//! result.
 //!
 //! ```text
 //!   push --> [cut?] --> [queue, drop-tail] --> [rate] --> [loss] --> [delay + jitter] --> [cut?] --> pop
@@ -130,7 +131,8 @@ impl Direction {
         self.counters
     }
 
-    /// Changes rate, delay, loss or queue for packets that come from now on; what is under way keeps its time.
+    /// Changes rate, delay, loss or queue for packets that come from now on; what is under way keeps its
+    /// time.
     pub fn reshape(&mut self, shape: Shape) {
         self.shape = shape;
     }
@@ -169,8 +171,8 @@ impl Direction {
         }));
     }
 
-    /// The next packet that is due at `now`, or none. Call it until it gives none: packets that became due in between are
-    /// all released, however late the call comes.
+    /// The next packet that is due at `now`, or none. Call it until it gives none: packets that became due in
+    /// between are all released, however late the call comes.
     pub fn pop(&mut self, now: Nanos, cut: bool) -> Option<Vec<u8>> {
         while self.next_deadline()? <= now {
             let Reverse(flying) = self.flying.pop()?;
@@ -251,8 +253,8 @@ mod tests {
         }
     }
 
-    /// Offers numbered packets of `length` at the given times and collects (time, number) at the other end; time runs in
-    /// steps from deadline to deadline.
+    /// Offers numbered packets of `length` at the given times and collects (time, number) at the other end;
+    /// time runs in steps from deadline to deadline.
     fn through(direction: &mut Direction, arrivals: &[(Nanos, usize)]) -> Vec<(Nanos, u64)> {
         let mut out = Vec::new();
         let mut drain = |direction: &mut Direction, until: Nanos| {

@@ -1,7 +1,7 @@
 //! The lab's handle on a running emulator process.
 //!
-//! Owns starting it, speaking its line protocol, and its last count. Leaves alone namespaces and programs. Promises that the
-//! process is gone when the handle is dropped.
+//! Owns starting it, speaking its line protocol, and its last count. Leaves alone namespaces and programs.
+//! Promises that the process is gone when the handle is dropped.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};

@@ -1,7 +1,7 @@
 //! Both directions of the emulated link and the times at which it is cut.
 //!
-//! Owns cut windows (at times, or from a command until another) and the per-second record of what was delivered. Leaves alone
-//! sockets and clocks. Promises that a cut holds in both directions at once.
+//! Owns cut windows (at times, or from a command until another) and the per-second record of what was
+//! delivered. Leaves alone sockets and clocks. Promises that a cut holds in both directions at once.
 
 use super::direction::{Counters, Direction, Nanos, Shape};
 

@@ -1,9 +1,10 @@
 //! Moves real packets between two TUN devices through a [`Path`].
 //!
-//! Owns the devices (one in each namespace), the clock and the loop: read what came, release what is due, sleep until the next
-//! deadline. Leaves alone what happens to a packet. Promises that packets are released by deadline with catch-up: a late
-//! wake-up releases all that became due, so that the rate holds however coarse the sleeps are. Under load it looks every
-//! [`GRAIN`] and moves all there is, instead of waking for each packet: the CPU time is the programs', who share the machine.
+//! Owns the devices (one in each namespace), the clock and the loop: read what came, release what is due,
+//! sleep until the next deadline. Leaves alone what happens to a packet. Promises that packets are released
+//! by deadline with catch-up: a late wake-up releases all that became due, so that the rate holds however
+//! coarse the sleeps are. Under load it looks every [`GRAIN`] and moves all there is, instead of waking for
+//! each packet: the CPU time is the programs', who share the machine.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -18,7 +19,8 @@ use super::direction::Nanos;
 use super::path::{Path, Way};
 use crate::namespace::{self, Site};
 
-/// Pause between two looks while packets flow (the kernel adds some 50 us): the coarseness of arrival and release.
+/// Pause between two looks while packets flow (the kernel adds some 50 us): the coarseness of arrival and
+/// release.
 const GRAIN: Duration = Duration::from_micros(100);
 /// Packets read from one device before the other has its turn.
 const READ_BATCH: usize = 64;

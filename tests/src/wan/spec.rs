@@ -1,7 +1,8 @@
 //! What a person asks of the emulated link, and the shapes that follow from it.
 //!
-//! Owns the command-line words of a link (rate, round-trip time, loss, jitter, queue, MTU, cut windows) and their defaults.
-//! Leaves alone how packets are treated. Promises that what is printed back parses to the same link.
+//! Owns the command-line words of a link (rate, round-trip time, loss, jitter, queue, MTU, cut windows) and
+//! their defaults. Leaves alone how packets are treated. Promises that what is printed back parses to the
+//! same link.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -29,7 +30,8 @@ pub struct LinkSpec {
     /// Packets lost at random in each direction
     #[arg(long, default_value = "0%")]
     pub loss: Share,
-    /// Drop-tail queue, as time ("100ms") or bytes ("1MB"); default: one bandwidth-delay product, at least 100 ms
+    /// Drop-tail queue, as time ("100ms") or bytes ("1MB"); default: one bandwidth-delay product, at least
+    /// 100 ms
     #[arg(long)]
     pub queue: Option<Queue>,
     /// Largest packet on the link, in bytes

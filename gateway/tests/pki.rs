@@ -1,5 +1,7 @@
 //! The authority: what it makes is good for our own links and for openssl, and every misuse is refused in words.
 
+#![allow(clippy::unwrap_used)]
+
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -11,202 +11,33 @@
 //! and copying `crl.pem` once a month is enough at the default of 90 days. A list that is overdue is still obeyed, with a
 //! loud warning.
 
+mod arguments;
 mod authority;
+mod error;
 mod index;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Subcommand};
 use jiff::{SignedDuration, Timestamp};
-use longhaul_common::link::{Identity, NotAnIdentity, Role, check_trust_domain};
+use longhaul_common::link::{Identity, check_trust_domain};
 use serde_json::json;
 
+pub use arguments::{Common, Crl, Init, Issue, PkiCommand, Revoke};
+pub use error::PkiError;
 use index::{About, Directory, Record, State, make_private, write};
 
 /// The longest validity that can be asked for, in days.
 const DAYS_MAX: u32 = 36_500;
 
-/// The subcommands of `longhaul pki`.
-#[derive(Clone, Debug, Subcommand)]
-pub enum PkiCommand {
-    /// Make a new authority: its key, its certificate and an empty revocation list
-    Init(Init),
-    /// Make a certificate and key for one program
-    Issue(Issue),
-    /// Show every certificate and whether it is good
-    List(Common),
-    /// Refuse a certificate from now on: by serial, or every certificate of a program by its name
-    Revoke(Revoke),
-    /// Sign the revocation list anew, so that it is not overdue
-    Crl(Crl),
-}
-
-/// Where the authority is, and how to print.
-#[derive(Clone, Debug, Args)]
-pub struct Common {
-    /// The authority's directory
-    #[arg(long, value_name = "DIR", default_value = "/etc/longhaul/pki")]
-    pub dir: PathBuf,
-    /// Print one JSON value instead of text
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// `longhaul pki init`
-#[derive(Clone, Debug, Args)]
-pub struct Init {
-    /// The name that all programs of this authority share, like longhaul.example.org
-    #[arg(long, value_name = "DOMAIN")]
-    pub trust_domain: String,
-    /// How long the authority is valid
-    #[arg(long, default_value_t = 3650)]
-    pub days: u32,
-    /// Where and how
-    #[command(flatten)]
-    pub common: Common,
-}
-
-/// `longhaul pki issue`
-#[derive(Clone, Debug, Args)]
-pub struct Issue {
-    /// The site that the program belongs to: a-z, 0-9 and '-'
-    #[arg(long)]
-    pub site: String,
-    /// What the program is: gateway, agent or operator
-    #[arg(long)]
-    pub role: Role,
-    /// The program's name, unique within site and role: a-z, 0-9 and '-'
-    #[arg(long)]
-    pub name: String,
-    /// How long the certificate is valid
-    #[arg(long, default_value_t = 365)]
-    pub days: u32,
-    /// Where certificate and key are written; the authority's directory `issued` by default
-    #[arg(long, value_name = "DIR")]
-    pub out: Option<PathBuf>,
-    /// Write over an earlier certificate and key of the same name (which stays valid until revoked)
-    #[arg(long)]
-    pub replace: bool,
-    /// Where and how
-    #[command(flatten)]
-    pub common: Common,
-}
-
-/// `longhaul pki revoke`
-#[derive(Clone, Debug, Args)]
-pub struct Revoke {
-    /// A serial of 32 hex digits, or NAME.ROLE.SITE.longhaul, NAME.ROLE.SITE, or NAME where that is only one program
-    #[arg(value_name = "NAME|SERIAL")]
-    pub what: String,
-    /// In how many days the revocation list should be renewed
-    #[arg(long, default_value_t = 90)]
-    pub crl_days: u32,
-    /// Where and how
-    #[command(flatten)]
-    pub common: Common,
-}
-
-/// `longhaul pki crl`
-#[derive(Clone, Debug, Args)]
-pub struct Crl {
-    /// In how many days the list should be renewed
-    #[arg(long, default_value_t = 90)]
-    pub days: u32,
-    /// Where and how
-    #[command(flatten)]
-    pub common: Common,
-}
-
-/// Why a `pki` command did nothing, or not all.
-#[derive(Debug, thiserror::Error)]
-pub enum PkiError {
-    /// A name that breaks the rules.
-    #[error(transparent)]
-    Name(#[from] NotAnIdentity),
-    /// A file cannot be read or written.
-    #[error("cannot use {}", path.display())]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: std::io::Error,
-    },
-    /// No authority there.
-    #[error("there is no authority in {}: make one with `longhaul pki init`, or name its directory with --dir", directory.display())]
-    NoAuthority {
-        /// Where it was looked for.
-        directory: PathBuf,
-    },
-    /// An authority is there already.
-    #[error("there is an authority in {} already: a new one would orphan every certificate it issued; name another --dir", directory.display())]
-    AuthorityExists {
-        /// Where.
-        directory: PathBuf,
-    },
-    /// A record cannot be read.
-    #[error("{} is damaged at line {line}: restore it from a backup", path.display())]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// The line, from 1.
-        line: usize,
-        /// What is wrong.
-        #[source]
-        source: serde_json::Error,
-    },
-    /// The output files exist.
-    #[error("{} exists: use --replace to write over it, or --out for another directory", path.display())]
-    Exists {
-        /// The first of them.
-        path: PathBuf,
-    },
-    /// A validity of zero, or beyond reason.
-    #[error("{0} days is not a usable time: use 1 to {DAYS_MAX}")]
-    Days(u32),
-    /// A certificate would outlive the authority.
-    #[error(
-        "the authority itself is valid until {until} only: use --days {days} or less, or make a new authority"
-    )]
-    OutlivesAuthority {
-        /// The authority's last day.
-        until: String,
-        /// What is left, in days.
-        days: i64,
-    },
-    /// Nothing of that name was issued.
-    #[error("no certificate of '{0}' was issued here: see `longhaul pki list`")]
-    Unknown(String),
-    /// A name that several programs share.
-    #[error("'{name}' is several programs: name one of {candidates}")]
-    Ambiguous {
-        /// What was asked for.
-        name: String,
-        /// What it could be.
-        candidates: String,
-    },
-    /// A serial in the records that is none.
-    #[error("'{0}' is not a serial: 32 hex digits were expected")]
-    Serial(String),
-    /// A date before 1970 or out of range.
-    #[error("the date cannot be written into a certificate: check the clock of this host")]
-    Date,
-    /// The certificate library failed.
-    #[error("the certificate cannot be signed")]
-    Sign(#[source] rcgen::Error),
-    /// The result cannot be printed.
-    #[error("the result cannot be printed")]
-    Print(#[source] std::io::Error),
-    /// The result cannot be written as JSON.
-    #[error("the result cannot be written as JSON")]
-    Output(#[source] serde_json::Error),
-}
-
 /// Runs one command and prints its result to standard output.
 ///
 /// # Errors
 /// Why nothing, or not all, was done.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "the program has no further use for it"
+)]
 pub fn run(command: PkiCommand) -> Result<(), PkiError> {
     let mut out = std::io::stdout().lock();
     run_to(&command, Timestamp::now(), &mut out)

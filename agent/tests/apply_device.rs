@@ -1,5 +1,7 @@
 //! Block devices as targets: old content never shows through, what is in use is refused. Uses loop devices, so it needs root.
 
+#![allow(clippy::unwrap_used)] // a failed step fails the test
+
 mod apply_model;
 
 use std::io::Write;
@@ -154,6 +156,18 @@ fn what_is_in_use_or_too_small_is_refused() {
     user.kill().unwrap();
     user.wait().unwrap();
     assert!(matches!(error, Some(TargetError::InUse { .. })), "{error:?}");
+}
+
+#[test]
+fn a_device_with_a_file_system_is_refused() {
+    let state = tempfile::tempdir().unwrap();
+    let Some(device) = Loop::over(&vec![0; 16 << 20]) else {
+        return;
+    };
+    let options = TargetOptions {
+        overwrite: true,
+        ..device.options(state.path())
+    };
     // Mounted.
     let made = Command::new("mkfs.ext4")
         .args(["-q", "-F"])
@@ -181,7 +195,7 @@ fn what_is_in_use_or_too_small_is_refused() {
     // A device that holds a file system is refused unless overwriting is allowed, a blank one is not.
     let careful = TargetOptions {
         overwrite: false,
-        ..options.clone()
+        ..options
     };
     assert!(matches!(
         Target::open(&careful, LEAF),

@@ -261,8 +261,16 @@ impl Target {
             }
         }
         run.write()?;
-        let all = pieces.iter().filter(|piece| matches!(piece, Piece::Data { .. }));
-        all.for_each(|piece| self.store.start_writeback(piece.extent()));
+        let data = || {
+            pieces
+                .iter()
+                .filter(|piece| matches!(piece, Piece::Data { .. }))
+                .map(Piece::extent)
+        };
+        if let (Some(first), Some(last)) = (data().next(), data().last()) {
+            self.store
+                .start_writeback(Extent::between(first.offset(), last.end()));
+        }
         Ok(())
     }
 
@@ -358,13 +366,10 @@ impl Target {
 
     /// Gives the copy up: its partial file and log are removed. A device keeps what was written.
     pub fn discard(self) -> Result<(), TargetError> {
-        // A store that fails to close is given up all the same.
-        let closed = self.store.close();
         if let Outcome::File(place) = &self.outcome {
             place.dir.remove(&place.partial_name)?;
         }
-        self.remove_log()?;
-        closed.map_err(TargetError::during("close", &self.options.path))
+        self.remove_log()
     }
 
     fn remove_log(&self) -> Result<(), TargetError> {

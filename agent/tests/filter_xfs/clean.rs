@@ -102,7 +102,7 @@ fn the_label_is_given() {
 
 #[test]
 fn random_file_systems_are_read_exactly() {
-    each_seed("random file systems", 12, |rng| {
+    each_seed("random file systems", 8, |rng| {
         let (size, options) = random_options(rng);
         eprintln!("mkfs.xfs {} ({size} bytes)", options.join(" "));
         let options: Vec<&str> = options.iter().map(String::as_str).collect();

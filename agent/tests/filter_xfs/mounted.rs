@@ -117,7 +117,7 @@ fn what_the_kernel_left_behind_is_read_exactly_and_every_file_survives() {
     if !can_mount() {
         return;
     }
-    each_seed("mounted file systems", 4, |rng| {
+    each_seed("mounted file systems", 2, |rng| {
         let meta = [
             "rmapbt=1,reflink=1",
             "rmapbt=0,reflink=1",
@@ -164,11 +164,11 @@ fn a_log_that_went_around_many_times_is_clean_after_the_unmount() {
     }
     let image = Image::fresh(SMALL, &["-l", "size=10m"]);
     let mut laps = Vec::new();
-    for round in 0..9 {
+    for round in 0..6 {
         {
             let mount = Mount::new(&image.path, "noatime,wsync");
             let mut rng = StdRng::seed_from_u64(round);
-            churn(&mount.at.join(format!("round-{round}")), &mut rng, 800);
+            churn(&mount.at.join(format!("round-{round}")), &mut rng, 900);
         }
         // The first block is stamped in each lap, wherever the log ends; behind a record's signature, if one is there.
         let mut words = [0; 8];

@@ -60,14 +60,14 @@ fn a_tree_of_too_many_blocks_is_refused() {
     let plan = Plan {
         version_5: false,
         block: 512,
-        ag_blocks: 24 << 20,
+        ag_blocks: 12 << 20,
         ag_count: 1,
         log_blocks: 4096,
         // 31 of 62 records: as empty as a tree block may be.
         fill: 32,
         ..Plan::default()
     };
-    let count = (128 << 10) * 32 + 1;
+    let count = (64 << 10) * 32 + 1;
     let comb = |_| -> Records {
         let first = plan.first_free(count);
         (0..count as u32).map(|index| (first + 2 * index, 1)).collect()

@@ -14,8 +14,8 @@ use super::reader::{Reader, Seal, be16, be32, be64};
 use super::{Unproven, inconsistent};
 
 /// Tree blocks of one level that are remembered: 12 bytes each. Beyond it the volume is copied whole; at 4 KiB blocks that is an
-/// AG of over 33 million free extents.
-const LEVEL_BLOCKS_MAX: usize = 128 << 10;
+/// AG of over 16 million free extents.
+const LEVEL_BLOCKS_MAX: usize = 64 << 10;
 const NO_SIBLING: u32 = u32::MAX;
 const SEAL: Seal = Seal {
     crc: 52,

@@ -40,7 +40,8 @@ const RO_COMPAT: [Bit; 4] = [
     ),
     (1 << 3, "inobtcount: two counters in the AGI"),
 ];
-/// Bits that older kernels may not mount. All of these live inside inodes, directories or the superblock.
+/// Bits that older kernels may not mount. All of these live inside inodes, directories or the superblock. Missing, because they
+/// could not be tested against the tools: metadir (0x100), zoned (0x200), zone gaps (0x400).
 const INCOMPAT: [Bit; 7] = [
     (1 << 0, "ftype: a type byte in directory entries"),
     (

@@ -74,7 +74,7 @@ fn rivals(reader: &Reader<'_>, boot: &Boot) -> Result<Vec<Geometry>, Unproven> {
     let highest = highest_used(reader, claimed)?;
     let mut rivals: Vec<Geometry> = Vec::new();
     let mut smallest = claimed.clone();
-    for Boot { geometry, .. } in boot.neighbours() {
+    for geometry in boot.neighbours().filter(|geometry| geometry != claimed) {
         let resized = Geometry {
             size: geometry.size,
             clusters: geometry.clusters,

@@ -1,5 +1,7 @@
 //! The FAT part of the free-block filter against dosfstools and mtools.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 #[path = "filter_fat/bench.rs"]
 mod bench;
 #[path = "filter_fat/volume.rs"]
@@ -13,8 +15,9 @@ use rand::rngs::StdRng;
 use self::bench::{flip, maul, scan, seeded};
 use self::volume::{Volume, plain};
 
-/// Scans an intact volume and compares with both other readings and with the copy; returns the share of free bytes given.
-fn check(volume: &Volume) -> f64 {
+/// Scans an intact volume and compares with both other readings and with the copy: at least 99.9 % of the free bytes are given, but
+/// that an empty tree fits clusters of any size, which puts up to 128 sectors at the volume's end in doubt.
+fn check(volume: &Volume) {
     let image = volume.image();
     let plain = plain(&image);
     let (summary, free) = scan(fat::probe, &image)
@@ -30,28 +33,26 @@ fn check(volume: &Volume) -> f64 {
     if summary.kind == "fat32" {
         assert_eq!(free, plain.free);
     }
-    free.bytes() as f64 / plain.free.bytes().max(1) as f64
+    let missing = plain.free.bytes() - free.bytes();
+    println!(
+        "{missing} of {} free bytes kept, {:?}",
+        plain.free.bytes(),
+        volume.options
+    );
+    let sector = u64::from(u16::from_le_bytes([image[11], image[12]]));
+    let excused = if volume.files.is_empty() { 128 * sector } else { 0 };
+    assert!(missing <= plain.free.bytes() / 1000 + excused);
 }
 
 #[test]
 fn volumes_made_with_random_options_give_their_free_clusters() {
-    let (mut shares, mut made) = (Vec::new(), 0);
     seeded(10, |rng| {
-        let Some(mut volume) = Volume::random(rng) else {
-            return;
-        };
-        made += 1;
-        shares.push((check(&volume), "empty", volume.options.clone()));
-        volume.stir(rng, 40, 200_000);
-        shares.push((check(&volume), "used", volume.options.clone()));
+        if let Some(mut volume) = Volume::random(rng) {
+            check(&volume);
+            volume.stir(rng, 40, 200_000);
+            check(&volume);
+        }
     });
-    println!("{made} volumes");
-    for (share, state, options) in &shares {
-        println!("{share:.5} {state} {options:?}");
-    }
-    // An empty tree fits clusters of any size, which puts up to 128 sectors at the volume's end in doubt.
-    let least = |state: &str| if state == "empty" { 0.98 } else { 0.999 };
-    assert!(shares.iter().all(|(share, state, _)| *share >= least(state)));
 }
 
 #[test]
@@ -104,8 +105,8 @@ fn every_byte_of_the_parameter_block_in_many_values() {
         let image = volume.image();
         let (_, pristine) = scan(fat::probe, &image).unwrap().unwrap();
         for at in 11..36 {
-            // Every fifth value of the larger volume, another fifth for each place.
-            let step = if options[1] == "12" { 1 } else { 5 };
+            // One value of a few, others at each place.
+            let step = if options[1] == "12" { 3 } else { 7 };
             for value in (at as u8 % step..=u8::MAX).step_by(step.into()) {
                 let patches = vec![(at, value)];
                 if let Ok(Some((_, free))) = scan(

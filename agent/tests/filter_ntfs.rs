@@ -1,12 +1,17 @@
 //! The NTFS part of the free-block filter against ntfsprogs and ntfs-3g.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 #[path = "filter_fat/bench.rs"]
 mod bench;
 #[path = "filter_ntfs/volume.rs"]
 mod volume;
 
-use std::fs;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+use std::{fs, io};
 
+use longhaul_agent::disk::ReadAt;
 use longhaul_agent::disk::fs::{Unproven, ntfs};
 use longhaul_common::extent::Extent;
 use rand::rngs::StdRng;
@@ -103,28 +108,108 @@ fn one_changed_byte_never_frees_a_used_cluster() {
 /// Every structure that the filter reads, by name.
 fn structures(volume: &Volume, image: &[u8]) -> Vec<(&'static str, Vec<Extent>)> {
     let end = image.len() as u64;
+    let cluster = 512 * u64::from(image[13]);
     let bytes = |record: u32, kind: &str| volume.extents(record).remove(kind).unwrap_or_default();
     let table = bytes(0, "$DATA");
+    let bitmap = bytes(6, "$DATA")[0];
     let first = table[0].offset();
     let records = |number: u64, count: u64| {
         let extent = Extent::new(first + number * 1024, count * 1024).unwrap();
         vec![extent.intersect(&table[0]).unwrap()]
     };
+    // The part of each record that is mostly filled.
+    let heads = table.iter().flat_map(|run| {
+        let starts = (run.offset()..run.end()).step_by(1024);
+        starts.map(|start| Extent::between(start, start + 400))
+    });
     let mut places = vec![
-        ("boot sector", vec![Extent::between(0, 512)]),
-        ("backup", vec![Extent::between(end - 512, end)]),
+        ("boot sector", vec![Extent::between(0, 0x54)]),
+        ("backup", vec![Extent::between(end - 512, end - 512 + 0x54)]),
         ("record 0", records(0, 1)),
         ("records 2 and 3", records(2, 2)),
         ("record 5", records(5, 1)),
         ("record 6", records(6, 1)),
-        ("other records", table),
+        ("other records", heads.collect()),
         ("mirror", bytes(1, "$DATA")),
-        ("bitmap", bytes(6, "$DATA")),
+        (
+            "bitmap",
+            vec![Extent::new(bitmap.offset(), end.div_ceil(cluster * 8)).unwrap()],
+        ),
         ("log", bytes(2, "$DATA")),
         ("root index", bytes(5, "$INDEX_ALLOCATION")),
     ];
     places.retain(|(_, place)| !place.is_empty());
     places
+}
+
+#[test]
+fn every_byte_that_says_where_the_bitmap_is_in_several_values() {
+    let mut volume = Volume::new(8 << 20, &["-c", "4096"]);
+    volume.stir(&mut StdRng::seed_from_u64(9), 60, 100_000);
+    let image = volume.image();
+    let (_, pristine) = scan(ntfs::probe, &image).unwrap().unwrap();
+    let places = structures(&volume, &image);
+    let watched = ["record 0", "record 6", "bitmap"];
+    let bytes = places
+        .iter()
+        .filter(|(name, _)| watched.contains(name))
+        .flat_map(|(_, place)| place);
+    for at in bytes.flat_map(|place| place.offset()..place.end()) {
+        let old = image[at as usize];
+        for new in [
+            0,
+            0xff,
+            old ^ 1,
+            old ^ 0x80,
+            old.wrapping_add(1),
+            old.wrapping_sub(1),
+            old ^ 0x10,
+        ] {
+            let patches = vec![(at, new)];
+            if let Ok(Some((_, free))) = scan(
+                ntfs::probe,
+                &bench::Patched {
+                    base: &image,
+                    patches,
+                },
+            ) {
+                assert_eq!(
+                    free.beyond(&pristine),
+                    [],
+                    "lost by {old:#x} -> {new:#x} at {at:#x}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_terabyte_is_scanned_in_seconds() {
+    let volume = Volume::sparse(1 << 40, &["-c", "4096"]);
+    let image = Sparse(fs::File::open(volume.path()).unwrap(), 1 << 40);
+    let start = Instant::now();
+    let (summary, free) = scan(ntfs::probe, &image).unwrap().unwrap();
+    println!(
+        "{} extents, {} bytes free, {:?}",
+        free.0.len(),
+        summary.free,
+        start.elapsed()
+    );
+    assert!(summary.free > (1 << 40) / 1000 * 999);
+    assert!(start.elapsed() < Duration::from_secs(10));
+}
+
+/// A file that is too large for memory.
+struct Sparse(fs::File, u64);
+
+impl ReadAt for Sparse {
+    fn size(&self) -> u64 {
+        self.1
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_exact_at(buf, offset)
+    }
 }
 
 #[test]

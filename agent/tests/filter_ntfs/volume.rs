@@ -27,8 +27,22 @@ pub(crate) struct Volume {
 impl Volume {
     pub(crate) fn new(len: u64, options: &[&str]) -> Self {
         let dir = TempDir::new().unwrap();
+        fs::write(dir.path().join("image"), noise(len)).unwrap();
+        Self::format(dir, options)
+    }
+
+    /// A volume that takes no more space than its metadata.
+    pub(crate) fn sparse(len: u64, options: &[&str]) -> Self {
+        let dir = TempDir::new().unwrap();
+        fs::File::create(dir.path().join("image"))
+            .unwrap()
+            .set_len(len)
+            .unwrap();
+        Self::format(dir, options)
+    }
+
+    fn format(dir: TempDir, options: &[&str]) -> Self {
         let image = dir.path().join("image");
-        fs::write(&image, noise(len)).unwrap();
         let args = [&["-F", "-Q", "-q"], options, &[text(&image)]].concat();
         must("mkntfs", PACKAGE, &args);
         Self {

@@ -61,6 +61,62 @@ pub(super) struct Geometry {
 }
 
 impl Geometry {
+    /// What the parameter block of a boot sector says; an error says in words what is wrong with it.
+    fn parse(raw: &[u8; LEN]) -> Result<Self, &'static str> {
+        let sector = u64::from(u16_at(raw, 0x0b));
+        let per_cluster = u64::from(raw[0x0d]);
+        let (reserved, fats) = (u64::from(u16_at(raw, 0x0e)), u64::from(raw[0x10]));
+        let media = raw[0x15];
+        if !matches!(sector, 512 | 1024 | 2048 | 4096) || !per_cluster.is_power_of_two() {
+            return Err("its sector or cluster size is impossible");
+        }
+        if reserved == 0 || !(1..=2).contains(&fats) || !matches!(media, 0xf0 | 0xf8..=0xff) {
+            return Err("its reserved sectors, number of tables or media byte is impossible");
+        }
+        let root_len = u64::from(u16_at(raw, 0x11)) * 32;
+        let total = sectors(raw)?;
+        let (narrow, wide) = (u64::from(u16_at(raw, 0x16)), u64::from(u32_at(raw, 0x24)));
+        let fat32 = narrow == 0;
+        if root_len % sector != 0 || (root_len == 0) != fat32 || (fat32 && wide == 0) {
+            return Err("its table and root directory do not fit one kind of FAT");
+        }
+        let table_len = if fat32 { wide } else { narrow } * sector;
+        let table = reserved * sector;
+        let root = table + fats * table_len;
+        let data = root + root_len;
+        let clusters = (total * sector).saturating_sub(data) / (per_cluster * sector);
+        let width = match clusters {
+            _ if fat32 => Width::Fat32,
+            0..4085 => Width::Fat12,
+            _ => Width::Fat16,
+        };
+        let most = match width {
+            Width::Fat12 | Width::Fat16 => 65_524,
+            Width::Fat32 => 0x0fff_fff5,
+        };
+        if clusters == 0 || clusters > most || table_len * 8 < (clusters + 2) * width.bits() {
+            return Err("its clusters do not fit its table");
+        }
+        if named(raw).is_some_and(|named| named != width) {
+            return Err("it calls itself by another kind of FAT than its clusters do");
+        }
+        Ok(Self {
+            width,
+            sector,
+            cluster: per_cluster * sector,
+            fats,
+            table,
+            table_len,
+            root,
+            root_len,
+            root_cluster: if fat32 { u32_at(raw, 0x2c) } else { 0 },
+            data,
+            clusters: clusters as u32,
+            size: total * sector,
+            media,
+        })
+    }
+
     /// Whether a backup boot sector can confirm it.
     pub(super) fn backed_up(&self) -> bool {
         self.width == Width::Fat32
@@ -112,8 +168,13 @@ impl Boot {
             return Ok(None);
         }
         let named = named(raw);
-        match Self::parse(raw) {
-            Ok(boot) => Ok(Some(boot)),
+        match Geometry::parse(raw) {
+            Ok(geometry) => Ok(Some(Self {
+                label: label(raw, geometry.width == Width::Fat32),
+                track: u16_at(raw, 0x18).into(),
+                raw: *raw,
+                geometry,
+            })),
             Err(what) => match named {
                 Some(width) => Err(inconsistent(width, what)),
                 None => Ok(None),
@@ -121,74 +182,15 @@ impl Boot {
         }
     }
 
-    /// Parses the parameter block; an error says in words what is wrong with it.
-    pub(super) fn parse(raw: &[u8; LEN]) -> Result<Self, &'static str> {
-        let sector = u64::from(u16_at(raw, 0x0b));
-        let per_cluster = u64::from(raw[0x0d]);
-        let (reserved, fats) = (u64::from(u16_at(raw, 0x0e)), u64::from(raw[0x10]));
-        let media = raw[0x15];
-        if !matches!(sector, 512 | 1024 | 2048 | 4096) || !per_cluster.is_power_of_two() {
-            return Err("its sector or cluster size is impossible");
-        }
-        if reserved == 0 || !(1..=2).contains(&fats) || !matches!(media, 0xf0 | 0xf8..=0xff) {
-            return Err("its reserved sectors, number of tables or media byte is impossible");
-        }
-        let root_len = u64::from(u16_at(raw, 0x11)) * 32;
-        let total = sectors(raw)?;
-        let (narrow, wide) = (u64::from(u16_at(raw, 0x16)), u64::from(u32_at(raw, 0x24)));
-        let fat32 = narrow == 0;
-        if root_len % sector != 0 || (root_len == 0) != fat32 || (fat32 && wide == 0) {
-            return Err("its table and root directory do not fit one kind of FAT");
-        }
-        let table_len = if fat32 { wide } else { narrow } * sector;
-        let table = reserved * sector;
-        let root = table + fats * table_len;
-        let data = root + root_len;
-        let clusters = (total * sector).saturating_sub(data) / (per_cluster * sector);
-        let width = match clusters {
-            _ if fat32 => Width::Fat32,
-            0..4085 => Width::Fat12,
-            _ => Width::Fat16,
-        };
-        let most = match width {
-            Width::Fat12 | Width::Fat16 => 65_524,
-            Width::Fat32 => 0x0fff_fff5,
-        };
-        if clusters == 0 || clusters > most || table_len * 8 < (clusters + 2) * width.bits() {
-            return Err("its clusters do not fit its table");
-        }
-        if named(raw).is_some_and(|named| named != width) {
-            return Err("it calls itself by another kind of FAT than its clusters do");
-        }
-        Ok(Self {
-            geometry: Geometry {
-                width,
-                sector,
-                cluster: per_cluster * sector,
-                fats,
-                table,
-                table_len,
-                root,
-                root_len,
-                root_cluster: if fat32 { u32_at(raw, 0x2c) } else { 0 },
-                data,
-                clusters: clusters as u32,
-                size: total * sector,
-                media,
-            },
-            label: label(raw, fat32),
-            track: u16_at(raw, 0x18).into(),
-            raw: *raw,
-        })
-    }
-
-    /// The boot sectors that differ from this one in one byte of the parameter block and still parse.
-    pub(super) fn neighbours(&self) -> impl Iterator<Item = Self> {
+    /// What the boot sectors say that differ from this one in one byte of the parameter block.
+    pub(super) fn neighbours(&self) -> impl Iterator<Item = Geometry> {
         let one = |at: usize| (1..=u8::MAX).map(move |flip| (at, flip));
-        PARAMETERS.flat_map(one).filter_map(|(at, flip)| {
-            let mut raw = self.raw;
+        let mut raw = self.raw;
+        PARAMETERS.flat_map(one).filter_map(move |(at, flip)| {
             raw[at] ^= flip;
-            Self::parse(&raw).ok()
+            let geometry = Geometry::parse(&raw);
+            raw[at] ^= flip;
+            geometry.ok()
         })
     }
 

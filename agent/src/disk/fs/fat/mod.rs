@@ -22,11 +22,15 @@ mod tree;
 use longhaul_common::extent::Extent;
 
 use self::bits::Bits;
-use self::boot::{Boot, Geometry};
+use self::boot::{Boot, Geometry, inconsistent};
 use self::fields::Reader;
-use self::table::Table;
+use self::table::{Entry, Table};
+use self::tree::Budget;
 use super::{FileSystem, FsSummary, Unproven};
 use crate::disk::ReadAt;
+
+/// Bytes that walks over the directory tree may read for one volume.
+const WALK_MAX: u64 = 1 << 30;
 
 /// Recognises the file system: `None` where the volume does not carry its signature, an error where it does but cannot be used.
 pub fn probe(volume: &dyn ReadAt) -> Result<Option<Box<dyn FileSystem>>, Unproven> {
@@ -84,11 +88,17 @@ impl FileSystem for Fat {
 }
 
 /// Proves a geometry and its table: the copies agree, and the tree fits where there is nothing else to confirm them.
-fn prove(reader: &Reader<'_>, geometry: &Geometry) -> Result<(), Unproven> {
+fn prove(reader: &Reader<'_>, geometry: &Geometry, budget: &mut Budget) -> Result<(), Unproven> {
     let mut table = Table::new(reader, geometry);
     table.headed()?;
+    if geometry.backed_up() && table.entry(geometry.root_cluster)? == Entry::Free {
+        return Err(inconsistent(
+            geometry.width,
+            "its root directory lies in a free cluster",
+        ));
+    }
     if geometry.fats == 1 || !geometry.backed_up() {
-        tree::fits(reader, geometry, &mut table)?;
+        tree::fits(reader, geometry, &mut table, budget)?;
     }
     table.copies_agree()
 }
@@ -99,7 +109,7 @@ fn from_table(
     geometry: &Geometry,
     free: &mut dyn FnMut(Extent),
 ) -> Result<u64, Unproven> {
-    prove(reader, geometry)?;
+    prove(reader, geometry, &mut Budget::new(WALK_MAX))?;
     let (mut bytes, mut run) = (0, Extent::between(0, 0));
     let mut give = |extent: Extent| {
         if !extent.is_empty() {

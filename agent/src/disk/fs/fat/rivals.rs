@@ -13,8 +13,9 @@ use longhaul_common::extent::Extent;
 use super::Bits;
 use super::boot::{Boot, Geometry};
 use super::fields::Reader;
-use super::prove;
 use super::table::{Entry, Table};
+use super::tree::Budget;
+use super::{WALK_MAX, prove};
 use crate::disk::fs::Unproven;
 
 /// The smallest sector: all places of all neighbours are multiples of it.
@@ -30,13 +31,16 @@ pub(super) fn agreed(
     free: &mut dyn FnMut(Extent),
 ) -> Result<u64, Unproven> {
     let claimed = &boot.geometry;
-    prove(reader, claimed)?;
+    let mut budget = Budget::new(WALK_MAX);
+    prove(reader, claimed, &mut budget)?;
     let given = sectors(reader, claimed)?;
     let count = claimed.size / SECTOR;
     let mut doubted = Bits::new(count);
     for rival in rivals(reader, boot)? {
-        if prove(reader, &rival).is_err() {
-            continue;
+        match prove(reader, &rival, &mut budget) {
+            Err(error) if budget.is_spent() => return Err(error),
+            Err(_) => continue,
+            Ok(()) => {}
         }
         let other = sectors(reader, &rival)?;
         for sector in 0..count {
@@ -70,7 +74,7 @@ fn rivals(reader: &Reader<'_>, boot: &Boot) -> Result<Vec<Geometry>, Unproven> {
     let highest = highest_used(reader, claimed)?;
     let mut rivals: Vec<Geometry> = Vec::new();
     let mut smallest = claimed.clone();
-    for Boot { geometry, .. } in boot.neighbours() {
+    for geometry in boot.neighbours().filter(|geometry| geometry != claimed) {
         let resized = Geometry {
             size: geometry.size,
             clusters: geometry.clusters,

@@ -7,8 +7,8 @@ use super::boot::{Geometry, Width, inconsistent, not_clean};
 use super::fields::Reader;
 use crate::disk::fs::Unproven;
 
-/// Bytes read at once; a multiple of 3, so that no pair of 12-bit entries is cut.
-const WINDOW: usize = 48 << 10;
+/// Bytes read at once: any table of FAT16, and a multiple of 3, so that no pair of 12-bit entries is cut.
+const WINDOW: usize = 192 << 10;
 
 /// What an entry says of its cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +26,8 @@ pub(super) struct Table<'a> {
     window: Vec<u8>,
     /// Where in the table the window begins.
     at: u64,
+    /// Bytes read so far.
+    pub(super) loaded: u64,
 }
 
 impl<'a> Table<'a> {
@@ -35,6 +37,7 @@ impl<'a> Table<'a> {
             geometry,
             window: Vec::new(),
             at: 0,
+            loaded: 0,
         }
     }
 
@@ -65,6 +68,7 @@ impl<'a> Table<'a> {
         let len = self.geometry.table_len.saturating_sub(at).min(WINDOW as u64);
         self.window.resize(len as usize, 0);
         self.at = at;
+        self.loaded += len;
         self.reader.read(&mut self.window, self.geometry.table + at)
     }
 

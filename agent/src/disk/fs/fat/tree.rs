@@ -3,7 +3,8 @@
 //! Owns the walk from the root directory over every chain. Leaves alone what the files hold. A tree fits if every directory entry
 //! decodes, every chain stays in the volume, ends, and has the length its file's size needs, no cluster has two owners, every
 //! subdirectory's `.` and `..` name itself and its parent, and, where the table has no second copy, no entry in use is left over.
-//! Promises to end on any bytes: a cluster is visited once, and at most [`PENDING_MAX`] directories wait.
+//! Promises to end on any bytes: a cluster is visited once, at most [`PENDING_MAX`] directories wait, and no more bytes are read
+//! than the caller's [`Budget`] holds.
 
 use super::Bits;
 use super::boot::{Geometry, Width, inconsistent};
@@ -18,9 +19,25 @@ const PENDING_MAX: usize = 256 << 10;
 /// Bytes of an entry.
 const ENTRY: usize = 32;
 
+/// Bytes of a directory read at once, at most.
+const PIECE: u64 = 4096;
+
 const LONG_NAME: u8 = 0x0f;
 const LABEL: u8 = 0x08;
 const DIRECTORY: u8 = 0x10;
+
+/// Bytes that walks may still read.
+pub(super) struct Budget(u64);
+
+impl Budget {
+    pub(super) fn new(bytes: u64) -> Self {
+        Self(bytes)
+    }
+
+    pub(super) fn is_spent(&self) -> bool {
+        self.0 == 0
+    }
+}
 
 /// A directory that waits: its first cluster, and its parent's (0 for the root).
 type Pending = (u32, u32);
@@ -32,6 +49,7 @@ struct Walk<'a, 'b> {
     seen: Bits,
     seen_count: u32,
     pending: Vec<Pending>,
+    budget: &'b mut Budget,
 }
 
 /// Checks the tree of `geometry` against `table`.
@@ -39,6 +57,7 @@ pub(super) fn fits<'a>(
     reader: &Reader<'a>,
     geometry: &'a Geometry,
     table: &mut Table<'a>,
+    budget: &mut Budget,
 ) -> Result<(), Unproven> {
     if geometry.clusters > CLUSTERS_MAX {
         return Err(inconsistent(
@@ -53,6 +72,7 @@ pub(super) fn fits<'a>(
         seen: Bits::new(geometry.end().into()),
         seen_count: 0,
         pending: Vec::new(),
+        budget,
     };
     walk.root()?;
     while let Some((first, parent)) = walk.pending.pop() {
@@ -83,18 +103,32 @@ impl Walk<'_, '_> {
 
     /// Reads a directory in clusters; `parent` is its parent's first cluster, `None` for the root.
     fn directory(&mut self, first: u32, parent: Option<u32>) -> Result<(), Unproven> {
-        let mut bytes = vec![0; self.geometry.cluster as usize];
+        let piece = self.geometry.cluster.min(PIECE);
+        let mut bytes = vec![0; piece as usize];
         let (mut cluster, mut head, mut ended) = (Some(first), parent, false);
         let own = if parent.is_some() { first } else { 0 };
         while let Some(now) = cluster {
             cluster = self.step(now)?;
-            if ended {
-                continue;
+            let start = self.geometry.offset(now);
+            let mut pieces = (start..start + self.geometry.cluster).step_by(piece as usize);
+            while let Some(place) = pieces.next().filter(|_| !ended) {
+                self.spend(piece)?;
+                self.reader.read(&mut bytes, place)?;
+                ended = self.entries(&bytes, own, head.take())?.is_some();
             }
-            self.reader.read(&mut bytes, self.geometry.offset(now))?;
-            ended = self.entries(&bytes, own, head.take())?.is_some();
         }
         Ok(())
+    }
+
+    fn spend(&mut self, bytes: u64) -> Result<(), Unproven> {
+        self.budget.0 = self.budget.0.saturating_sub(bytes);
+        match self.budget.is_spent() {
+            true => {
+                Err(self
+                    .broken("too many directories, or too much scattered, to confirm its metadata by them"))
+            }
+            false => Ok(()),
+        }
     }
 
     /// Visits one cluster of a chain; returns the next.
@@ -107,7 +141,10 @@ impl Walk<'_, '_> {
         }
         self.seen.set(cluster.into());
         self.seen_count += 1;
-        match self.table.entry(cluster)? {
+        let before = self.table.loaded;
+        let entry = self.table.entry(cluster)?;
+        self.spend(self.table.loaded - before)?;
+        match entry {
             Entry::Next(next) => Ok(Some(next)),
             Entry::Last => Ok(None),
             Entry::Free | Entry::Bad => Err(self.broken("a chain runs into a free or bad cluster")),

@@ -79,17 +79,21 @@ impl Boot {
         (self.sectors + 1) * self.sector
     }
 
-    /// Compares with the backup boot sector: the only second witness of the geometry.
+    /// Compares with the backup boot sector: the only second witness of the geometry. It lies behind the last sector of the file
+    /// system, or, once that was resized to whole clusters, in the last sector of the volume.
     pub(super) fn confirm(&self, reader: &Reader<'_>) -> Result<(), Unproven> {
-        let mut backup = [0; LEN];
-        let len = backup.len().min(self.sector as usize);
-        reader.read(&mut backup[..len], self.sectors * self.sector)?;
-        if !Self::recognises(&backup) || backup[PARAMETERS] != self.parameters[..] {
-            return Err(inconsistent(
-                "the boot sector differs from its backup at the volume's end",
-            ));
+        let last = (reader.size() / self.sector).saturating_sub(1);
+        for place in [self.sectors, last] {
+            let mut backup = [0; LEN];
+            let len = backup.len().min(self.sector as usize);
+            reader.read(&mut backup[..len], place * self.sector)?;
+            if Self::recognises(&backup) && backup[PARAMETERS] == self.parameters[..] {
+                return Ok(());
+            }
         }
-        Ok(())
+        Err(inconsistent(
+            "the boot sector differs from its backup at the volume's end",
+        ))
     }
 }
 

@@ -57,6 +57,9 @@ impl Census {
         for attribute in record.attributes() {
             let attribute = attribute?;
             match attribute.body {
+                Body::Mapped(_) if attribute.kind == FILE_NAME => {
+                    return Err(inconsistent("a file's name lies outside its record"));
+                }
                 Body::Mapped(mapped) => self.refer(&mapped, clusters)?,
                 Body::Resident(value) if attribute.kind == FILE_NAME => {
                     let holder = if record.is_base() {

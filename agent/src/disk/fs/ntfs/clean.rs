@@ -2,6 +2,8 @@
 //!
 //! Owns each of these four judgements. Promises that what it cannot judge counts as not settled.
 
+use std::cmp::Ordering;
+
 use super::content::Content;
 use super::fields::{Fields, Reader, undo_fixups, utf16};
 use super::mft::{LOG, Mft, VOLUME};
@@ -12,6 +14,9 @@ use crate::disk::fs::Unproven;
 /// Volume flags that say nothing of the allocation: mounted by NT 4, and modified by chkdsk.
 const HARMLESS: u16 = 0x8008;
 const DIRTY: u16 = 1;
+
+/// Bytes of a journal; NTFS itself allows no more.
+const LOG_MAX: u64 = 4 << 30;
 
 /// Checks version and flags of record 3; returns the label.
 pub(super) fn volume(mft: &Mft<'_>) -> Result<String, Unproven> {
@@ -53,8 +58,12 @@ pub(super) fn log(mft: &Mft<'_>) -> Result<(), Unproven> {
     }
     let first = Restart::read(mft, &log, 0, page)?;
     let second = Restart::read(mft, &log, page.into(), page)?;
-    let newer = if second.lsn > first.lsn { second } else { first };
-    if !newer.closed {
+    let newer_open = match first.lsn.cmp(&second.lsn) {
+        Ordering::Greater => !first.closed,
+        Ordering::Less => !second.closed,
+        Ordering::Equal => !first.closed || !second.closed,
+    };
+    if newer_open {
         return Err(not_clean("$LogFile is open"));
     }
     Ok(())
@@ -63,6 +72,9 @@ pub(super) fn log(mft: &Mft<'_>) -> Result<(), Unproven> {
 fn emptied(mft: &Mft<'_>, log: &Content) -> Result<(), Unproven> {
     let mut buf = vec![0; 64 << 10];
     let mut offset = 0;
+    if log.size() > LOG_MAX {
+        return Err(inconsistent("$LogFile is too large"));
+    }
     while offset < log.size() {
         let piece = (log.size() - offset).min(buf.len() as u64) as usize;
         log.read(&mft.reader, &mut buf[..piece], offset)?;

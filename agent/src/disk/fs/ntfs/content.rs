@@ -1,7 +1,7 @@
 //! The value of one attribute, wherever it lies: in its record, or in clusters gathered from one or more records.
 //!
-//! Owns reading by byte offset through runs. Promises that the runs given to it are contiguous from virtual cluster 0, that a list
-//! of runs is at most [`RUNS_MAX`] long, and that a read beyond the value is an error.
+//! Owns reading by byte offset through runs. Promises that its runs join from virtual cluster 0 on without a hole, that a list of
+//! runs is at most [`RUNS_MAX`] long, and that a read beyond the value is an error.
 
 use super::fields::Reader;
 use super::record::{Attribute, Body, Mapped};
@@ -35,11 +35,12 @@ pub(super) struct Clusters {
 impl Content {
     /// Starts with the piece that holds virtual cluster 0. Compressed and encrypted values are not read.
     pub(super) fn start(attribute: &Attribute<'_>, cluster: u32, limit: u64) -> Result<Self, Unproven> {
-        if attribute.flags != 0 {
-            return Err(unknown("a system attribute is compressed, encrypted or sparse"));
-        }
         match &attribute.body {
+            // A directory's flags speak of its new files, not of itself.
             Body::Resident(value) => Ok(Self::Resident(value.to_vec())),
+            Body::Mapped(_) if attribute.flags != 0 => {
+                Err(unknown("a system attribute is compressed, encrypted or sparse"))
+            }
             Body::Mapped(mapped) => Clusters::start(mapped, cluster, limit).map(Self::Mapped),
         }
     }
@@ -133,10 +134,15 @@ impl Clusters {
             return Err(inconsistent("the pieces of an attribute do not join"));
         }
         let end = self.len + mapped.len;
+        if end > self.allocated / self.cluster {
+            return Err(inconsistent(
+                "an attribute has more clusters than it has allocated",
+            ));
+        }
         for run in mapped.runs(self.limit) {
             let run = run?;
-            if run.len > end - self.len || self.runs.len() >= RUNS_MAX {
-                return Err(inconsistent("an attribute has more runs than clusters"));
+            if run.len > end - self.len || self.runs.len() >= RUNS_MAX || run.lcn.is_none() {
+                return Err(inconsistent("a system attribute has too many runs, or a hole"));
             }
             self.runs.push((self.len, run));
             self.len += run.len;

@@ -21,6 +21,11 @@ impl<'a> Reader<'a> {
         Self { volume }
     }
 
+    /// Bytes of the volume.
+    pub(super) fn size(&self) -> u64 {
+        self.volume.size()
+    }
+
     /// Fills `buf` from byte `offset` of the volume on.
     pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> Result<(), Unproven> {
         self.volume

@@ -17,6 +17,9 @@ const HIBERFIL: &str = "hiberfil.sys";
 /// In the name of every file that belongs to volume shadow copies.
 const SHADOW: &str = "{3808876b-c176-4e48-b7ae-04046e6cc752}";
 
+/// Bytes of the root directory's index: more than a million names.
+const BLOCKS_MAX: u64 = 256 << 20;
+
 const INDEX: &str = "$I30";
 const LAST: u16 = 2;
 
@@ -74,6 +77,9 @@ pub(super) fn in_root(mft: &Mft<'_>, found: &mut dyn FnMut(FileName, Reference))
     };
     let used = mft.content(ROOT, BITMAP, INDEX)?;
     let used = used.ok_or_else(|| inconsistent("the root directory's index has no bitmap"))?;
+    if blocks.size() > BLOCKS_MAX {
+        return Err(inconsistent("the root directory's index is too large"));
+    }
     let mut bytes = vec![0; block];
     for number in 0..blocks.size() / block as u64 {
         let mut bits = [0];

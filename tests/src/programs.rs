@@ -86,14 +86,21 @@ impl Programs {
     pub fn prepare(&self, lab: &Lab, link: &LinkSpec, job: &Job) -> io::Result<()> {
         let directory = lab.directory();
         let pki = directory.join("pki");
-        self.operator(&["pki", "init", "--directory", &text(&pki)])?;
+        self.operator(&[
+            "pki",
+            "init",
+            "--dir",
+            &text(&pki),
+            "--trust-domain",
+            "lab.longhaul",
+        ])?;
         for end in [End::Source, End::Target] {
             for role in ["gateway", "agent"] {
                 let name = format!("{}-{role}", end.name());
                 let words = [
                     "pki",
                     "issue",
-                    "--directory",
+                    "--dir",
                     &text(&pki),
                     "--role",
                     role,
@@ -262,14 +269,18 @@ fn ports(lab: &Lab, end: End) -> (u16, u16) {
     (20_000 + shift, 20_001 + shift)
 }
 
+/// The certificate of the program `name`, which is made of its site and its role.
 fn identity(directory: &Path, name: &str) -> String {
     let pki = directory.join("pki");
-    let file = |name: String| text(pki.join(name));
+    let (site, role) = name.split_once('-').unwrap_or((name, ""));
+    let issued = |end: &str| text(pki.join("issued").join(format!("{name}.{role}.{site}.{end}")));
+    let shared = |name: &str| text(pki.join(name));
     format!(
-        "[identity]\ncertificate = \"{}\"\nkey = \"{}\"\nca = \"{}\"\n",
-        file(format!("{name}.pem")),
-        file(format!("{name}.key")),
-        file("ca.pem".to_owned()),
+        "[identity]\ncertificate = \"{}\"\nkey = \"{}\"\nca = \"{}\"\ncrl = \"{}\"\n",
+        issued("pem"),
+        issued("key"),
+        shared("ca.pem"),
+        shared("crl.pem"),
     )
 }
 

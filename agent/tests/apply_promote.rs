@@ -6,10 +6,13 @@ mod apply_model;
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
-use apply_model::{Model, ODD_SIZE, apply, log, options, partial};
-use longhaul_agent::disk::apply::{Target, TargetError, TargetFormat, TargetOptions};
-use longhaul_common::digest::LEAF;
-use longhaul_common::ids::{DiskIndex, JobId};
+use apply_model::{Leaf, Model, ODD_SIZE, apply, log, options, partial};
+use longhaul_agent::disk::apply::{
+    Durable, LeafRecord, Piece, Target, TargetError, TargetFormat, TargetOptions,
+};
+use longhaul_common::digest::{Digest, DiskDigest, LEAF};
+use longhaul_common::extent::Extent;
+use longhaul_common::ids::{Attempt, DiskIndex, JobId, Round};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
@@ -297,4 +300,55 @@ fn an_empty_disk_and_absurd_sizes() {
     assert_eq!(target.verify(1, &|_| ()).unwrap(), empty.digest());
     assert_eq!(target.promote().unwrap().metadata().unwrap().len(), 0);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+/// What costs nothing at the source must cost nothing here.
+#[test]
+fn a_huge_sparse_disk_is_quick_and_small() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path(), "disk.raw");
+    let size = 1 << 40;
+    let leaves = size / LEAF;
+    let (target, _) = Target::open(&options, size).unwrap();
+    let zeros = |first: u64, end: u64| {
+        let record = LeafRecord {
+            first,
+            digests: Vec::new(),
+            count: end - first,
+        };
+        let extent = Extent::between(first * LEAF, end * LEAF);
+        target
+            .apply(Attempt(1), Round(0), &record, &[Piece::Zero(extent)])
+            .unwrap();
+    };
+    let data = Leaf {
+        stretches: vec![LEAF as usize],
+        bytes: vec![3; LEAF as usize],
+    };
+    let places = [0, leaves / 3, leaves - 1];
+    zeros(1, places[1]);
+    zeros(places[1] + 1, places[2]);
+    let mut digest = DiskDigest::new(size);
+    for leaf in places {
+        apply(&target, (1, 0), leaf, std::slice::from_ref(&data)).unwrap();
+        digest.leaf(leaf, Digest::of(&data.bytes)).unwrap();
+    }
+    digest.zeros(1, places[1] - 1).unwrap();
+    digest.zeros(places[1] + 1, places[2] - places[1] - 1).unwrap();
+    target.flush().unwrap();
+    drop(target);
+    let (target, have) = Target::open(&options, size).unwrap();
+    let have: Vec<_> = have.map(Result::unwrap).collect();
+    assert_eq!(have.len(), 5);
+    assert_eq!(
+        have[1],
+        Durable::Zeros {
+            first: 1,
+            count: places[1] - 1
+        }
+    );
+    assert_eq!(target.verify(2, &|_| ()).unwrap(), digest.finish().unwrap());
+    let path = target.promote().unwrap();
+    assert_eq!(path.metadata().unwrap().len(), size);
+    assert!(path.metadata().unwrap().blocks() * 512 < 8 * LEAF);
 }

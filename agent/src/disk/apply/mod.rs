@@ -10,6 +10,7 @@
 //! open -> Have (leaves that need not be sent) -> apply* / flush* -> verify -> promote
 //!                                                                         \-> discard
 //! ```
+//! One thread flushes, when `apply` says that it is due; any number of threads apply.
 //! After [`TargetError::NoSpace`] from `apply` the same batch may be applied again; after any error of `flush`, drop the target
 //! and open it again: what `Have` then lacks must be sent again.
 

@@ -267,7 +267,7 @@ impl Target {
                 .filter(|piece| matches!(piece, Piece::Data { .. }))
                 .map(Piece::extent)
         };
-        if let (Some(first), Some(last)) = (data().next(), data().last()) {
+        if let (Some(first), Some(last)) = (data().next(), data().next_back()) {
             self.store
                 .start_writeback(Extent::between(first.offset(), last.end()));
         }

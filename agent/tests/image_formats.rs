@@ -256,6 +256,42 @@ fn raw_files_of_any_length_and_their_holes() {
 }
 
 #[test]
+fn links_and_odd_names_lead_to_the_image() {
+    use std::os::unix::ffi::OsStrExt;
+    let bench = Bench::new();
+    let raw = random_content(4 * MIB, 9);
+    let odd = bench
+        .path("")
+        .join(std::ffi::OsStr::from_bytes(b"not utf-8 \xff, 100%.raw"));
+    std::fs::write(&odd, &raw).unwrap();
+    assert!(content_of(&open(&bench, &odd, "raw", Flatten::Refuse)) == raw);
+    // Commas, colons and quotes mean something to QEMU.
+    let original = bench.write("disk.raw", &raw);
+    std::fs::create_dir(bench.path("links")).unwrap();
+    for (name, options) in [
+        ("a,b:c\"d.qcow2", "compat=1.1"),
+        ("e f.vmdk", "subformat=twoGbMaxExtentFlat"),
+    ] {
+        let format = name.rsplit('.').next().unwrap();
+        let target = bench.path(&format!("target.{format}"));
+        bench.qemu_img(&["convert", "-O", format, "-o", options], &[&original, &target]);
+        let named = if format == "qcow2" {
+            bench.path(name)
+        } else {
+            target.clone()
+        };
+        std::fs::rename(&target, &named).unwrap();
+        let link = bench.path("links").join(name);
+        std::os::unix::fs::symlink(&named, &link).unwrap();
+        for path in [&named, &link] {
+            let image = open(&bench, path, format, Flatten::Refuse);
+            assert!(content_of(&image) == raw);
+            image.unchanged().unwrap();
+        }
+    }
+}
+
+#[test]
 fn the_storage_daemon_stands_in() {
     let bench = Bench::new();
     let raw = random_content(8 * MIB, 8);

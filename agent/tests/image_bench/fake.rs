@@ -13,13 +13,16 @@ pub(crate) const STRUCTURED: u32 = 0x668e33ef;
 pub(crate) const EXTENDED: u32 = 0x6e8a278c;
 pub(crate) const ACK: u32 = 1;
 pub(crate) const UNSUPPORTED: u32 = (1 << 31) + 1;
-pub(crate) const LIMIT: Duration = Duration::from_millis(300);
+/// For exchanges that must meet their deadline.
+pub(crate) const SHORT: Duration = Duration::from_millis(300);
+/// For exchanges that end by themselves, on a busy machine too.
+pub(crate) const LONG: Duration = Duration::from_secs(20);
 
-pub(crate) fn options() -> ConnectOptions {
+pub(crate) fn within(limit: Duration) -> ConnectOptions {
     let timeouts = Timeouts {
-        handshake: LIMIT,
-        transfer: LIMIT,
-        settle: LIMIT,
+        handshake: limit,
+        transfer: limit,
+        settle: limit,
     };
     ConnectOptions {
         timeouts,

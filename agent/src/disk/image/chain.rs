@@ -136,7 +136,7 @@ impl Walk<'_> {
                 by: by.map(Path::to_owned),
             });
         }
-        let file = HeldFile::open(path)?;
+        let file = HeldFile::open(path, &real)?;
         let identity = file.identity().map_err(ImageError::io("examine", path))?;
         for other in &self.held {
             if other.identity().map_err(ImageError::io("examine", path))? == identity {
@@ -176,15 +176,14 @@ impl Walk<'_> {
 
     fn layer(&mut self, at: usize, format: &Format) -> Result<Layer, ImageError> {
         let file = &self.held[at];
-        let path = file.path().to_owned();
-        let mut options = json!({
-            "driver": format.name(), "read-only": true, "file": protocol(file)?,
-        });
+        let (path, real) = (file.path().to_owned(), file.name_for_qemu().to_owned());
         if *format == Format::Raw {
+            let options = json!({ "driver": "raw", "read-only": true, "file": protocol(file) });
+            let backing = None;
             return Ok(Layer {
                 path,
                 options,
-                backing: None,
+                backing,
             });
         }
         let header =
@@ -194,8 +193,10 @@ impl Walk<'_> {
             Some(backing) => Some(self.backing(&path, format, backing)?),
             None => None,
         };
+        let mut options = json!({ "driver": format.name(), "read-only": true, "file": protocol(file) });
         for part in &header.parts {
-            let place = self.resolve(&path, format, &part.name)?;
+            // These names QEMU follows by itself, from the place where it opens the image.
+            let place = self.resolve(&real, format, &part.name)?;
             let held = self.hold(&place, Some(&path))?;
             if !part.flat {
                 let checked = header::check_part(&RawImage(&self.held[held]));
@@ -205,7 +206,7 @@ impl Walk<'_> {
         if let Some(name) = &header.data_file {
             let place = self.resolve(&path, format, name)?;
             let held = self.hold(&place, Some(&path))?;
-            options["data-file"] = protocol(&self.held[held])?;
+            options["data-file"] = protocol(&self.held[held]);
         }
         if header.backing.is_some() || takes_backing(format) {
             options["backing"] = Value::Null;
@@ -281,7 +282,13 @@ impl Walk<'_> {
             .snapshots
             .iter()
             .take(10)
-            .map(|snapshot| snapshot.name.as_str())
+            .map(|snapshot| {
+                snapshot
+                    .name
+                    .chars()
+                    .filter(|c| !c.is_control())
+                    .collect::<String>()
+            })
             .collect();
         let count = info.snapshots.len();
         let more = if count > names.len() { ", …" } else { "" };
@@ -301,18 +308,10 @@ impl Walk<'_> {
 }
 
 /// QEMU's options for the file under an image.
-fn protocol(file: &HeldFile) -> Result<Value, ImageError> {
-    let path = file.path();
-    let Some(name) = path.to_str() else {
-        let format = Format::Raw;
-        return Err(malformed(
-            path,
-            &format,
-            "its path is not UTF-8, which QEMU's options cannot express",
-        ));
-    };
+fn protocol(file: &HeldFile) -> Value {
     let driver = if file.is_device() { "host_device" } else { "file" };
-    Ok(json!({ "driver": driver, "filename": name, "read-only": true }))
+    // Where a name is not UTF-8, QEMU's options cannot express it: it then says that there is no such file.
+    json!({ "driver": driver, "filename": file.name_for_qemu().to_string_lossy(), "read-only": true })
 }
 
 /// Whether QEMU's driver would look for a backing file if it were not told that there is none.

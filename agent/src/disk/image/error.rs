@@ -59,7 +59,7 @@ pub enum ImageError {
     NotLocal { path: PathBuf, refers_to: String },
     #[error(
         "{0} does not record the format of its backing file {backing:?}; record it first with: \
-         qemu-img rebase -u -b {backing} -F FORMAT {0}",
+         qemu-img rebase -u -b {backing:?} -F FORMAT {0}",
         path.display()
     )]
     BackingFormat { path: PathBuf, backing: String },

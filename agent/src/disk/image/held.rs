@@ -23,6 +23,8 @@ const WRITER_PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct HeldFile {
     path: PathBuf,
+    /// The same place free of links, as it was when the path was permitted.
+    real: PathBuf,
     file: File,
     size: u64,
     print: Fingerprint,
@@ -43,9 +45,9 @@ enum Fingerprint {
 }
 
 impl HeldFile {
-    /// Opens and locks `path`; refuses what is neither a file nor a block device, and what somebody else may
-    /// write to.
-    pub(super) fn open(path: &Path) -> Result<Self, ImageError> {
+    /// Opens and locks `path`, which was found to mean `real`; refuses what is neither a file nor a block
+    /// device, and what somebody else may write to.
+    pub(super) fn open(path: &Path, real: &Path) -> Result<Self, ImageError> {
         // Looked at before it is opened: opening a named pipe would wait for its writer.
         let metadata = fs::metadata(path).map_err(ImageError::io("find", path))?;
         let is_device = metadata.file_type().is_block_device();
@@ -61,9 +63,9 @@ impl HeldFile {
             });
         }
         let file = if is_device {
-            open_device(path, &metadata)?
+            open_device(real, &metadata)?
         } else {
-            File::open(path).map_err(ImageError::io("open", path))?
+            open_file(real).map_err(ImageError::io("open", path))?
         };
         let metadata = file.metadata().map_err(ImageError::io("examine", path))?;
         let is_locked = refuse_if_used(path, &file, &metadata)?;
@@ -72,6 +74,7 @@ impl HeldFile {
         let _ = rustix::fs::fadvise(&file, 0, None, Advice::Sequential);
         Ok(Self {
             path: path.to_owned(),
+            real: real.to_owned(),
             file,
             size: print.size(),
             print,
@@ -81,6 +84,11 @@ impl HeldFile {
 
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The name by which QEMU should open it: free of links, so that none can be turned elsewhere in between.
+    pub(super) fn name_for_qemu(&self) -> &Path {
+        &self.real
     }
 
     pub(super) const fn file(&self) -> &File {
@@ -137,6 +145,12 @@ impl HeldFile {
             Err(error) => Some(format!("it can no longer be found ({error})")),
         }
     }
+}
+
+/// Opens a file, not following a link that took its place since the path was resolved.
+fn open_file(real: &Path) -> io::Result<File> {
+    let no_follow = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
+    File::options().read(true).custom_flags(no_follow).open(real)
 }
 
 /// Opens a block device exclusively: fails while it is mounted or part of another device, and bars that while
@@ -288,7 +302,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("disk.raw");
         fs::write(&path, [7; 5000]).unwrap();
-        let held = HeldFile::open(&path).unwrap();
+        let held = HeldFile::open(&path, &path).unwrap();
         held.unchanged().unwrap();
         std::thread::sleep(Duration::from_millis(20)); // File times tick slower than this program runs.
         change(&path);
@@ -330,15 +344,20 @@ mod tests {
     #[test]
     fn only_files_and_block_devices_are_opened() {
         let folder = tempfile::tempdir().unwrap();
-        let error = HeldFile::open(folder.path()).unwrap_err().to_string();
+        let error = HeldFile::open(folder.path(), folder.path())
+            .unwrap_err()
+            .to_string();
         assert!(
             error.ends_with("is a directory, neither a regular file nor a block device"),
             "{error}"
         );
-        let error = HeldFile::open(Path::new("/dev/zero")).unwrap_err().to_string();
+        let error = HeldFile::open(Path::new("/dev/zero"), Path::new("/dev/zero"))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("character device"), "{error}");
+        let none = folder.path().join("none");
         assert!(
-            HeldFile::open(&folder.path().join("none"))
+            HeldFile::open(&none, &none)
                 .unwrap_err()
                 .to_string()
                 .starts_with("cannot find ")

@@ -11,6 +11,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -229,7 +230,9 @@ fn serving(program: &Path) -> Command {
 fn places(run_dir: &Path) -> Result<(PathBuf, PathBuf), ImageError> {
     static STARTED: AtomicU32 = AtomicU32::new(0);
     let run_dir = std::path::absolute(run_dir).map_err(ImageError::io("find", run_dir))?;
-    fs::create_dir_all(&run_dir).map_err(ImageError::io("create", &run_dir))?;
+    // What is served there is the content of disks.
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&run_dir);
+    made.map_err(ImageError::io("create", &run_dir))?;
     let count = STARTED.fetch_add(1, Ordering::Relaxed);
     let moment = SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)

@@ -115,7 +115,11 @@ fn draw(rng: &mut StdRng) -> (u64, String) {
             features.push(format!("{}{feature}", if on { "" } else { "^" }));
         }
     }
-    if features.iter().any(|feature| feature == "meta_bg") {
+    let resize_conflicts = ["meta_bg", "^sparse_super"];
+    if features
+        .iter()
+        .any(|feature| resize_conflicts.contains(&feature.as_str()))
+    {
         features.push("^resize_inode".into());
     }
     if features.iter().any(|feature| feature == "bigalloc") {
@@ -127,7 +131,10 @@ fn draw(rng: &mut StdRng) -> (u64, String) {
     if !features.is_empty() {
         options += &format!(" -O {}", features.join(","));
     }
-    if rng.random_bool(0.3) {
+    if rng.random_bool(0.3)
+        && options.contains("ext4")
+        && !features.iter().any(|feature| feature == "^flex_bg")
+    {
         options += &format!(" -G {}", 1 << rng.random_range(0..7));
     }
     if rng.random_bool(0.3) {

@@ -27,7 +27,7 @@ fn check_options(kib: u64, options: &str, kind: &str) {
     let mut image = Image::make(kib, options, 1);
     compare(&image, "empty");
     assert_eq!(scan(&image.volume()).unwrap().unwrap().summary.kind, kind);
-    let size_max = (kib << 10) as usize / 600;
+    let size_max = ((kib << 10) as usize / 600).min(200_000);
     image.age(60, size_max);
     image.settle();
     compare(&image, "aged");

@@ -47,10 +47,10 @@ impl<'a> Maps<'a> {
                 self.node(inode, &inode.root, depth, refer)
             }
             Map::Indirect => {
-                self.pointers(inode, &inode.root[..48], 0, refer)?;
+                self.pointers(&inode.root[..48], 0, refer)?;
                 (1..=3).try_for_each(|depth| {
                     let at = 44 + usize::from(depth) * 4;
-                    self.pointers(inode, &inode.root[at..at + 4], depth, refer)
+                    self.pointers(&inode.root[at..at + 4], depth, refer)
                 })
             }
         }
@@ -91,20 +91,14 @@ impl<'a> Maps<'a> {
     }
 
     /// Goes through block numbers, 0 being a hole, of blocks that are `depth` levels above the content.
-    fn pointers(
-        &mut self,
-        inode: &Inode,
-        raw: &[u8],
-        depth: u16,
-        refer: &mut Refer<'_>,
-    ) -> Result<(), Unproven> {
+    fn pointers(&mut self, raw: &[u8], depth: u16, refer: &mut Refer<'_>) -> Result<(), Unproven> {
         let blocks = raw.chunks_exact(4).map(|pointer| u64::from(le32(pointer, 0)));
         if depth == 0 {
             return refer_merged(blocks, refer);
         }
         for block in blocks.filter(|block| *block != 0) {
             self.descend(depth, block, refer, |maps, raw, refer| {
-                maps.pointers(inode, raw, depth - 1, refer)
+                maps.pointers(raw, depth - 1, refer)
             })?;
         }
         Ok(())

@@ -49,3 +49,26 @@ install: build ## Install programs, units and examples (PREFIX, DESTDIR)
 	install -D -m 0644 configs/sysctl.conf $(DESTDIR)/etc/sysctl.d/60-longhaul.conf
 	install -d -m 0755 $(DESTDIR)/etc/longhaul
 	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/doc/longhaul README.md configs/README.md configs/*.toml
+
+# Random cases of each property and damage test; seconds for each fuzz target.
+CASES ?= 2000
+TIME ?= 60
+
+.PHONY: fuzz
+fuzz: ## Throw damage at every parser and decoder for longer (CASES, TIME)
+	@.ci/bootstrap test
+	@.ci/fuzz $(CASES) $(TIME)
+
+.PHONY: bench
+bench: ## Measure the whole path over the emulated WAN, and its parts
+	@.ci/bootstrap demo
+	@.ci/bench
+
+# Runs with faults drawn at random: programs killed, the link cut. The same SEED draws the same faults.
+RUNS ?= 10
+SEED ?= 1
+
+.PHONY: campaign
+campaign: ## Kill programs and cut the link at random moments, many times (RUNS, SEED)
+	@.ci/bootstrap demo
+	@.ci/campaign $(RUNS) $(SEED)

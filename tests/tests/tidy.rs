@@ -76,8 +76,11 @@ const DOORS: &[(&str, &[&str])] = &[
     ("tun_rs", &["tests/src/wan/"]),
 ];
 
-/// What a part of a crate may see of its siblings. A whole module, or a single one within it.
-const LAYERS: &[(&str, &[(&str, &[&str])])] = &[
+/// A module, and what it may see of its siblings: a whole module, or a single one within it.
+type Layer = (&'static str, &'static [&'static str]);
+
+/// The layers of each crate.
+const LAYERS: &[(&str, &[Layer])] = &[
     (
         "gateway",
         &[

@@ -162,7 +162,7 @@ impl Target {
         context: &Context,
         spec: &JobSpec,
         open: TargetOpen,
-        mut source: Option<&mut Source>,
+        source: Option<&mut Source>,
     ) -> Result<Self, Refusal> {
         let (link, mut send, recv) = context.peer.control().await?;
         let task = PeerTask::Target {
@@ -188,7 +188,7 @@ impl Target {
             FromTarget::Failed(refusal) => return Err(refusal),
             other => return Err(out_of_turn("the target agent", &other)),
         }
-        let Some(source) = source.as_deref_mut() else {
+        let Some(source) = source else {
             return Ok(target);
         };
         loop {

@@ -204,7 +204,9 @@ mod tests {
             flow,
             sequence: Sequence(sequence),
             lane: Lane::Bulk,
+            raw: len as u64,
             parts,
+            hold: None,
         }
     }
 

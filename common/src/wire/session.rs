@@ -150,6 +150,8 @@ pub struct OpenedDisk {
     pub notes: Vec<String>,
     /// Milliseconds the scan took.
     pub scan_ms: u64,
+    /// Bytes from the disk's start that earlier attempts have sent or passed over as durable, as far as the agent remembers.
+    pub sent_before: u64,
 }
 
 /// One part of a disk, and what the filter made of it.

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use longhaul_common::digest::Digest;
+use longhaul_common::digest::{Digest, LEAF};
 use longhaul_common::ids::{Attempt, DiskIndex, JobId};
 use longhaul_common::link::{Link, RecvStream, SendStream};
 use longhaul_common::wire::frame;
@@ -53,6 +53,8 @@ pub struct Target {
     link: Link,
     /// It said that everything has arrived already.
     pub arrived: Option<Option<String>>,
+    /// Of each disk, the end of the data that is durable there.
+    pub durable_below: Vec<u64>,
 }
 
 /// A disk as both sides state it in the end.
@@ -178,6 +180,7 @@ impl Target {
             heard,
             link,
             arrived: None,
+            durable_below: vec![0; spec.disk.len()],
         };
         match target.heard.next().await? {
             FromTarget::Opened { notes } => target.notes = notes,
@@ -193,7 +196,13 @@ impl Target {
         };
         loop {
             match target.heard.next().await? {
-                FromTarget::Have(have) => source.tell(&ToSource::Have(have)).await?,
+                FromTarget::Have(have) => {
+                    let below = target.durable_below.get_mut(usize::from(have.disk.0));
+                    if let (Some(below), Some((leaf, _))) = (below, have.digests.last()) {
+                        *below = leaf.saturating_add(1).saturating_mul(LEAF).max(*below);
+                    }
+                    source.tell(&ToSource::Have(have)).await?;
+                }
                 FromTarget::Ready => return Ok(target),
                 FromTarget::Failed(refusal) => return Err(refusal),
                 other => return Err(out_of_turn("the target agent", &other)),
@@ -327,6 +336,8 @@ impl<'a> Transfer<'a> {
             }
             FromTarget::Durable(sequences) => {
                 self.outflow.ledger().durable(&sequences);
+                // The word that they were accepted may come later: what is durable is not sent again.
+                self.context.peer.accepted(self.outflow.flow, sequences.iter());
                 self.source.tell(&ToSource::Durable(sequences)).await
             }
             FromTarget::Waiting(refusal) => {

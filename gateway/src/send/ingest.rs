@@ -15,7 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::outbox::{Flow, Lane, Ready};
 use super::transmit::Peer;
-use crate::job::ledger::{DiskSums, Ledger};
+use crate::job::ledger::{DiskSums, Ledger, Sent};
 use crate::reduction::{self, workers::Workers};
 
 /// Tells the agent that its batch found no job.
@@ -46,6 +46,17 @@ impl Outflow {
         sums.wan += again.wan;
         sums.resent += again.raw;
         sums
+    }
+
+    /// What the journal is to keep, with what this attempt's connections sent twice.
+    pub fn sent(&self) -> Vec<Sent> {
+        let again = self.peer.sent_again(self.flow);
+        let mut sent = self.ledger().sent();
+        if let Some(first) = sent.first_mut() {
+            first.wan_bytes += again.wan;
+            first.resent_bytes += again.raw;
+        }
+        sent
     }
 
     /// Ends the attempt's counts: the ledger with which the next one starts.
@@ -92,7 +103,10 @@ impl Ingest {
     pub fn close(&self, outflow: &Outflow) {
         self.flows
             .remove_if(&outflow.flow.0, |_, known| known.flow == outflow.flow);
+        // The peer forgets what its connections sent twice with the flow itself.
+        let again = outflow.peer.sent_again(outflow.flow);
         outflow.peer.close(outflow.flow);
+        outflow.ledger().again(again.raw, again.wan);
     }
 
     /// Takes batches off an agent's link until it ends; gives the reason.

@@ -21,6 +21,8 @@ use crate::settings::PeerSection;
 
 /// The congestion window may have grown meanwhile: look again.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// A call that is not answered by then (plus some round trips) is made anew: after a cut, QUIC's own repetitions come ever later.
+const CALL_TIME: Duration = Duration::from_secs(4);
 /// Waits between two tries to reach the peer.
 const BACKOFF: [u64; 5] = [100, 250, 500, 1000, 2000];
 
@@ -159,7 +161,9 @@ impl Peer {
     }
 
     async fn keep_connected(self: Arc<Self>) {
-        let settings = self.settings.link.settings();
+        let mut settings = self.settings.link.settings();
+        let round_trips = settings.rtt.unwrap_or_default() * 10;
+        settings.handshake = settings.handshake.min(CALL_TIME + round_trips);
         let mut failures = 0;
         loop {
             match self.dial(&settings).await {

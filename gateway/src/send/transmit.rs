@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use longhaul_common::ids::Sequence;
 use longhaul_common::link::{self, Identity, Link, LinkSettings, RecvStream, Role, SendStream, TlsState};
 use longhaul_common::wire::ALPN_PEER;
+use longhaul_common::wire::sequences::Sequences;
 use longhaul_common::wire::session::{Refusal, RefusalKind, chain};
 use tokio::sync::Notify;
 
@@ -92,12 +92,8 @@ impl Peer {
     }
 
     /// The peer accepted these.
-    pub fn accepted(&self, flow: Flow, sequences: impl Iterator<Item = Sequence>) {
-        let mut outbox = self.outbox();
-        for sequence in sequences {
-            outbox.accepted(flow, sequence);
-        }
-        drop(outbox);
+    pub fn accepted(&self, flow: Flow, sequences: &Sequences) {
+        self.outbox().accepted_all(flow, sequences);
         self.changed.notify_waiters();
     }
 

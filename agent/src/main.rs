@@ -38,8 +38,7 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<(), String> {
     let settings: AgentSettings = settings::load(&arguments.config).map_err(|error| chain(&error))?;
     settings
-        .target
-        .mode_bits()
+        .check()
         .map_err(|text| format!("{}: {text}", arguments.config.display()))?;
     let tls =
         TlsState::load(settings.identity.credentials(), Some(Role::Agent)).map_err(|error| chain(&error))?;

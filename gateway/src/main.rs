@@ -84,11 +84,11 @@ async fn serve(
     let agents = Arc::new(Agents::default());
     let ingest = Arc::new(Ingest::new(workers.clone(), settings.limits.send_memory.0));
     agents::listen(&settings.agents, &tls, Arc::clone(&agents), Arc::clone(&ingest))
-        .map_err(|error| chain(&error))?;
+        .map_err(|error| format!("agents.listen: {}", chain(&error)))?;
     let receiving = Receiving::new(Arc::clone(&agents), workers, settings.limits.receive_memory.0);
     receiving
         .listen(&settings.peers, &tls)
-        .map_err(|error| chain(&error))?;
+        .map_err(|error| format!("peers.listen: {}", chain(&error)))?;
     let peers = settings
         .peer
         .iter()

@@ -75,7 +75,8 @@ impl Programs {
         Ok(Self { directory })
     }
 
-    fn program(&self, name: &str) -> PathBuf {
+    /// Where the program `name` is.
+    pub fn program(&self, name: &str) -> PathBuf {
         self.directory.join(name)
     }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use longhaul_agent::disk::ReadAt;
 use longhaul_agent::disk::fs::Unproven;
 use proptest::prelude::*;
+use proptest::sample::Index;
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 
@@ -337,7 +338,7 @@ proptest! {
     #[test]
     fn many_changed_bytes_neither_panic_nor_hang(
         which in 0..SPECIMENS.len(),
-        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), any::<prop::sample::Index>(), any::<u8>()), 1..40),
+        changes in prop::collection::vec(any::<(Index, Index, Index, u8)>(), 1..40),
     ) {
         let specimen = &specimens()[which];
         let changes = changes

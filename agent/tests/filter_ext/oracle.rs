@@ -62,6 +62,8 @@ options! {
     ext4_checksum_seed: 100 << 10, "-t ext4 -b 1024 -O metadata_csum_seed", "ext4";
     ext4_bigalloc: 300 << 10, "-t ext4 -O bigalloc -b 4096 -C 65536", "ext4";
     ext4_bigalloc_1k: 100 << 10, "-t ext4 -O bigalloc -b 1024 -C 16384", "ext4";
+    ext4_bigalloc_1k_with_a_resize_inode: 58_551,
+        "-t ext4 -b 1024 -C 2048 -O bigalloc,^metadata_csum,uninit_bg", "ext4";
     ext4_bigalloc_with_a_cut_cluster: (200 << 10) + 20, "-t ext4 -O bigalloc -b 4096 -C 32768", "ext4";
     ext4_bigalloc_without_checksums: 100 << 10, "-t ext4 -O bigalloc,^metadata_csum,uninit_bg -b 1024 -C 8192", "ext4";
     ext4_meta_bg: 300 << 10, "-t ext4 -b 1024 -O meta_bg,^resize_inode", "ext4";

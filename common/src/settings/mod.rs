@@ -85,15 +85,29 @@ fn build<T: DeserializeOwned>(
         builder = builder.add_source(environment);
     }
     let config = builder.build().map_err(|error| syntax(error.to_string()))?;
-    serde_path_to_error::deserialize(config).map_err(|error| explain(path, &error))
+    serde_path_to_error::deserialize(config).map_err(|error| {
+        let place = error.path().to_string();
+        // The file by itself has the same mistake, unless it came from the environment; of the file it is said better.
+        let better = said_of_file::<T>(text, &place);
+        explain(path, place, better.unwrap_or_else(|| error.inner().to_string()))
+    })
 }
 
-fn explain(path: &Path, error: &serde_path_to_error::Error<config::ConfigError>) -> SettingsError {
+fn said_of_file<T: DeserializeOwned>(text: &str, place: &str) -> Option<String> {
+    let file = toml::Deserializer::parse(text).ok()?;
+    let error = serde_path_to_error::deserialize::<_, T>(file).err()?;
+    let same = error.path().to_string().trim_start_matches('.') == place.trim_start_matches('.');
+    same.then(|| error.inner().message().trim_end().to_owned())
+}
+
+fn explain(path: &Path, place: String, cause: String) -> SettingsError {
     let path = path.to_owned();
-    let place = error.path().to_string();
-    let cause = error.inner().to_string();
     let Some((unknown, known)) = unknown_field(&cause) else {
-        let cause = cause.split(" for key `").next().unwrap_or(&cause).to_owned();
+        let cause = cause
+            .split(" for key `")
+            .next()
+            .unwrap_or(&cause)
+            .replace('\n', " ");
         return SettingsError::Value {
             path,
             key: place,

@@ -3,13 +3,14 @@
 //! Owns the counts behind progress, report and "sent again". Pure. Promises that data counts as sent again exactly where a leaf of it
 //! was entered in an earlier attempt without becoming durable there.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use longhaul_common::digest::LEAF;
 use longhaul_common::extent::Extent;
 use longhaul_common::ids::Sequence;
 use longhaul_common::wire::batch::{BatchHeader, Content};
 use longhaul_common::wire::sequences::Sequences;
+use serde::{Deserialize, Serialize};
 
 /// Of one disk, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,6 +27,16 @@ pub struct DiskSums {
     pub resent: u64,
 }
 
+/// What the journal keeps of a disk's sums, so that they are true after a restart, too. In bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Sent {
+    /// Disks are read in ascending order: what lies before this has been sent, or needs no sending.
+    pub below: u64,
+    pub raw_bytes: u64,
+    pub wan_bytes: u64,
+    pub resent_bytes: u64,
+}
+
 /// A batch that is not durable yet.
 #[derive(Clone, Copy, Debug)]
 struct Open {
@@ -38,10 +49,14 @@ struct Open {
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
     disks: Vec<DiskSums>,
-    /// Leaves that were sent in an earlier attempt or this one, one bit each.
-    sent_leaves: Vec<Vec<u64>>,
+    /// Leaves that were sent in an earlier attempt or this one.
+    sent_leaves: Vec<LeafSet>,
     /// Leaves that were sent in an earlier attempt.
-    earlier: Vec<Vec<u64>>,
+    earlier: Vec<LeafSet>,
+    /// Of each disk, everything before this was sent in an earlier attempt: what others remember where this ledger does not.
+    earlier_below: Vec<u64>,
+    /// Of each disk, the end of the data that was sent.
+    below: Vec<u64>,
     open: HashMap<Sequence, Open>,
     /// Batches that became durable in this attempt.
     durable_batches: u64,
@@ -52,10 +67,43 @@ impl Ledger {
     pub fn new(disks: usize) -> Self {
         Self {
             disks: vec![DiskSums::default(); disks],
-            sent_leaves: vec![Vec::new(); disks],
-            earlier: vec![Vec::new(); disks],
+            sent_leaves: vec![LeafSet::default(); disks],
+            earlier: vec![LeafSet::default(); disks],
+            earlier_below: vec![0; disks],
+            below: vec![0; disks],
             ..Self::default()
         }
+    }
+
+    /// For a job that a former life of this program has begun.
+    pub fn restored(disks: usize, sent: &[Sent]) -> Self {
+        let mut ledger = Self::new(disks);
+        for (index, sent) in sent.iter().enumerate().take(disks) {
+            ledger.sent_before(index, sent.below);
+            let sums = &mut ledger.disks[index];
+            (sums.sent, sums.wan, sums.resent) = (sent.raw_bytes, sent.wan_bytes, sent.resent_bytes);
+        }
+        ledger
+    }
+
+    /// Somebody else knows that everything of a disk before `below` was sent in an earlier attempt.
+    pub fn sent_before(&mut self, disk: usize, below: u64) {
+        for marks in [&mut self.earlier_below, &mut self.below] {
+            if let Some(known) = marks.get_mut(disk) {
+                *known = below.max(*known);
+            }
+        }
+    }
+
+    /// What the journal is to keep.
+    pub fn sent(&self) -> Vec<Sent> {
+        let of = |(sums, below): (&DiskSums, &u64)| Sent {
+            below: *below,
+            raw_bytes: sums.sent,
+            wan_bytes: sums.wan,
+            resent_bytes: sums.resent,
+        };
+        self.disks.iter().zip(&self.below).map(of).collect()
     }
 
     /// The ledger with which the next attempt starts.
@@ -69,15 +117,25 @@ impl Ledger {
         self
     }
 
-    /// A batch has entered; `wan` bytes of it go to the peer.
+    /// Whether no batch is on its way: each that entered is durable.
+    pub fn is_settled(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    /// A batch has entered that was checked against its disk; `wan` bytes of it go to the peer.
     pub fn entered(&mut self, header: &BatchHeader, wan: u64) {
         let index = usize::from(header.disk.0);
-        let (Some(sums), Some(sent), Some(earlier)) = (
+        let (Some(sums), Some(sent), Some(earlier), Some(below)) = (
             self.disks.get_mut(index),
             self.sent_leaves.get_mut(index),
             self.earlier.get(index),
+            self.below.get_mut(index),
         ) else {
             return;
+        };
+        let earlier = Earlier {
+            leaves: earlier,
+            below: self.earlier_below.get(index).copied().unwrap_or(0),
         };
         let (mut data, mut zero, mut again) = (0, 0, 0);
         for piece in &header.pieces {
@@ -87,13 +145,14 @@ impl Ledger {
                 Content::Hole | Content::Free => continue,
             }
             if piece.content == Content::Data {
-                again += enter_leaves(&piece.extent, earlier, sent);
+                again += enter_leaves(&piece.extent, &earlier, sent);
+                *below = piece.extent.end().max(*below);
             }
         }
-        sums.entered += data;
-        sums.sent += data;
-        sums.wan += wan;
-        sums.resent += again;
+        sums.entered = sums.entered.saturating_add(data);
+        sums.sent = sums.sent.saturating_add(data);
+        sums.wan = sums.wan.saturating_add(wan);
+        sums.resent = sums.resent.saturating_add(again);
         self.open.insert(
             header.sequence,
             Open {
@@ -108,20 +167,20 @@ impl Ledger {
     pub fn again(&mut self, raw: u64, wan: u64) {
         if let Some(sums) = self.disks.first_mut() {
             sums.resent += raw;
-            sums.wan += wan;
+            sums.wan = sums.wan.saturating_add(wan);
         }
     }
 
     /// These batches are durable.
     pub fn durable(&mut self, sequences: &Sequences) {
-        for sequence in sequences.iter() {
+        for sequence in sequences.among(self.open.keys().copied()) {
             let Some(open) = self.open.remove(&sequence) else {
                 continue;
             };
             self.durable_batches += 1;
             if let Some(sums) = self.disks.get_mut(usize::from(open.disk)) {
-                sums.durable += open.data + open.zero;
-                sums.zero += open.zero;
+                sums.durable = sums.durable.saturating_add(open.data).saturating_add(open.zero);
+                sums.zero = sums.zero.saturating_add(open.zero);
             }
         }
     }
@@ -139,46 +198,50 @@ impl Ledger {
     /// All disks' sums together.
     pub fn total(&self) -> DiskSums {
         self.disks.iter().fold(DiskSums::default(), |mut sum, disk| {
-            sum.entered += disk.entered;
-            sum.sent += disk.sent;
-            sum.durable += disk.durable;
-            sum.zero += disk.zero;
-            sum.wan += disk.wan;
-            sum.resent += disk.resent;
+            sum.entered = sum.entered.saturating_add(disk.entered);
+            sum.sent = sum.sent.saturating_add(disk.sent);
+            sum.durable = sum.durable.saturating_add(disk.durable);
+            sum.zero = sum.zero.saturating_add(disk.zero);
+            sum.wan = sum.wan.saturating_add(disk.wan);
+            sum.resent = sum.resent.saturating_add(disk.resent);
             sum
         })
     }
 }
 
+/// What earlier attempts have sent of one disk.
+struct Earlier<'a> {
+    leaves: &'a LeafSet,
+    below: u64,
+}
+
+/// Leaves of a disk: one bit each, in words by number. Costs memory for what was really sent, wherever an agent says that it lies.
+#[derive(Clone, Debug, Default)]
+struct LeafSet(BTreeMap<u64, u64>);
+
+impl LeafSet {
+    fn has(&self, leaf: u64) -> bool {
+        self.0
+            .get(&(leaf / 64))
+            .is_some_and(|word| word >> (leaf % 64) & 1 == 1)
+    }
+
+    fn add(&mut self, leaf: u64) {
+        *self.0.entry(leaf / 64).or_default() |= 1 << (leaf % 64);
+    }
+}
+
 /// Marks the leaves that `extent` touches as sent; gives how many of its bytes lie in leaves that were sent earlier.
-fn enter_leaves(extent: &Extent, earlier: &[u64], sent: &mut Vec<u64>) -> u64 {
+fn enter_leaves(extent: &Extent, earlier: &Earlier<'_>, sent: &mut LeafSet) -> u64 {
     let mut again = 0;
     for leaf in extent.offset() / LEAF..extent.end().div_ceil(LEAF) {
-        set(sent, leaf);
-        if has(earlier, leaf) {
+        sent.add(leaf);
+        if earlier.leaves.has(leaf) || leaf.saturating_mul(LEAF) < earlier.below {
             let whole = Extent::between(leaf * LEAF, (leaf + 1).saturating_mul(LEAF));
             again += whole.intersect(extent).map_or(0, |part| part.len());
         }
     }
     again
-}
-
-fn has(bits: &[u64], index: u64) -> bool {
-    bits.get((index / 64) as usize)
-        .is_some_and(|word| word >> (index % 64) & 1 == 1)
-}
-
-/// Leaves lie in a disk of at most 64 bits of bytes; an agent's word is bounded by the batches it really sends, one MiB each.
-fn set(bits: &mut Vec<u64>, index: u64) {
-    const LEAVES_MAX: u64 = 1 << 32;
-    let word = (index / 64) as usize;
-    if index >= LEAVES_MAX {
-        return;
-    }
-    if bits.len() <= word {
-        bits.resize(word + 1, 0);
-    }
-    bits[word] |= 1 << (index % 64);
 }
 
 #[cfg(test)]
@@ -227,5 +290,23 @@ mod tests {
             (LEAF, 6 * LEAF, 600)
         );
         assert_eq!(ledger.durable_batches(), 0);
+    }
+
+    #[test]
+    fn a_restart_of_the_program_forgets_nothing() {
+        let mut ledger = Ledger::new(1);
+        for n in 0..4 {
+            ledger.entered(&batch(n, n), 100);
+        }
+        let kept = ledger.sent();
+        let mut ledger = Ledger::restored(1, &kept);
+        ledger.entered(&batch(0, 3), 100);
+        ledger.entered(&batch(1, 4), 100);
+        assert_eq!((ledger.total().resent, ledger.total().sent), (LEAF, 6 * LEAF));
+        assert_eq!(ledger.sent()[0].below, 5 * LEAF);
+        // The source agent remembers more than the journal.
+        ledger.sent_before(0, 8 * LEAF);
+        ledger.entered(&batch(2, 7), 100);
+        assert_eq!((ledger.total().resent, ledger.total().wan), (2 * LEAF, 700));
     }
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use longhaul_common::ids::{Attempt, JobId, Sequence};
+use longhaul_common::wire::sequences::Sequences;
 use tokio::sync::OwnedSemaphorePermit;
 
 /// Priority classes, highest first. Control messages have streams of their own.
@@ -124,6 +125,14 @@ impl Outbox {
         let (connection, ready) = self.in_flight.remove(&(flow, sequence))?;
         self.release(connection, ready.len());
         Some(ready)
+    }
+
+    /// As [`Self::accepted`], for each of `sequences` that is in flight.
+    pub fn accepted_all(&mut self, flow: Flow, sequences: &Sequences) {
+        // Other flows' numbers do no harm: they are not found under this one.
+        for sequence in sequences.among(self.in_flight.keys().map(|(_, sequence)| *sequence)) {
+            self.accepted(flow, sequence);
+        }
     }
 
     fn release(&mut self, connection: ConnectionId, bytes: u64) {

@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use longhaul_common::ids::Sequence;
 use longhaul_common::link::{self, Identity, Link, LinkSettings, RecvStream, Role, SendStream, TlsState};
 use longhaul_common::wire::ALPN_PEER;
+use longhaul_common::wire::sequences::Sequences;
 use longhaul_common::wire::session::{Refusal, RefusalKind, chain};
 use tokio::sync::Notify;
 
@@ -21,6 +21,8 @@ use crate::settings::PeerSection;
 
 /// The congestion window may have grown meanwhile: look again.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// A call that is not answered by then (plus some round trips) is made anew: after a cut, QUIC's own repetitions come ever later.
+const CALL_TIME: Duration = Duration::from_secs(4);
 /// Waits between two tries to reach the peer.
 const BACKOFF: [u64; 5] = [100, 250, 500, 1000, 2000];
 
@@ -90,12 +92,8 @@ impl Peer {
     }
 
     /// The peer accepted these.
-    pub fn accepted(&self, flow: Flow, sequences: impl Iterator<Item = Sequence>) {
-        let mut outbox = self.outbox();
-        for sequence in sequences {
-            outbox.accepted(flow, sequence);
-        }
-        drop(outbox);
+    pub fn accepted(&self, flow: Flow, sequences: &Sequences) {
+        self.outbox().accepted_all(flow, sequences);
         self.changed.notify_waiters();
     }
 
@@ -159,7 +157,9 @@ impl Peer {
     }
 
     async fn keep_connected(self: Arc<Self>) {
-        let settings = self.settings.link.settings();
+        let mut settings = self.settings.link.settings();
+        let round_trips = settings.rtt.unwrap_or_default() * 10;
+        settings.handshake = settings.handshake.min(CALL_TIME + round_trips);
         let mut failures = 0;
         loop {
             match self.dial(&settings).await {

@@ -35,10 +35,12 @@ impl<'a> Maps<'a> {
         }
     }
 
-    /// Gives every block that `inode` refers to, those of the map itself included.
+    /// Gives every block that `inode` refers to, those of the map itself included; of the room kept for group descriptors only
+    /// the map.
     pub(super) fn visit(&mut self, inode: &Inode, refer: &mut Refer<'_>) -> Result<(), Unproven> {
         match inode.map {
             Map::None => Ok(()),
+            Map::Reserved => self.pointers(&inode.root, 0, refer),
             Map::Extents => {
                 let depth = le16(&inode.root, 6);
                 if depth > DEPTH_MAX {
@@ -127,7 +129,7 @@ impl<'a> Maps<'a> {
     pub(super) fn first_block(&mut self, inode: &Inode) -> Result<u64, Unproven> {
         let missing = || self.wrong(inode, "no first block");
         match inode.map {
-            Map::None => Err(missing()),
+            Map::None | Map::Reserved => Err(missing()),
             Map::Indirect => match le32(&inode.root, 0) {
                 0 => Err(missing()),
                 block => Ok(block.into()),

@@ -18,8 +18,15 @@ fn batch(data: &[u8]) -> BatchHeader {
         disk: DiskIndex(0),
         round: Round(0),
         sequence: Sequence(1),
-        pieces: vec![Piece { extent: Extent::between(0, size), content: Content::Data }],
-        leaves: Leaves { first: 0, count: leaf_count(size), digests: vec![(0, Digest::of(data))] },
+        pieces: vec![Piece {
+            extent: Extent::between(0, size),
+            content: Content::Data,
+        }],
+        leaves: Leaves {
+            first: 0,
+            count: leaf_count(size),
+            digests: vec![(0, Digest::of(data))],
+        },
         digest: Digest([0; 32]),
     };
     header.digest = header.digest_of(data).unwrap_or(header.digest);
@@ -34,14 +41,22 @@ fn stages(criterion: &mut Criterion) {
         let mut to = vec![0; noise.len()];
         bench.iter(|| to.copy_from_slice(std::hint::black_box(&noise)));
     });
-    group.bench_function("leaf digest", |bench| bench.iter(|| Digest::of(std::hint::black_box(&noise))));
+    group.bench_function("leaf digest", |bench| {
+        bench.iter(|| Digest::of(std::hint::black_box(&noise)))
+    });
     let header = batch(&system);
-    group.bench_function("verify batch digest", |bench| bench.iter(|| header.verify(std::hint::black_box(&system))));
+    group.bench_function("verify batch digest", |bench| {
+        bench.iter(|| header.verify(std::hint::black_box(&system)))
+    });
     for (name, data) in [("system", &system), ("noise", &noise)] {
         let raw = bytes::Bytes::from(data.clone());
-        group.bench_function(format!("reduce {name}"), |bench| bench.iter(|| reduce(raw.clone())));
+        group.bench_function(format!("reduce {name}"), |bench| {
+            bench.iter(|| reduce(raw.clone()))
+        });
         let payload = reduce(raw.clone());
-        group.bench_function(format!("restore {name}"), |bench| bench.iter(|| restore(&payload, raw.len())));
+        group.bench_function(format!("restore {name}"), |bench| {
+            bench.iter(|| restore(&payload, raw.len()))
+        });
     }
     group.finish();
 }
@@ -50,7 +65,9 @@ fn wire(criterion: &mut Criterion) {
     let header = batch(&system(LEAF as usize));
     let encoded = header.encode().unwrap_or_default();
     criterion.bench_function("header encode", |bench| bench.iter(|| header.encode()));
-    criterion.bench_function("header decode", |bench| bench.iter(|| BatchHeader::decode(&encoded).map(|(header, _)| header)));
+    criterion.bench_function("header decode", |bench| {
+        bench.iter(|| BatchHeader::decode(&encoded).map(|(header, _)| header))
+    });
 }
 
 criterion_group!(pipeline, stages, wire);

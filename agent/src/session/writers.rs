@@ -270,7 +270,7 @@ impl Shared {
 }
 
 fn has_room(target: &Target) -> bool {
-    let folder = target.path().parent().unwrap_or(Path::new("/"));
+    let folder = target.path().parent().unwrap_or_else(|| Path::new("/"));
     apply::check_space(folder, SPACE_AGAIN).is_ok()
 }
 

@@ -89,7 +89,7 @@ fn build<T: DeserializeOwned>(
         let place = error.path().to_string();
         // The file by itself has the same mistake, unless it came from the environment; of the file it is said better.
         let better = said_of_file::<T>(text, &place);
-        explain(path, place, better.unwrap_or_else(|| error.inner().to_string()))
+        explain(path, &place, &better.unwrap_or_else(|| error.inner().to_string()))
     })
 }
 
@@ -100,17 +100,17 @@ fn said_of_file<T: DeserializeOwned>(text: &str, place: &str) -> Option<String> 
     same.then(|| error.inner().message().trim_end().to_owned())
 }
 
-fn explain(path: &Path, place: String, cause: String) -> SettingsError {
+fn explain(path: &Path, place: &str, cause: &str) -> SettingsError {
     let path = path.to_owned();
-    let Some((unknown, known)) = unknown_field(&cause) else {
+    let Some((unknown, known)) = unknown_field(cause) else {
         let cause = cause
             .split(" for key `")
             .next()
-            .unwrap_or(&cause)
+            .unwrap_or(cause)
             .replace('\n', " ");
         return SettingsError::Value {
             path,
-            key: place,
+            key: place.to_owned(),
             cause,
         };
     };

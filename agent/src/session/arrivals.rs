@@ -5,14 +5,14 @@
 //! read beyond the limit of a batch.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use longhaul_common::ids::{Attempt, JobId};
 use longhaul_common::link::{RecvStream, VarInt};
-use longhaul_common::wire::batch::{BatchHeader, STREAM_MAX};
+use longhaul_common::wire::batch::{BatchHeader, CREDIT_MIN, STREAM_MAX};
 use longhaul_common::wire::session::{Refusal, RefusalKind};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 /// Tells the gateway that a stream found no session.
 const NO_SESSION: VarInt = VarInt::from_u32(1);
@@ -21,11 +21,14 @@ const NO_SESSION: VarInt = VarInt::from_u32(1);
 pub(super) struct Arrived {
     pub header: BatchHeader,
     pub data: Bytes,
+    _room: OwnedSemaphorePermit,
 }
 
 struct Entry {
     attempt: Attempt,
     inbox: mpsc::Sender<Arrived>,
+    /// Bytes that the credit allows to wait here.
+    room: Arc<Semaphore>,
     stop: watch::Sender<bool>,
     /// Closed when the session has let go of its images.
     gone: watch::Receiver<()>,
@@ -53,12 +56,7 @@ impl Arrivals {
     }
 
     /// Enters a session. An older attempt of the same job is stopped first, and waited for: it holds the images.
-    pub(super) async fn enter(
-        &self,
-        job: JobId,
-        attempt: Attempt,
-        queue: usize,
-    ) -> Result<Seat<'_>, Refusal> {
+    pub(super) async fn enter(&self, job: JobId, attempt: Attempt, memory: u64) -> Result<Seat<'_>, Refusal> {
         loop {
             let mut gone = {
                 let mut table = self.table();
@@ -71,7 +69,7 @@ impl Arrivals {
                         older.stop.send_replace(true);
                         older.gone.clone()
                     }
-                    None => return Ok(self.seat(&mut table, job, attempt, queue)),
+                    None => return Ok(self.seat(&mut table, job, attempt, memory)),
                 }
             };
             while gone.changed().await.is_ok() {}
@@ -80,14 +78,12 @@ impl Arrivals {
         }
     }
 
-    fn seat(
-        &self,
-        table: &mut HashMap<JobId, Entry>,
-        job: JobId,
-        attempt: Attempt,
-        queue: usize,
-    ) -> Seat<'_> {
-        let (inbox, arrived) = mpsc::channel(queue);
+    fn seat(&self, table: &mut HashMap<JobId, Entry>, job: JobId, attempt: Attempt, memory: u64) -> Seat<'_> {
+        // Twice the credit: it is given back a moment before the batch is dropped.
+        let room = usize::try_from(memory.saturating_mul(2))
+            .unwrap_or(usize::MAX)
+            .min(Semaphore::MAX_PERMITS);
+        let (inbox, arrived) = mpsc::channel((room / CREDIT_MIN as usize).max(1));
         let (stop, stopped) = watch::channel(false);
         let (held, gone) = watch::channel(());
         table.insert(
@@ -95,6 +91,7 @@ impl Arrivals {
             Entry {
                 attempt,
                 inbox,
+                room: Arc::new(Semaphore::new(room)),
                 stop,
                 gone,
             },
@@ -120,19 +117,30 @@ impl Arrivals {
             Ok((header, rest)) => (header, bytes.slice(bytes.len() - rest.len()..)),
             Err(error) => return tracing::warn!("a batch was refused: {error}"),
         };
-        let inbox = self
-            .table()
-            .get(&header.job)
-            .filter(|e| e.attempt == header.attempt)
-            .map(|e| e.inbox.clone());
-        match inbox {
-            // The session has ended meanwhile: nobody waits for this batch.
-            Some(inbox) => drop(inbox.send(Arrived { header, data }).await),
-            None => {
-                let _ = stream.stop(NO_SESSION);
-                tracing::debug!(job = %header.job, attempt = %header.attempt, "a batch found no session");
-            }
+        if self.hand_over(header, data).is_none() {
+            let _ = stream.stop(NO_SESSION);
         }
+    }
+
+    /// Puts a batch into its session's inbox, never waiting: a session that is held up, by a full disk for one, must not hold up
+    /// others. `None` where nobody takes it.
+    fn hand_over(&self, header: BatchHeader, data: Bytes) -> Option<()> {
+        let table = self.table();
+        let entry = table
+            .get(&header.job)
+            .filter(|entry| entry.attempt == header.attempt);
+        let Some(entry) = entry else {
+            tracing::debug!(job = %header.job, attempt = %header.attempt, "a batch found no session");
+            return None;
+        };
+        let bytes = u32::try_from(header.credit()).unwrap_or(u32::MAX);
+        let Ok(_room) = Arc::clone(&entry.room).try_acquire_many_owned(bytes) else {
+            tracing::warn!(job = %header.job, "the gateway sends more than it has credit for: the attempt ends");
+            entry.stop.send_replace(true);
+            return None;
+        };
+        // An inbox that is closed belongs to a session that has ended: nobody waits for this batch.
+        entry.inbox.try_send(Arrived { header, data, _room }).ok()
     }
 }
 

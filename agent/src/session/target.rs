@@ -21,8 +21,6 @@ use super::writers::{Writers, Written};
 use super::{Agent, hook, outcome, target_disks};
 use crate::disk::apply::{self, Durable, Target};
 
-/// Batches between the link and the writers.
-const INBOX: usize = 4;
 /// Messages to the gateway that may wait.
 const OUTGOING: usize = 256;
 /// Verification tells how far it is each time it has read so much.
@@ -98,7 +96,11 @@ impl Attempt {
         }
         let mut seat = agent
             .arrivals
-            .enter(self.open.job, self.open.attempt, INBOX)
+            .enter(
+                self.open.job,
+                self.open.attempt,
+                agent.settings.limits.job_memory.0,
+            )
             .await?;
         if let Some(arrival) = target_disks::arrival(self.open.job, &agent.settings)? {
             let paths = self.blocking("finish-commit", move |open, settings| {

@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 use super::arrivals::Arrived;
 use super::outcome;
 use crate::disk::apply::{Applied, LeafRecord, Piece, Target, TargetError, Ticket};
+use crate::metrics::{TARGET_BATCHES, TARGET_DURABLE, TARGET_RAW};
 use crate::settings::LimitsSection;
 
 /// Between two tries on a full disk.
@@ -141,7 +142,7 @@ impl Shared {
         }
     }
 
-    fn write(&self, Arrived { header, data }: &Arrived) -> Result<(), Refusal> {
+    fn write(&self, Arrived { header, data, .. }: &Arrived) -> Result<(), Refusal> {
         let disk = self.disks.get(usize::from(header.disk.0));
         let disk =
             disk.ok_or_else(|| Refusal::new(RefusalKind::Protocol, "a batch is for a disk there is not"))?;
@@ -151,6 +152,8 @@ impl Shared {
         let Some(applied) = self.apply(disk, header, data)? else {
             return Ok(());
         };
+        metrics::counter!(TARGET_BATCHES).increment(1);
+        metrics::counter!(TARGET_RAW).increment(data.len() as u64);
         let mut tickets = disk.tickets.lock().unwrap_or_else(PoisonError::into_inner);
         tickets.insert(applied.ticket, header.sequence);
         if applied.flush_due {
@@ -225,6 +228,7 @@ impl Shared {
         drop(tickets);
         if !durable.is_empty() {
             tracing::trace!(disk = %index, batches = durable.len(), "durable");
+            metrics::counter!(TARGET_DURABLE).increment(durable.len());
             self.tell(FromTarget::Durable(durable));
         }
         Ok(())

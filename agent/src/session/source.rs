@@ -21,6 +21,7 @@ use super::threads::on_thread;
 use super::{Agent, outcome};
 use crate::disk::have::HaveLeaves;
 use crate::disk::reader::{DiskRead, Outgoing};
+use crate::metrics::{SOURCE_BATCHES, SOURCE_RAW};
 
 /// Batches that are read ahead of the link.
 const READ_AHEAD: usize = 4;
@@ -247,6 +248,7 @@ impl Attempt {
         permit
             .map_err(|error| Refusal::because(RefusalKind::Lost, &error))?
             .forget();
+<<<<<<< HEAD
         let header = outcome::refused(outgoing.header.encode())?;
         let data = outgoing.header.pieces.iter().rev();
         let last = data.into_iter().find(|piece| piece.content == Content::Data);
@@ -254,6 +256,12 @@ impl Attempt {
         if let (Some(disk), Some(last)) = (disk, last) {
             disk.sent.fetch_max(last.extent.end(), Ordering::Relaxed);
         }
+=======
+        let (header, raw) = (
+            outcome::refused(outgoing.header.encode())?,
+            outgoing.header.data_len(),
+        );
+>>>>>>> bad
         let lost =
             |error: &dyn std::fmt::Display| Refusal::new(RefusalKind::Lost, self.link.reason_or(error));
         let mut stream = self.link.open_uni().await.map_err(|error| lost(&error))?;
@@ -267,7 +275,8 @@ impl Attempt {
             .map_err(|error| lost(&error))?;
         // Fails only where the gateway refused the stream, and then it ends the attempt.
         let _ = stream.finish();
-        metrics::counter!("longhaul_source_batches_total").increment(1);
+        metrics::counter!(SOURCE_BATCHES).increment(1);
+        metrics::counter!(SOURCE_RAW).increment(raw);
         Ok(())
     }
 }

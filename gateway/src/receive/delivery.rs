@@ -15,6 +15,7 @@ use longhaul_common::wire::sequences::Sequences;
 use tokio::sync::{Notify, mpsc};
 
 use super::Receiving;
+use crate::metrics::{RECEIVED_RAW, RECEIVED_WAN};
 use crate::reduction::{self, Encoding, Payload};
 
 /// Tells the peer that its payload found no job.
@@ -121,6 +122,7 @@ pub(super) async fn take(receiving: &Receiving, peer: &Identity, mut stream: Rec
     let Ok(Ok(bytes)) = tokio::time::timeout(STREAM_TIME, stream.read_to_end(STREAM_MAX)).await else {
         return;
     };
+    metrics::counter!(RECEIVED_WAN).increment(bytes.len() as u64);
     let arrived = match split(&bytes.into()) {
         Ok(arrived) => arrived,
         Err(error) => return tracing::debug!(%peer, "a payload was refused: {error}"),
@@ -143,7 +145,7 @@ pub(super) async fn take(receiving: &Receiving, peer: &Identity, mut stream: Rec
     });
     match restored.await {
         Ok(Ok(raw)) => {
-            metrics::counter!("longhaul_received_raw_bytes_total").increment(raw.len() as u64);
+            metrics::counter!(RECEIVED_RAW).increment(raw.len() as u64);
             if delivery.accept(sequence) {
                 // Where the link has failed, its reason is on its way.
                 let _ = delivery.outlet.send((head, raw)).await;

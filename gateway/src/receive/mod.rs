@@ -35,6 +35,8 @@ pub struct Receiving {
     deliveries: DashMap<JobId, Arc<Delivery>>,
     workers: Workers,
     memory: Arc<Semaphore>,
+    /// What `memory` has when nothing is held.
+    units: usize,
     /// Of `memory`, what one peer may hold: the others must get on beside one that finishes nothing.
     share: usize,
     /// What each peer that ever linked may take, by its name; as many as there are certificates.
@@ -57,9 +59,15 @@ impl Receiving {
             deliveries: DashMap::new(),
             workers,
             memory: Arc::new(Semaphore::new(units)),
+            units,
             share: (units / 4 * 3).max(ROOM),
             shares: DashMap::new(),
         })
+    }
+
+    /// Memory that is held right now, in bytes.
+    pub fn held(&self) -> usize {
+        self.units.saturating_sub(self.memory.available_permits()) * UNIT
     }
 
     fn share(&self, peer: &Identity) -> Share {

@@ -16,7 +16,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::outbox::{Flow, Lane, Ready};
 use super::transmit::Peer;
+<<<<<<< HEAD
 use crate::job::ledger::{DiskSums, Ledger, Sent};
+=======
+use crate::job::ledger::{DiskSums, Ledger};
+use crate::metrics::{SENT_RAW, SENT_WAN};
+>>>>>>> bad
 use crate::reduction::{self, workers::Workers};
 
 /// Tells the agent that its batch found no job.
@@ -112,6 +117,8 @@ pub struct Ingest {
     flows: DashMap<JobId, Arc<Outflow>>,
     workers: Workers,
     memory: Arc<Semaphore>,
+    /// What `memory` has when nothing is held.
+    units: usize,
     /// Of `memory`, what one agent may hold with streams that it has not finished.
     share: usize,
 }
@@ -125,8 +132,14 @@ impl Ingest {
             flows: DashMap::new(),
             workers,
             memory: Arc::new(Semaphore::new(units)),
+            units,
             share: (units / 4 * 3).max(STREAM_MAX.div_ceil(UNIT)),
         }
+    }
+
+    /// Memory that is held right now, in bytes.
+    pub fn held(&self) -> usize {
+        self.units.saturating_sub(self.memory.available_permits()) * UNIT
     }
 
     /// Takes batches for this flow from now on; an older attempt's flow of the same job ends.
@@ -209,6 +222,8 @@ impl Ingest {
             parts: [head.freeze(), payload.bytes],
             hold: Some(Arc::new(permit)),
         };
+        metrics::counter!(SENT_RAW).increment(ready.raw);
+        metrics::counter!(SENT_WAN).increment(ready.len());
         outflow.ledger().entered(&header, ready.len());
         outflow.peer.push(ready);
     }

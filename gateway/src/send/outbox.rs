@@ -189,6 +189,12 @@ impl Outbox {
         self.again.get(&flow).copied().unwrap_or_default()
     }
 
+    /// Bytes that wait for a connection.
+    pub fn waiting(&self) -> u64 {
+        let flows = self.lanes.values().flat_map(BTreeMap::values);
+        flows.flat_map(|flow| &flow.waiting).map(Ready::len).sum()
+    }
+
     /// Bytes in flight on all connections.
     pub fn in_flight(&self) -> u64 {
         self.on_connection.values().sum()

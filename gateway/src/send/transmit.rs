@@ -17,6 +17,7 @@ use longhaul_common::wire::session::{Refusal, RefusalKind, chain};
 use tokio::sync::Notify;
 
 use super::outbox::{ConnectionId, Flow, Outbox, Ready, SentAgain, window};
+use crate::metrics::SENT_AGAIN;
 use crate::settings::PeerSection;
 
 /// The congestion window may have grown meanwhile: look again.
@@ -34,6 +35,8 @@ pub struct PeerStats {
     pub sent_bytes: u64,
     pub lost_packets: u64,
     pub in_flight_bytes: u64,
+    /// Payloads that wait for a connection.
+    pub waiting_bytes: u64,
     /// Why the last try to connect failed, while there is no connection.
     pub problem: Option<String>,
 }
@@ -135,7 +138,10 @@ impl Peer {
 
     /// Sums over all connections since the program started.
     pub fn stats(&self) -> PeerStats {
-        let in_flight_bytes = self.outbox().in_flight();
+        let (in_flight_bytes, waiting_bytes) = {
+            let outbox = self.outbox();
+            (outbox.in_flight(), outbox.waiting())
+        };
         let links = self.links();
         let live: Vec<_> = links.live.values().map(Link::stats).collect();
         PeerStats {
@@ -148,6 +154,7 @@ impl Peer {
             sent_bytes: links.sent_bytes + live.iter().map(|stats| stats.sent_bytes).sum::<u64>(),
             lost_packets: links.lost_packets + live.iter().map(|stats| stats.lost_packets).sum::<u64>(),
             in_flight_bytes,
+            waiting_bytes,
             problem: if links.live.is_empty() {
                 links.problem.clone()
             } else {
@@ -215,6 +222,7 @@ impl Peer {
             links.problem = Some(reason.clone());
         }
         let again = self.outbox().connection_lost(id);
+        metrics::counter!(SENT_AGAIN).increment(again);
         self.changed.notify_waiters();
         tracing::warn!(peer = %self.settings.site, connection = id.0, again, "a connection to the peer ended: {reason}");
         link.close(link::code::DONE, "the connection failed");

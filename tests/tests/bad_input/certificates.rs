@@ -97,7 +97,7 @@ fn another_name_or_site_than_expected_is_refused_at_both_ends() {
         .replace(&sites.agents_port(SOURCE), &sites.agents_port(TARGET));
     let config = sites.write("astray.toml", &astray);
     let mut agent = Program::start(&sites, Role::Agent, "source-agent", &config);
-    target.wait_for(&["WARN", "no link", "target"]);
+    target.wait_for(&["WARN", "no link", "source-gateway"]);
     agent.wait_for(&["WARN", "cannot reach the gateway", "target"]);
     target.assert_well();
     agent.assert_well();

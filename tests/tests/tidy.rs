@@ -86,11 +86,13 @@ const LAYERS: &[(&str, &[Layer])] = &[
         "gateway",
         &[
             ("operator", &["api", "job", "pki", "settings", "store"]),
-            ("api", &["job", "send", "settings", "store"]),
+            ("api", &["job", "metrics", "send", "settings", "store"]),
+            ("metrics", &["job", "receive", "send", "store"]),
             ("job", &["agents", "send", "store"]),
-            ("receive", &["agents", "reduction", "settings"]),
+            // Of `metrics`, names to count under.
+            ("receive", &["agents", "metrics", "reduction", "settings"]),
             ("agents", &["send::ingest", "settings"]),
-            ("send", &["job::ledger", "reduction", "settings"]),
+            ("send", &["job::ledger", "metrics", "reduction", "settings"]),
             (
                 "store",
                 &["job::ledger", "job::progress", "job::report", "job::spec"],
@@ -103,7 +105,8 @@ const LAYERS: &[(&str, &[Layer])] = &[
     (
         "agent",
         &[
-            ("session", &["disk", "settings"]),
+            ("session", &["disk", "metrics", "settings"]),
+            ("metrics", &[]),
             ("disk", &[]),
             ("settings", &[]),
         ],
@@ -455,6 +458,22 @@ fn the_two_sites_are_configured_well() {
     for path in ["configs/two-sites/web.toml", "configs/move.toml"] {
         settings::<JobSpec>(path, &read(path)).check().unwrap();
     }
+}
+
+#[test]
+fn every_metric_is_documented() {
+    let text = read("configs/README.md");
+    let mut offences = Vec::new();
+    for path in program_files() {
+        for name in code(&read(&path)).split("\"longhaul_").skip(1) {
+            let name = format!("longhaul_{}", name.split('"').next().unwrap());
+            let metric = name.ends_with("_total") || path.ends_with("/metrics.rs");
+            if metric && !text.contains(&format!("`{name}")) {
+                offences.push(format!("{path}: {name}"));
+            }
+        }
+    }
+    none(&offences, "metrics that configs/README.md does not name");
 }
 
 /// Lines of the `sh` blocks of a document, continued ones joined, comments cut off.

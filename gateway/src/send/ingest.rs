@@ -16,12 +16,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::outbox::{Flow, Lane, Ready};
 use super::transmit::Peer;
-<<<<<<< HEAD
 use crate::job::ledger::{DiskSums, Ledger, Sent};
-=======
-use crate::job::ledger::{DiskSums, Ledger};
 use crate::metrics::{SENT_RAW, SENT_WAN};
->>>>>>> bad
 use crate::reduction::{self, workers::Workers};
 
 /// Tells the agent that its batch found no job.

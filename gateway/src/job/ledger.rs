@@ -43,6 +43,10 @@ struct Open {
     disk: u16,
     data: u64,
     zero: u64,
+    wan: u64,
+    again: u64,
+    /// Leaves that it gives whole: first and count.
+    leaves: (u64, u64),
 }
 
 /// The counts of a job, over its attempts.
@@ -154,8 +158,34 @@ impl Ledger {
                 disk: header.disk.0,
                 data,
                 zero,
+                wan,
+                again,
+                leaves: (header.leaves.first, header.leaves.count),
             },
         );
+    }
+
+    /// These have entered, but were never sent: the attempt ended before.
+    pub fn withdraw(&mut self, unsent: &[Sequence]) {
+        for sequence in unsent {
+            let Some(open) = self.open.remove(sequence) else {
+                continue;
+            };
+            let index = usize::from(open.disk);
+            if let Some(sums) = self.disks.get_mut(index) {
+                sums.entered -= open.data;
+                sums.sent -= open.data;
+                sums.wan -= open.wan;
+                sums.resent -= open.again;
+            }
+            let (first, count) = open.leaves;
+            if let (Some(sent), Some(earlier)) = (self.sent_leaves.get_mut(index), self.earlier.get(index)) {
+                let leaves = first..first.saturating_add(count).min(sent.len() as u64 * 64);
+                leaves
+                    .filter(|leaf| !has(earlier, *leaf))
+                    .for_each(|leaf| clear(sent, leaf));
+            }
+        }
     }
 
     /// So much was sent a second time because a connection died; counted for the first disk.
@@ -241,6 +271,12 @@ fn set(bits: &mut Vec<u64>, index: u64) {
     bits[word] |= 1 << (index % 64);
 }
 
+fn clear(bits: &mut [u64], index: u64) {
+    if let Some(word) = bits.get_mut((index / 64) as usize) {
+        *word &= !(1 << (index % 64));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use longhaul_common::digest::Digest;
@@ -305,5 +341,19 @@ mod tests {
         ledger.sent_before(0, 8 * LEAF);
         ledger.entered(&batch(2, 7), 100);
         assert_eq!((ledger.total().resent, ledger.total().wan), (2 * LEAF, 700));
+    }
+
+    #[test]
+    fn what_never_left_is_not_sent_again() {
+        let mut ledger = Ledger::new(1);
+        for n in 0..4 {
+            ledger.entered(&batch(n, n), 100);
+        }
+        ledger.withdraw(&[Sequence(2), Sequence(3), Sequence(9)]);
+        assert_eq!((ledger.total().sent, ledger.total().wan), (2 * LEAF, 200));
+        let mut ledger = ledger.next_attempt();
+        ledger.entered(&batch(0, 1), 100);
+        ledger.entered(&batch(1, 3), 100);
+        assert_eq!((ledger.total().resent, ledger.total().sent), (LEAF, 4 * LEAF));
     }
 }

@@ -12,7 +12,7 @@ use longhaul_common::ids::{Attempt, JobId};
 use longhaul_common::link::{RecvStream, VarInt};
 use longhaul_common::wire::batch::{BatchHeader, CREDIT_MIN, STREAM_MAX};
 use longhaul_common::wire::session::{Refusal, RefusalKind};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 
 /// Tells the gateway that a stream found no session.
 const NO_SESSION: VarInt = VarInt::from_u32(1);
@@ -25,7 +25,6 @@ const BYTES_PER_CREDIT: u64 = 3;
 pub(super) struct Arrived {
     pub header: BatchHeader,
     pub data: Bytes,
-<<<<<<< HEAD
     pub _part: RoomPart,
 }
 
@@ -66,20 +65,12 @@ impl Drop for RoomPart {
         let mut left = self.room.left();
         *left = (left.0 + self.credit, left.1 + self.bytes);
     }
-=======
-    _room: OwnedSemaphorePermit,
->>>>>>> bad
 }
 
 struct Entry {
     attempt: Attempt,
     inbox: mpsc::Sender<Arrived>,
-<<<<<<< HEAD
     room: Arc<Room>,
-=======
-    /// Bytes that the credit allows to wait here.
-    room: Arc<Semaphore>,
->>>>>>> bad
     stop: watch::Sender<bool>,
     /// Closed when the session has let go of its images.
     gone: watch::Receiver<()>,
@@ -107,11 +98,7 @@ impl Arrivals {
     }
 
     /// Enters a session. An older attempt of the same job is stopped first, and waited for: it holds the images.
-<<<<<<< HEAD
     pub(super) async fn enter(&self, job: JobId, attempt: Attempt, credit: u64) -> Result<Seat<'_>, Refusal> {
-=======
-    pub(super) async fn enter(&self, job: JobId, attempt: Attempt, memory: u64) -> Result<Seat<'_>, Refusal> {
->>>>>>> bad
         loop {
             let mut gone = {
                 let mut table = self.table();
@@ -124,11 +111,7 @@ impl Arrivals {
                         older.stop.send_replace(true);
                         older.gone.clone()
                     }
-<<<<<<< HEAD
                     None => return Ok(self.seat(&mut table, job, attempt, credit)),
-=======
-                    None => return Ok(self.seat(&mut table, job, attempt, memory)),
->>>>>>> bad
                 }
             };
             while gone.changed().await.is_ok() {}
@@ -137,18 +120,9 @@ impl Arrivals {
         }
     }
 
-<<<<<<< HEAD
     fn seat(&self, table: &mut HashMap<JobId, Entry>, job: JobId, attempt: Attempt, credit: u64) -> Seat<'_> {
         // As many batches as the credit allows: handing one over never waits.
         let (inbox, arrived) = mpsc::channel((credit / CREDIT_MIN + 1) as usize);
-=======
-    fn seat(&self, table: &mut HashMap<JobId, Entry>, job: JobId, attempt: Attempt, memory: u64) -> Seat<'_> {
-        // Twice the credit: it is given back a moment before the batch is dropped.
-        let room = usize::try_from(memory.saturating_mul(2))
-            .unwrap_or(usize::MAX)
-            .min(Semaphore::MAX_PERMITS);
-        let (inbox, arrived) = mpsc::channel((room / CREDIT_MIN as usize).max(1));
->>>>>>> bad
         let (stop, stopped) = watch::channel(false);
         let (held, gone) = watch::channel(());
         table.insert(
@@ -156,11 +130,7 @@ impl Arrivals {
             Entry {
                 attempt,
                 inbox,
-<<<<<<< HEAD
                 room: Room::new(credit),
-=======
-                room: Arc::new(Semaphore::new(room)),
->>>>>>> bad
                 stop,
                 gone,
             },
@@ -186,7 +156,6 @@ impl Arrivals {
             Ok((header, rest)) => (header, bytes.slice(bytes.len() - rest.len()..)),
             Err(error) => return tracing::warn!("a batch was refused: {error}"),
         };
-<<<<<<< HEAD
         let inbox = self
             .table()
             .get(&header.job)
@@ -210,32 +179,7 @@ impl Arrivals {
                 let _ = stream.stop(NO_SESSION);
                 tracing::debug!(job = %header.job, attempt = %header.attempt, "a batch found no session");
             }
-=======
-        if self.hand_over(header, data).is_none() {
-            let _ = stream.stop(NO_SESSION);
->>>>>>> bad
         }
-    }
-
-    /// Puts a batch into its session's inbox, never waiting: a session that is held up, by a full disk for one, must not hold up
-    /// others. `None` where nobody takes it.
-    fn hand_over(&self, header: BatchHeader, data: Bytes) -> Option<()> {
-        let table = self.table();
-        let entry = table
-            .get(&header.job)
-            .filter(|entry| entry.attempt == header.attempt);
-        let Some(entry) = entry else {
-            tracing::debug!(job = %header.job, attempt = %header.attempt, "a batch found no session");
-            return None;
-        };
-        let bytes = u32::try_from(header.credit()).unwrap_or(u32::MAX);
-        let Ok(_room) = Arc::clone(&entry.room).try_acquire_many_owned(bytes) else {
-            tracing::warn!(job = %header.job, "the gateway sends more than it has credit for: the attempt ends");
-            entry.stop.send_replace(true);
-            return None;
-        };
-        // An inbox that is closed belongs to a session that has ended: nobody waits for this batch.
-        entry.inbox.try_send(Arrived { header, data, _room }).ok()
     }
 }
 

@@ -248,20 +248,16 @@ impl Attempt {
         permit
             .map_err(|error| Refusal::because(RefusalKind::Lost, &error))?
             .forget();
-<<<<<<< HEAD
-        let header = outcome::refused(outgoing.header.encode())?;
+        let (header, raw) = (
+            outcome::refused(outgoing.header.encode())?,
+            outgoing.header.data_len(),
+        );
         let data = outgoing.header.pieces.iter().rev();
         let last = data.into_iter().find(|piece| piece.content == Content::Data);
         let disk = self.source.disks.get(usize::from(outgoing.header.disk.0));
         if let (Some(disk), Some(last)) = (disk, last) {
             disk.sent.fetch_max(last.extent.end(), Ordering::Relaxed);
         }
-=======
-        let (header, raw) = (
-            outcome::refused(outgoing.header.encode())?,
-            outgoing.header.data_len(),
-        );
->>>>>>> bad
         let lost =
             |error: &dyn std::fmt::Display| Refusal::new(RefusalKind::Lost, self.link.reason_or(error));
         let mut stream = self.link.open_uni().await.map_err(|error| lost(&error))?;

@@ -20,12 +20,8 @@ use tokio::sync::mpsc;
 
 use super::arrivals::Arrived;
 use super::outcome;
-<<<<<<< HEAD
 use crate::disk::apply::{self, Applied, LeafRecord, Piece, Target, TargetError, Ticket};
-=======
-use crate::disk::apply::{Applied, LeafRecord, Piece, Target, TargetError, Ticket};
 use crate::metrics::{TARGET_BATCHES, TARGET_DURABLE, TARGET_RAW};
->>>>>>> bad
 use crate::settings::LimitsSection;
 
 /// A copy whose flush failed for want of space is opened again when there is so much, in bytes.

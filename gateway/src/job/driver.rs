@@ -20,7 +20,7 @@ use super::report::{DiskReport, Report, joint_digest};
 use crate::store::{JobRecord, Store, StoreError};
 
 /// Waits between two attempts.
-const BACKOFF: [u64; 6] = [200, 500, 1000, 2000, 4000, 8000];
+const BACKOFF: [u64; 6] = [200, 500, 1000, 2000, 3000, 5000];
 /// An attempt that lasted so long starts the waits anew.
 const GOOD_ATTEMPT: Duration = Duration::from_secs(20);
 /// How long an abort may take before the target's partial copy is left to itself.
@@ -127,11 +127,16 @@ impl Driver {
         }
     }
 
-    /// Waits longer each time, and no longer than until the operator wishes something.
+    /// Waits longer each time, and no longer than until the operator wishes something or an agent arrives.
     async fn wait_a_while(&mut self, failures: &mut usize) {
         let wait = Duration::from_millis(BACKOFF[*failures]);
         *failures = (*failures + 1).min(BACKOFF.len() - 1);
-        self.asked_again = tokio::time::timeout(wait, self.wish.changed()).await.is_ok();
+        self.asked_again = tokio::select! {
+            heard = self.wish.changed() => heard.is_ok(),
+            // Perhaps the one that was missing.
+            () = self.context.agents.arrival() => false,
+            () = tokio::time::sleep(wait) => false,
+        };
     }
 
     /// Says, in the journal and on the board, that nothing moves right now.
@@ -419,7 +424,8 @@ struct KeepLedger<'a, 'b> {
 
 impl Drop for KeepLedger<'_, '_> {
     fn drop(&mut self) {
-        *self.ledger = self.transfer.outflow.into_next();
+        self.transfer.context.ingest.close(&self.transfer.outflow);
+        *self.ledger = self.transfer.outflow.to_next();
     }
 }
 

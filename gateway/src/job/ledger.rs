@@ -4,6 +4,7 @@
 //! was entered in an earlier attempt without becoming durable there.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 
 use longhaul_common::digest::LEAF;
 use longhaul_common::extent::Extent;
@@ -43,6 +44,10 @@ struct Open {
     disk: u16,
     data: u64,
     zero: u64,
+    wan: u64,
+    again: u64,
+    /// Leaves that it gives whole: first and count.
+    leaves: (u64, u64),
 }
 
 /// The counts of a job, over its attempts.
@@ -159,8 +164,31 @@ impl Ledger {
                 disk: header.disk.0,
                 data,
                 zero,
+                wan,
+                again,
+                leaves: (header.leaves.first, header.leaves.count),
             },
         );
+    }
+
+    /// These have entered, but were never sent: the attempt ended before.
+    pub fn withdraw(&mut self, unsent: &[Sequence]) {
+        for sequence in unsent {
+            let Some(open) = self.open.remove(sequence) else {
+                continue;
+            };
+            let index = usize::from(open.disk);
+            if let Some(sums) = self.disks.get_mut(index) {
+                sums.entered -= open.data;
+                sums.sent -= open.data;
+                sums.wan -= open.wan;
+                sums.resent -= open.again;
+            }
+            let (first, count) = open.leaves;
+            if let (Some(sent), Some(earlier)) = (self.sent_leaves.get_mut(index), self.earlier.get(index)) {
+                sent.withdraw(first..first.saturating_add(count), earlier);
+            }
+        }
     }
 
     /// So much was sent a second time because a connection died; counted for the first disk.
@@ -224,6 +252,19 @@ impl LeafSet {
         self.0
             .get(&(leaf / 64))
             .is_some_and(|word| word >> (leaf % 64) & 1 == 1)
+    }
+
+    /// Takes out every one of `leaves` that is not in `earlier`.
+    fn withdraw(&mut self, leaves: Range<u64>, earlier: &Self) {
+        if leaves.is_empty() {
+            return;
+        }
+        for (index, word) in self.0.range_mut(leaves.start / 64..=(leaves.end - 1) / 64) {
+            let inside = (0..64).filter(|bit| leaves.contains(&(index * 64 + bit)));
+            inside
+                .filter(|bit| !earlier.has(index * 64 + bit))
+                .for_each(|bit| *word &= !(1 << bit));
+        }
     }
 
     fn add(&mut self, leaf: u64) {
@@ -308,5 +349,19 @@ mod tests {
         ledger.sent_before(0, 8 * LEAF);
         ledger.entered(&batch(2, 7), 100);
         assert_eq!((ledger.total().resent, ledger.total().wan), (2 * LEAF, 700));
+    }
+
+    #[test]
+    fn what_never_left_is_not_sent_again() {
+        let mut ledger = Ledger::new(1);
+        for n in 0..4 {
+            ledger.entered(&batch(n, n), 100);
+        }
+        ledger.withdraw(&[Sequence(2), Sequence(3), Sequence(9)]);
+        assert_eq!((ledger.total().sent, ledger.total().wan), (2 * LEAF, 200));
+        let mut ledger = ledger.next_attempt();
+        ledger.entered(&batch(0, 1), 100);
+        ledger.entered(&batch(1, 3), 100);
+        assert_eq!((ledger.total().resent, ledger.total().sent), (LEAF, 4 * LEAF));
     }
 }

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use longhaul_common::ids::Sequence;
 use longhaul_common::link::{self, Identity, Link, LinkSettings, RecvStream, Role, SendStream, TlsState};
 use longhaul_common::wire::ALPN_PEER;
 use longhaul_common::wire::sequences::Sequences;
@@ -105,10 +106,11 @@ impl Peer {
         self.outbox().sent_again(flow)
     }
 
-    /// Forgets a flow.
-    pub fn close(&self, flow: Flow) {
-        self.outbox().close(flow);
+    /// Forgets a flow; gives what of it was never sent.
+    pub fn close(&self, flow: Flow) -> Vec<Sequence> {
+        let unsent = self.outbox().close(flow);
         self.changed.notify_waiters();
+        unsent
     }
 
     /// A stream for a job's control messages, on the first connection there is; waits for one.

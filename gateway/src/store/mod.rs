@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use longhaul_common::ids::{JobId, NotAJobId};
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, Row, params};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
@@ -262,7 +262,7 @@ mod tests {
         }];
         let (progress, sent) = (job.progress.clone(), job.sent.clone());
         store.note(&job.id, progress, sent).await.unwrap();
-        assert_eq!(store.find(&job.id).await.unwrap(), Some(job));
+        assert_eq!(store.starting_with(&job.id).await.unwrap(), [job]);
     }
 
     #[tokio::test]

@@ -333,7 +333,10 @@ async fn lie(script: u32, open: &TargetOpen, mut send: SendStream, mut recv: Rec
     };
     if script == 1 || script == 2 {
         // Until the gateway asks for the proof, whatever else it says meanwhile is the same lie again.
-        while !open.dry_run {
+        loop {
+            if open.dry_run {
+                break;
+            }
             say(&mut send, &FromTarget::Durable(all.clone())).await;
             match tokio::time::timeout(Duration::from_millis(50), frame::read::<ToTarget>(&mut recv)).await {
                 Ok(Ok(Some(ToTarget::Verify))) => break,

@@ -50,8 +50,14 @@ const DOORS: &[(&str, &[&str])] = &[
         "utoipa",
         &["gateway/src/api/", "gateway/src/job/", "gateway/src/store/"],
     ),
-    ("hyper", &["gateway/src/operator/client.rs"]),
-    ("hyper_util", &["gateway/src/operator/client.rs"]),
+    (
+        "hyper",
+        &["gateway/src/api/connections.rs", "gateway/src/operator/client.rs"],
+    ),
+    (
+        "hyper_util",
+        &["gateway/src/api/connections.rs", "gateway/src/operator/client.rs"],
+    ),
     ("http_body_util", &["gateway/src/operator/client.rs"]),
     ("indicatif", &["gateway/src/operator/bars.rs"]),
     ("jiff", &["gateway/src/pki/", "gateway/src/job/driver.rs"]),
@@ -312,7 +318,6 @@ fn nothing_is_left_for_later_or_switched_off() {
         concat!("FIX", "ME"),
         concat!("TO", "DO"),
         concat!("XX", "X"),
-        concat!("allow(clippy::too_many", "_lines"),
         concat!("allow(unsafe", "_code"),
     ];
     let mut offences = Vec::new();
@@ -320,8 +325,13 @@ fn nothing_is_left_for_later_or_switched_off() {
         for (number, line) in read(&path).lines().enumerate() {
             let found = marks.iter().filter(|mark| line.contains(**mark));
             offences.extend(found.map(|mark| format!("{path}:{}: {mark}", number + 1)));
-            if path.contains("/src/") && line.contains(concat!("allow(dead", "_code")) {
-                offences.push(format!("{path}:{}: code that nobody uses", number + 1));
+            // A test may be one long table, and one of several that share a bench may not use all of it.
+            let silenced = [
+                concat!("allow(dead", "_code"),
+                concat!("allow(clippy::too_many", "_lines"),
+            ];
+            if path.contains("/src/") && silenced.iter().any(|lint| line.contains(lint)) {
+                offences.push(format!("{path}:{}: a lint is silenced", number + 1));
             }
             let word = concat!("un", "safe ");
             if has(line, word) && !line.trim_start().starts_with("//") && !line.contains('"') {
@@ -352,6 +362,13 @@ fn no_machine_is_known_here() {
         let Ok(text) = std::fs::read_to_string(root().join(&path)) else {
             continue;
         };
+        let markers = ["<<<<<<< ", ">>>>>>> "];
+        if text
+            .lines()
+            .any(|line| markers.iter().any(|marker| line.starts_with(marker)))
+        {
+            offences.push(format!("{path} holds both sides of a merge"));
+        }
         let found = places
             .iter()
             .filter(|place| has(&text, place) || text.contains(&format!("\"{place}")));

@@ -4,5 +4,6 @@
 //! nothing of networks or of the async runtime.
 
 pub mod disk;
+pub mod metrics;
 pub mod session;
 pub mod settings;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use clap::Parser;
 use longhaul_agent::disk::image::end_stale_servers;
+use longhaul_agent::metrics;
 use longhaul_agent::session::Agent;
 use longhaul_agent::settings::AgentSettings;
 use longhaul_common::link::{Reloader, Role, TlsState};
@@ -38,8 +39,7 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<(), String> {
     let settings: AgentSettings = settings::load(&arguments.config).map_err(|error| chain(&error))?;
     settings
-        .target
-        .mode_bits()
+        .check()
         .map_err(|text| format!("{}: {text}", arguments.config.display()))?;
     let tls =
         TlsState::load(settings.identity.credentials(), Some(Role::Agent)).map_err(|error| chain(&error))?;
@@ -48,7 +48,8 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         return Ok(());
     }
     telemetry::start_logs(&settings.log).map_err(|error| chain(&error))?;
-    let metrics = telemetry::start_metrics().map_err(|error| chain(&error))?;
+    let text = telemetry::start_metrics().map_err(|error| chain(&error))?;
+    metrics::describe();
     for folder in [&settings.paths.run, &settings.paths.state] {
         std::fs::create_dir_all(folder)
             .map_err(|error| format!("cannot make {}: {error}", folder.display()))?;
@@ -63,13 +64,13 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         .build();
     runtime
         .map_err(|error| format!("cannot start: {error}"))?
-        .block_on(serve(settings, tls, metrics))
+        .block_on(serve(settings, tls, text))
 }
 
 async fn serve(
     settings: AgentSettings,
     tls: Arc<TlsState>,
-    metrics: telemetry::MetricsText,
+    text: telemetry::MetricsText,
 ) -> Result<(), String> {
     for warning in tls.warnings() {
         tracing::warn!("{warning}");
@@ -77,7 +78,7 @@ async fn serve(
     tracing::info!(identity = %tls.identity(), "the agent starts");
     let _watch = Reloader::watch(&tls);
     if let Some(address) = settings.metrics {
-        telemetry::serve_metrics(address, metrics)
+        telemetry::serve_metrics(address, text)
             .await
             .map_err(|error| format!("metrics = \"{address}\": {error}"))?;
     }

@@ -6,10 +6,17 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use longhaul_common::settings::sections::{IdentitySection, LinkSection};
+use longhaul_common::link::check_name;
+use longhaul_common::settings::sections::{IdentitySection, LinkSection, check_address, check_count};
 use longhaul_common::telemetry::LogSettings;
 use longhaul_common::units::{ByteSize, Span};
 use serde::{Deserialize, Serialize};
+
+/// Most threads of a kind.
+const THREADS_MAX: usize = 256;
+/// A few batches: with less than one the source could never send.
+const JOB_MEMORY_MIN: u64 = 4 << 20;
+const FLUSH_TIME_MIN: Duration = Duration::from_millis(10);
 
 /// The whole file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -139,6 +146,39 @@ impl Default for ProgramsSection {
             qemu_img: "qemu-img".into(),
             qemu_nbd: "qemu-nbd".into(),
         }
+    }
+}
+
+impl AgentSettings {
+    /// What no single value can show, and what no run could live with.
+    ///
+    /// # Errors
+    /// A sentence that names the key.
+    pub fn check(&self) -> Result<(), String> {
+        self.target.mode_bits()?;
+        check_address("gateway.address", &self.gateway.address)?;
+        check_name(&self.gateway.name).map_err(|error| format!("gateway.name: {error}"))?;
+        let limits = &self.limits;
+        for (key, threads) in [
+            ("limits.read_threads", limits.read_threads),
+            ("limits.write_threads", limits.write_threads),
+            ("limits.verify_threads", limits.verify_threads),
+        ] {
+            check_count(key, threads, 1..=THREADS_MAX)?;
+        }
+        if limits.job_memory.0 < JOB_MEMORY_MIN {
+            return Err("limits.job_memory: a job cannot move within less than 4 MiB".to_owned());
+        }
+        if limits.flush_time.0 < FLUSH_TIME_MIN {
+            return Err("limits.flush_time: disks cannot be flushed more often than every 10 ms".to_owned());
+        }
+        if let Some(hook) = self.hooks.arrived.as_ref().filter(|hook| !hook.is_absolute()) {
+            return Err(format!(
+                "hooks.arrived: '{}' is relative; write the whole path",
+                hook.display()
+            ));
+        }
+        self.link.check("link")
     }
 }
 

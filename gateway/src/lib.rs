@@ -3,6 +3,7 @@
 pub mod agents;
 pub mod api;
 pub mod job;
+pub mod metrics;
 pub mod operator;
 pub mod pki;
 pub mod receive;

@@ -11,6 +11,7 @@ use longhaul_common::{settings, telemetry};
 use longhaul_gateway::agents::{self, Agents};
 use longhaul_gateway::api::{self, Api};
 use longhaul_gateway::job::table::Jobs;
+use longhaul_gateway::metrics::{self, Gauges};
 use longhaul_gateway::receive::Receiving;
 use longhaul_gateway::reduction::workers::Workers;
 use longhaul_gateway::send::ingest::Ingest;
@@ -53,7 +54,8 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         return Ok(());
     }
     telemetry::start_logs(&settings.log).map_err(|error| chain(&error))?;
-    let metrics = telemetry::start_metrics().map_err(|error| chain(&error))?;
+    let text = telemetry::start_metrics().map_err(|error| chain(&error))?;
+    metrics::describe();
     std::fs::create_dir_all(&settings.state)
         .map_err(|error| format!("cannot make {}: {error}", settings.state.display()))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -62,13 +64,13 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         .build();
     runtime
         .map_err(|error| format!("cannot start: {error}"))?
-        .block_on(serve(settings, tls, metrics))
+        .block_on(serve(settings, tls, text))
 }
 
 async fn serve(
     settings: GatewaySettings,
     tls: Arc<TlsState>,
-    metrics: telemetry::MetricsText,
+    text: telemetry::MetricsText,
 ) -> Result<(), String> {
     for warning in tls.warnings() {
         tracing::warn!("{warning}");
@@ -84,22 +86,19 @@ async fn serve(
     let agents = Arc::new(Agents::default());
     let ingest = Arc::new(Ingest::new(workers.clone(), settings.limits.send_memory.0));
     agents::listen(&settings.agents, &tls, Arc::clone(&agents), Arc::clone(&ingest))
-        .map_err(|error| chain(&error))?;
+        .map_err(|error| format!("agents.listen: {}", chain(&error)))?;
     let receiving = Receiving::new(Arc::clone(&agents), workers, settings.limits.receive_memory.0);
-    receiving
+    Arc::clone(&receiving)
         .listen(&settings.peers, &tls)
-        .map_err(|error| chain(&error))?;
+        .map_err(|error| format!("peers.listen: {}", chain(&error)))?;
     let peers = settings
         .peer
         .iter()
         .map(|peer| Peer::start(peer.clone(), Arc::clone(&tls)))
         .collect();
-    let jobs = Jobs::new(agents, ingest, peers, store, settings.limits.jobs);
-    let api = Api {
-        jobs: Arc::clone(&jobs),
-        metrics,
-        identity: tls.identity().to_string(),
-    };
+    let jobs = Jobs::new(agents, Arc::clone(&ingest), peers, store, settings.limits.jobs);
+    let gauges = Gauges { ingest, receiving };
+    let api = Api::new(Arc::clone(&jobs), text, gauges, tls.identity().to_string());
     api::serve(&settings.api, &tls, api)
         .await
         .map_err(|error| chain(&error))?;

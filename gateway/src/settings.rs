@@ -5,10 +5,16 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use longhaul_common::settings::sections::{IdentitySection, LinkSection};
+use longhaul_common::link::check_name;
+use longhaul_common::settings::sections::{IdentitySection, LinkSection, check_address, check_count};
 use longhaul_common::telemetry::LogSettings;
 use longhaul_common::units::ByteSize;
 use serde::{Deserialize, Serialize};
+
+/// Most threads that reduce and restore.
+const WORKERS_MAX: usize = 1024;
+/// Most jobs at once.
+const JOBS_MAX: usize = 1000;
 
 /// The whole file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -108,7 +114,12 @@ impl Default for LimitsSection {
 impl GatewaySettings {
     /// What no single value can show: a sentence where the sections do not fit together.
     pub fn check(&self) -> Result<(), String> {
+        check_count("limits.workers", self.limits.workers, 0..=WORKERS_MAX)?;
+        check_count("limits.jobs", self.limits.jobs, 1..=JOBS_MAX)?;
+        self.agents.link.check("agents.link")?;
+        self.peers.link.check("peers.link")?;
         for (index, peer) in self.peer.iter().enumerate() {
+            peer.check(&format!("peer[{index}]"))?;
             if self.peer[..index].iter().any(|other| other.site == peer.site) {
                 return Err(format!(
                     "two [[peer]] sections are for site '{}'; keep one",
@@ -117,5 +128,14 @@ impl GatewaySettings {
             }
         }
         Ok(())
+    }
+}
+
+impl PeerSection {
+    fn check(&self, key: &str) -> Result<(), String> {
+        check_name(&self.site).map_err(|error| format!("{key}.site: {error}"))?;
+        check_name(&self.name).map_err(|error| format!("{key}.name: {error}"))?;
+        check_address(&format!("{key}.address"), &self.address)?;
+        self.link.check(&format!("{key}.link"))
     }
 }

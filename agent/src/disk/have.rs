@@ -15,11 +15,15 @@ const ZEROS: Digest = Digest([0; 32]);
 #[derive(Debug, Default)]
 pub(crate) struct HaveLeaves {
     digests: Vec<Digest>,
+    /// First leaf that nothing was said of: the target speaks of ascending leaves, once of each.
+    next: u64,
 }
 
 /// A list of leaves that does not fit the disk.
 #[derive(Debug, thiserror::Error)]
-#[error("the target claims leaves that the disk does not have; it holds another disk's copy")]
+#[error(
+    "the target claims leaves that the disk does not have, or speaks of one twice; it holds another disk's copy"
+)]
 pub(crate) struct NotThisDisk;
 
 impl HaveLeaves {
@@ -29,8 +33,9 @@ impl HaveLeaves {
         let end = have
             .first
             .checked_add(have.count)
-            .filter(|end| *end <= leaves)
+            .filter(|end| *end <= leaves && have.first >= self.next && have.count > 0)
             .ok_or(NotThisDisk)?;
+        self.next = end;
         if self.digests.is_empty() {
             self.digests = vec![UNKNOWN; leaves as usize];
         }
@@ -77,6 +82,7 @@ mod tests {
             digests,
         };
         have.add(&said(1, 2, vec![(2, one)]), 4 * LEAF).unwrap();
+        assert!(have.add(&said(1, 2, vec![(2, one)]), 4 * LEAF).is_err(), "twice");
         assert!(have.holds(1, None) && have.holds(2, Some(one)));
         assert!(!have.holds(2, None) && !have.holds(0, None) && !have.holds(9, None));
         assert!(have.add(&said(3, 2, vec![]), 4 * LEAF).is_err());

@@ -8,10 +8,12 @@ use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Component, Path, PathBuf};
 
+use longhaul_common::wire::words::is_plain;
+
 /// Why a path is not allowed.
 #[derive(Debug, thiserror::Error)]
 pub enum RootError {
-    #[error("{} must be an absolute path to a file, without '..'", .path.display())]
+    #[error("{} must be an absolute path to a file, without '..' and control characters", .path.display().to_string().escape_debug())]
     NotAFile { path: PathBuf },
     #[error("the directory of {} cannot be examined: create it or correct the path", .path.display())]
     Directory {
@@ -31,7 +33,9 @@ pub fn resolve_inside(roots: &[PathBuf], path: &Path) -> Result<PathBuf, RootErr
     let not_a_file = || RootError::NotAFile {
         path: path.to_owned(),
     };
-    let plain = path.is_absolute() && !path.components().any(|part| part == Component::ParentDir);
+    // A line end in a name would be two names to a hook, and a control character speaks to the terminal that shows it.
+    let shown = path.to_str().is_none_or(|path| path.chars().all(is_plain));
+    let plain = shown && path.is_absolute() && !path.components().any(|part| part == Component::ParentDir);
     let (Some(parent), Some(name), true) = (path.parent(), path.file_name(), plain) else {
         return Err(not_a_file());
     };

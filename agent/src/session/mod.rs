@@ -23,6 +23,7 @@ use longhaul_common::wire::session::AgentTask;
 use longhaul_common::wire::{ALPN_AGENT, frame};
 use tokio::sync::Semaphore;
 
+use crate::metrics::LINKED;
 use crate::settings::AgentSettings;
 
 /// Streams of batches that are read at once; the job's credit bounds their bytes.
@@ -65,7 +66,9 @@ impl Agent {
                 Ok(link) => {
                     tracing::info!(gateway = %link.peer(), address = %link.remote_address(), "linked to the gateway");
                     (failures, last_error) = (0, String::new());
+                    metrics::gauge!(LINKED).set(1.0);
                     let reason = self.serve(&link).await;
+                    metrics::gauge!(LINKED).set(0.0);
                     tracing::warn!("the link to the gateway ended: {reason}");
                 }
                 Err(error) => {

@@ -21,6 +21,7 @@ use super::threads::on_thread;
 use super::{Agent, outcome};
 use crate::disk::have::HaveLeaves;
 use crate::disk::reader::{DiskRead, Outgoing};
+use crate::metrics::{SOURCE_BATCHES, SOURCE_RAW};
 
 /// Batches that are read ahead of the link.
 const READ_AHEAD: usize = 4;
@@ -247,7 +248,10 @@ impl Attempt {
         permit
             .map_err(|error| Refusal::because(RefusalKind::Lost, &error))?
             .forget();
-        let header = outcome::refused(outgoing.header.encode())?;
+        let (header, raw) = (
+            outcome::refused(outgoing.header.encode())?,
+            outgoing.header.data_len(),
+        );
         let data = outgoing.header.pieces.iter().rev();
         let last = data.into_iter().find(|piece| piece.content == Content::Data);
         let disk = self.source.disks.get(usize::from(outgoing.header.disk.0));
@@ -267,7 +271,8 @@ impl Attempt {
             .map_err(|error| lost(&error))?;
         // Fails only where the gateway refused the stream, and then it ends the attempt.
         let _ = stream.finish();
-        metrics::counter!("longhaul_source_batches_total").increment(1);
+        metrics::counter!(SOURCE_BATCHES).increment(1);
+        metrics::counter!(SOURCE_RAW).increment(raw);
         Ok(())
     }
 }

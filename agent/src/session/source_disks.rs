@@ -227,7 +227,7 @@ impl OpenDisk {
             unfiltered(&image)
         };
         refuse_short(&path, &scan, image.size())?;
-        let sums = sum_contents(&image, &scan.free).map_err(|error| {
+        let sums = sum_contents(&image, &scan).map_err(|error| {
             Refusal::new(
                 RefusalKind::Refused,
                 format!("cannot read the map of {}: {error}", path.display()),
@@ -239,7 +239,12 @@ impl OpenDisk {
             allocated: sums.data + sums.free,
             free: sums.free,
             used: sums.data,
-            parts: scan.parts.iter().map(part_report).collect(),
+            parts: scan
+                .parts
+                .iter()
+                .zip(&sums.parts)
+                .map(|(part, free)| part_report(part, *free))
+                .collect(),
             notes: image.notes().to_vec(),
             scan_ms: started.elapsed().as_millis() as u64,
             sent_before: 0,
@@ -282,18 +287,29 @@ fn refuse_short(path: &Path, scan: &Scan, size: u64) -> Result<(), Refusal> {
 struct Sums {
     data: u64,
     free: u64,
+    /// Of `free`, what lies in each part; holes that are free as well count as holes.
+    parts: Vec<u64>,
 }
 
 /// How much of the disk is read, and how much is skipped as free.
-fn sum_contents(image: &SourceImage, free: &FreeMap) -> std::io::Result<Sums> {
+fn sum_contents(image: &SourceImage, scan: &Scan) -> std::io::Result<Sums> {
     let mut spans = Spans::new(image.size());
-    let mut sums = Sums { data: 0, free: 0 };
+    let mut sums = Sums {
+        data: 0,
+        free: 0,
+        parts: vec![0; scan.parts.len()],
+    };
     let ask = |range: Extent| image.allocation(range);
-    while let Some(span) = spans.next(free, &ask)? {
+    while let Some(span) = spans.next(&scan.free, &ask)? {
         for piece in span.pieces {
             match piece.content {
                 Content::Data => sums.data += piece.extent.len(),
-                Content::Free => sums.free += piece.extent.len(),
+                Content::Free => {
+                    sums.free += piece.extent.len();
+                    if let Some(part) = part_of(&piece.extent, &scan.parts) {
+                        sums.parts[part] += piece.extent.len();
+                    }
+                }
                 Content::Hole | Content::Zero => {}
             }
         }
@@ -301,13 +317,23 @@ fn sum_contents(image: &SourceImage, free: &FreeMap) -> std::io::Result<Sums> {
     Ok(sums)
 }
 
-fn part_report(part: &scan::Part) -> PartReport {
+/// The smallest part that proves something and holds `free`: a logical volume lies inside its physical one.
+fn part_of(free: &Extent, parts: &[scan::Part]) -> Option<usize> {
+    let proving = (0..)
+        .zip(parts)
+        .filter(|(_, part)| part.proof.is_some() && part.extent.intersect(free).is_some());
+    proving
+        .min_by_key(|(_, part)| part.extent.len())
+        .map(|(index, _)| index)
+}
+
+fn part_report(part: &scan::Part, free_bytes: u64) -> PartReport {
     PartReport {
         name: part.name.clone(),
         extent: part.extent,
         kind: part.kind.clone(),
         proof: part.proof.map(|proof| proof_words(proof).to_owned()),
-        free_bytes: part.free_bytes,
+        free_bytes,
         reason: part.reason.clone(),
     }
 }

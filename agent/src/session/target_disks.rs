@@ -235,7 +235,7 @@ pub(super) fn keep_definition(
 
 /// Temporary name, sync, rename, sync of the folder.
 fn write_durably(path: &Path, content: &[u8]) -> std::io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("/"));
+    let folder = path.parent().unwrap_or_else(|| Path::new("/"));
     std::fs::create_dir_all(folder)?;
     let temporary = path.with_extension("new");
     let mut file = std::fs::File::create(&temporary)?;

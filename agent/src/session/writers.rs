@@ -21,6 +21,7 @@ use tokio::sync::mpsc;
 use super::arrivals::Arrived;
 use super::outcome;
 use crate::disk::apply::{self, Applied, LeafRecord, Piece, Target, TargetError, Ticket};
+use crate::metrics::{TARGET_BATCHES, TARGET_DURABLE, TARGET_RAW};
 use crate::settings::LimitsSection;
 
 /// A copy whose flush failed for want of space is opened again when there is so much, in bytes.
@@ -187,6 +188,8 @@ impl Shared {
         let Some(applied) = self.apply(disk, header, data)? else {
             return Ok(());
         };
+        metrics::counter!(TARGET_BATCHES).increment(1);
+        metrics::counter!(TARGET_RAW).increment(data.len() as u64);
         let mut tickets = disk.tickets.lock().unwrap_or_else(PoisonError::into_inner);
         tickets.insert(applied.ticket, header.sequence);
         if applied.flush_due {
@@ -263,6 +266,7 @@ impl Shared {
         drop(tickets);
         if !durable.is_empty() {
             tracing::trace!(disk = %index, batches = durable.len(), "durable");
+            metrics::counter!(TARGET_DURABLE).increment(durable.len());
             self.tell(FromTarget::Durable(durable));
         }
         Ok(())
@@ -270,7 +274,7 @@ impl Shared {
 }
 
 fn has_room(target: &Target) -> bool {
-    let folder = target.path().parent().unwrap_or(Path::new("/"));
+    let folder = target.path().parent().unwrap_or_else(|| Path::new("/"));
     apply::check_space(folder, SPACE_AGAIN).is_ok()
 }
 

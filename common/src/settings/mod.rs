@@ -79,24 +79,56 @@ fn build<T: DeserializeOwned>(
         cause,
     };
     // Parsed once by itself: its messages carry line and column, and duplicate keys are refused.
-    toml::from_str::<toml::Table>(text).map_err(|error| syntax(error.to_string().trim_end().to_owned()))?;
-    let mut builder = Config::builder().add_source(File::from_str(text, FileFormat::Toml));
-    if let Some(environment) = environment {
-        builder = builder.add_source(environment);
-    }
+    toml::from_str::<toml::Table>(text).map_err(|error| syntax(placed(text, &error)))?;
+    let Some(environment) = environment else {
+        let file = toml::Deserializer::parse(text).map_err(|error| syntax(placed(text, &error)))?;
+        let read = serde_path_to_error::deserialize(file);
+        return read.map_err(|error| explain(path, &error.path().to_string(), error.inner().message()));
+    };
+    let builder = Config::builder()
+        .add_source(File::from_str(text, FileFormat::Toml))
+        .add_source(environment);
     let config = builder.build().map_err(|error| syntax(error.to_string()))?;
-    serde_path_to_error::deserialize(config).map_err(|error| explain(path, &error))
+    serde_path_to_error::deserialize(config).map_err(|error| {
+        let place = error.path().to_string();
+        // The file by itself has the same mistake, unless it came from the environment; of the file it is said better.
+        let better = said_of_file::<T>(text, &place);
+        explain(path, &place, &better.unwrap_or_else(|| error.inner().to_string()))
+    })
 }
 
-fn explain(path: &Path, error: &serde_path_to_error::Error<config::ConfigError>) -> SettingsError {
+/// "line 3, column 7: what is wrong", on one line.
+fn placed(text: &str, error: &toml::de::Error) -> String {
+    let message = error.message().trim_end().replace('\n', " ");
+    let before = error.span().and_then(|span| text.get(..span.start));
+    before.map_or_else(
+        || message.clone(),
+        |before| {
+            let line = before.matches('\n').count() + 1;
+            let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
+            format!("line {line}, column {column}: {message}")
+        },
+    )
+}
+
+fn said_of_file<T: DeserializeOwned>(text: &str, place: &str) -> Option<String> {
+    let file = toml::Deserializer::parse(text).ok()?;
+    let error = serde_path_to_error::deserialize::<_, T>(file).err()?;
+    let same = error.path().to_string().trim_start_matches('.') == place.trim_start_matches('.');
+    same.then(|| error.inner().message().trim_end().to_owned())
+}
+
+fn explain(path: &Path, place: &str, cause: &str) -> SettingsError {
     let path = path.to_owned();
-    let place = error.path().to_string();
-    let cause = error.inner().to_string();
-    let Some((unknown, known)) = unknown_field(&cause) else {
-        let cause = cause.split(" for key `").next().unwrap_or(&cause).to_owned();
+    let Some((unknown, known)) = unknown_field(cause) else {
+        let cause = cause
+            .split(" for key `")
+            .next()
+            .unwrap_or(cause)
+            .replace('\n', " ");
         return SettingsError::Value {
             path,
-            key: place,
+            key: place.to_owned(),
             cause,
         };
     };

@@ -69,7 +69,45 @@ impl Default for LinkSection {
     }
 }
 
+/// Most connections of one link.
+pub const CONNECTIONS_MAX: u32 = 16;
+
+/// Whether `address`, the value of `key`, can be one: "host:port".
+///
+/// # Errors
+/// A sentence.
+pub fn check_address(key: &str, address: &str) -> Result<(), String> {
+    let parts = address.rsplit_once(':');
+    let good =
+        parts.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0));
+    good.then_some(()).ok_or_else(|| {
+        format!("{key}: '{address}' has no host or no port; write it like \"gateway.example.org:7401\"")
+    })
+}
+
+/// Whether `count`, the value of `key`, lies within `range`.
+///
+/// # Errors
+/// A sentence.
+pub fn check_count(key: &str, count: usize, range: std::ops::RangeInclusive<usize>) -> Result<(), String> {
+    let (least, most) = (range.start(), range.end());
+    let wrong = || format!("{key}: {count} is not possible; write {least} to {most}");
+    range.contains(&count).then_some(()).ok_or_else(wrong)
+}
+
 impl LinkSection {
+    /// What is out of bounds, as a sentence; `key` is the section's own.
+    ///
+    /// # Errors
+    /// The sentence.
+    pub fn check(&self, key: &str) -> Result<(), String> {
+        check_count(
+            &format!("{key}.connections"),
+            self.connections as usize,
+            1..=CONNECTIONS_MAX as usize,
+        )
+    }
+
     /// As the link wants it, for each of the connections.
     pub fn settings(&self) -> LinkSettings {
         let dead_after = self
@@ -79,7 +117,7 @@ impl LinkSection {
         LinkSettings {
             rate: self.rate.map(|rate| rate.0),
             rtt: self.rtt.map(|rtt| rtt.0),
-            connections: self.connections.clamp(1, 16),
+            connections: self.connections.clamp(1, CONNECTIONS_MAX),
             mtu_max: if self.jumbo { MTU_JUMBO } else { MTU_WAN },
             congestion: self.congestion,
             socket_buffer: usize::try_from(self.socket_buffer.0).unwrap_or(usize::MAX),

@@ -30,5 +30,6 @@ pub mod batch;
 pub mod frame;
 pub mod sequences;
 pub mod session;
+pub mod words;
 
 pub use crate::link::{ALPN_AGENT, ALPN_PEER};

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::sequences::Sequences;
+use super::words;
 use crate::digest::Digest;
 use crate::extent::Extent;
 use crate::ids::{Attempt, DiskIndex, JobId};
@@ -18,6 +19,8 @@ use crate::ids::{Attempt, DiskIndex, JobId};
 pub const DISKS_MAX: usize = 256;
 /// Most leaves in one [`FromTarget::Have`] frame.
 pub const HAVE_MAX: usize = 8192;
+/// Largest disk: keeps hostile sizes from costing memory, and sums over all disks of a VM within 64 bits.
+pub const DISK_SIZE_MAX: u64 = 4 << 50;
 /// Largest definition file of a VM, in bytes.
 pub const DEFINITION_MAX: usize = 512 << 10;
 
@@ -26,6 +29,7 @@ pub const DEFINITION_MAX: usize = 512 << 10;
 pub struct Refusal {
     pub kind: RefusalKind,
     /// A sentence with cause and remedy.
+    #[serde(deserialize_with = "words::text")]
     pub text: String,
 }
 
@@ -108,7 +112,11 @@ pub enum AgentTask {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PeerTask {
     /// The job's target side; `agent` is the name of the target agent.
-    Target { agent: String, open: TargetOpen },
+    Target {
+        #[serde(deserialize_with = "words::text")]
+        agent: String,
+        open: TargetOpen,
+    },
 }
 
 /// What the source agent is to read.
@@ -138,6 +146,7 @@ pub struct SourceDisk {
 pub struct OpenedDisk {
     /// Guest-visible size in bytes.
     pub size: u64,
+    #[serde(deserialize_with = "words::text")]
     pub format: String,
     /// Bytes that are no hole of the image.
     pub allocated: u64,
@@ -147,6 +156,7 @@ pub struct OpenedDisk {
     pub used: u64,
     pub parts: Vec<PartReport>,
     /// Facts a person should know, such as "2 internal snapshots are left behind".
+    #[serde(deserialize_with = "words::list")]
     pub notes: Vec<String>,
     /// Milliseconds the scan took.
     pub scan_ms: u64,
@@ -154,17 +164,31 @@ pub struct OpenedDisk {
     pub sent_before: u64,
 }
 
+impl OpenedDisk {
+    /// Whether its numbers fit together: sums over all disks of a VM then fit in 64 bits.
+    pub fn is_sound(&self) -> bool {
+        self.size <= DISK_SIZE_MAX
+            && [self.allocated, self.free, self.used]
+                .iter()
+                .all(|bytes| *bytes <= self.size)
+    }
+}
+
 /// One part of a disk, and what the filter made of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartReport {
     /// "partition 2: ext4 'root'".
+    #[serde(deserialize_with = "words::text")]
     pub name: String,
     pub extent: Extent,
+    #[serde(deserialize_with = "words::text")]
     pub kind: String,
     /// The proof by which free blocks were skipped; `None`: copied whole.
+    #[serde(deserialize_with = "words::maybe")]
     pub proof: Option<String>,
     pub free_bytes: u64,
     /// Why it was copied whole.
+    #[serde(deserialize_with = "words::maybe")]
     pub reason: Option<String>,
 }
 
@@ -206,6 +230,17 @@ pub struct DiskCounts {
     pub hash_ms: u64,
 }
 
+impl DiskCounts {
+    /// Whether its numbers can be those of a disk of `size` bytes.
+    pub fn is_sound(&self, size: u64) -> bool {
+        let bytes = [self.data, self.hole, self.zero, self.free, self.kept];
+        // No batch is empty; a century of milliseconds is enough for anybody.
+        bytes.iter().all(|bytes| *bytes <= size)
+            && self.batches <= size
+            && [self.read_ms, self.hash_ms].iter().all(|ms| *ms < 1 << 42)
+    }
+}
+
 /// What the source agent is told.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToSource {
@@ -236,6 +271,7 @@ pub struct TargetOpen {
     pub job: JobId,
     pub attempt: Attempt,
     /// The job's name, for the hook.
+    #[serde(deserialize_with = "words::text")]
     pub name: String,
     pub disks: Vec<TargetDisk>,
     pub definition: Option<Vec<u8>>,
@@ -248,6 +284,7 @@ pub struct TargetOpen {
 pub struct TargetDisk {
     pub path: PathBuf,
     /// "raw" or "qcow2"; a path that is a block device is written as such.
+    #[serde(deserialize_with = "words::text")]
     pub format: String,
     pub size: u64,
     /// Bytes that the content will take at most.
@@ -260,6 +297,7 @@ pub struct TargetDisk {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromTarget {
     Opened {
+        #[serde(deserialize_with = "words::list")]
         notes: Vec<String>,
     },
     Have(Have),
@@ -285,6 +323,7 @@ pub enum FromTarget {
     },
     Committed {
         paths: Vec<PathBuf>,
+        #[serde(deserialize_with = "words::maybe")]
         hook: Option<String>,
     },
     Aborted,

@@ -4,6 +4,7 @@
 //! reader skips states instead of queueing them.
 
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
@@ -13,7 +14,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
-use super::Api;
+use super::{Api, Problem};
 use crate::job::progress::{JobState, Progress};
 use crate::job::table::JobError;
 use crate::store::JobRecord;
@@ -40,11 +41,21 @@ pub enum Event {
 
 /// A job's progress, one JSON object per line, until it is at rest.
 #[utoipa::path(get, path = "/v1/jobs/{id}/events",
-    responses((status = 200, body = Event, content_type = "application/x-ndjson")))]
+    responses((status = 200, body = Event, content_type = "application/x-ndjson"), (status = 404, body = Problem),
+        (status = 503, body = Problem)))]
 pub(super) async fn events(State(api): State<Api>, Path(id): Path<String>) -> Result<Response, JobError> {
     let first = api.jobs.find(&id).await?;
+    let place = Arc::clone(&api.watchers).try_acquire_owned();
+    let place = place.map_err(|_| JobError::TooManyWatchers)?;
     let (say, mut said) = mpsc::channel::<Bytes>(4);
-    tokio::spawn(watch(api, first, say));
+    tokio::spawn(async move {
+        tokio::select! {
+            () = watch(api, first, say.clone()) => {}
+            // Nobody reads any more.
+            () = say.closed() => {}
+        }
+        drop(place);
+    });
     let lines = futures_lines(move |context| said.poll_recv(context));
     Ok(([(CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
 }

@@ -10,13 +10,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::serve::Listener;
 use longhaul_common::link::{LinkError, Role, TlsState, https_server_config};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 
+use super::connections::Connections;
 use super::{Api, router};
 use crate::settings::ApiSection;
 
@@ -42,9 +41,8 @@ pub enum ApiError {
 pub async fn serve(settings: &ApiSection, tls: &Arc<TlsState>, api: Api) -> Result<(), ApiError> {
     let socket = unix_listener(&settings.socket).await?;
     tracing::info!(socket = %settings.socket.display(), "the API listens");
-    let routes = router(api);
-    let serving = axum::serve(socket, routes.clone());
-    tokio::spawn(async move { serving.await });
+    let connections = Connections::new(router(api));
+    tokio::spawn(serve_unix(socket, connections.clone()));
     let Some(address) = settings.listen else {
         return Ok(());
     };
@@ -52,12 +50,19 @@ pub async fn serve(settings: &ApiSection, tls: &Arc<TlsState>, api: Api) -> Resu
     let listener = TcpListener::bind(address).await.map_err(failed)?;
     let local = listener.local_addr().map_err(failed)?;
     let config = https_server_config(tls, &[Role::Operator])?;
-    let (ready, accepted) = mpsc::channel(HANDSHAKES_MAX);
-    tokio::spawn(shake_hands(listener, TlsAcceptor::from(config), ready));
+    tokio::spawn(shake_hands(listener, TlsAcceptor::from(config), connections));
     tracing::info!(%local, "the API listens with mutual TLS");
-    let serving = axum::serve(TlsListener { accepted, local }, routes);
-    tokio::spawn(async move { serving.await });
     Ok(())
+}
+
+async fn serve_unix(socket: UnixListener, connections: Connections) {
+    while let Some(place) = connections.place().await {
+        match socket.accept().await {
+            Ok((client, _)) => connections.serve(client, place),
+            // Too many open files, for one: later there may be fewer.
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
 }
 
 async fn unix_listener(path: &Path) -> Result<UnixListener, ApiError> {
@@ -79,11 +84,7 @@ async fn unix_listener(path: &Path) -> Result<UnixListener, ApiError> {
     Ok(listener)
 }
 
-async fn shake_hands(
-    listener: TcpListener,
-    acceptor: TlsAcceptor,
-    ready: mpsc::Sender<(TlsStream<TcpStream>, SocketAddr)>,
-) {
+async fn shake_hands(listener: TcpListener, acceptor: TlsAcceptor, connections: Connections) {
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     loop {
         let Ok(permit) = Arc::clone(&handshakes).acquire_owned().await else {
@@ -93,35 +94,17 @@ async fn shake_hands(
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
-        let (acceptor, ready) = (acceptor.clone(), ready.clone());
+        let (acceptor, connections) = (acceptor.clone(), connections.clone());
         tokio::spawn(async move {
-            match tokio::time::timeout(HANDSHAKE_TIME, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => drop(ready.send((stream, address)).await),
-                Ok(Err(error)) => tracing::warn!(%address, "refused an operator: {error}"),
-                Err(_) => tracing::debug!(%address, "an operator's handshake took too long"),
+            let stream = match tokio::time::timeout(HANDSHAKE_TIME, acceptor.accept(stream)).await {
+                Ok(Ok(stream)) => stream,
+                Ok(Err(error)) => return tracing::warn!(%address, "refused an operator: {error}"),
+                Err(_) => return tracing::debug!(%address, "an operator's handshake took too long"),
+            };
+            if let Some(place) = connections.place().await {
+                drop(permit);
+                connections.serve(stream, place);
             }
-            drop(permit);
         });
-    }
-}
-
-struct TlsListener {
-    accepted: mpsc::Receiver<(TlsStream<TcpStream>, SocketAddr)>,
-    local: SocketAddr,
-}
-
-impl Listener for TlsListener {
-    type Io = TlsStream<TcpStream>;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        match self.accepted.recv().await {
-            Some(accepted) => accepted,
-            None => std::future::pending().await,
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        Ok(self.local)
     }
 }

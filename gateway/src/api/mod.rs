@@ -4,25 +4,31 @@
 //! whoever may write to it may command; over TCP only operators' certificates may. Promises that every error answer is
 //! `{"error": "a sentence"}`.
 
+mod connections;
 mod events;
 mod listen;
+mod words;
 
 use std::sync::Arc;
 
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use longhaul_common::telemetry::MetricsText;
 use longhaul_common::wire::session::chain;
 use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
 use utoipa::OpenApi;
 
 use crate::job::driver::Wish;
 use crate::job::plan::{self, Plan};
 use crate::job::spec::JobSpec;
 use crate::job::table::{JobError, Jobs};
+use crate::metrics::Gauges;
 use crate::store::JobRecord;
 
 pub use events::Event;
@@ -31,9 +37,29 @@ pub use listen::{ApiError, serve};
 /// What handlers work with.
 #[derive(Clone)]
 pub struct Api {
-    pub jobs: Arc<Jobs>,
-    pub metrics: MetricsText,
-    pub identity: String,
+    jobs: Arc<Jobs>,
+    metrics: MetricsText,
+    /// What the metrics are of.
+    gauges: Arc<Gauges>,
+    identity: String,
+    /// Places for streams of events.
+    watchers: Arc<Semaphore>,
+}
+
+/// Streams of events at once.
+const WATCHERS_MAX: usize = 64;
+
+impl Api {
+    /// Over the gateway's jobs; `identity` is how it calls itself.
+    pub fn new(jobs: Arc<Jobs>, metrics: MetricsText, gauges: Gauges, identity: String) -> Self {
+        Self {
+            jobs,
+            metrics,
+            gauges: Arc::new(gauges),
+            identity,
+            watchers: Arc::new(Semaphore::new(WATCHERS_MAX)),
+        }
+    }
 }
 
 /// The gateway at one moment.
@@ -81,7 +107,19 @@ pub struct Problem {
         description = "Jobs of one site gateway",
         license(name = "MIT OR Apache-2.0")
     ),
-    paths(status, submit, list, find, pause, resume, cancel, make_plan, events::events)
+    paths(
+        status,
+        submit,
+        list,
+        find,
+        pause,
+        resume,
+        cancel,
+        make_plan,
+        events::events,
+        metrics_text,
+        openapi
+    )
 )]
 struct Description;
 
@@ -101,21 +139,16 @@ pub fn router(api: Api) -> Router {
         .route("/v1/jobs/{id}/resume", post(resume))
         .route("/v1/jobs/{id}/cancel", post(cancel))
         .route("/v1/plan", post(make_plan))
-        .route(
-            "/metrics",
-            get(|State(api): State<Api>| async move { api.metrics.render() }),
-        )
-        .route(
-            "/openapi.json",
-            get(|| async { ([("content-type", "application/json")], description()) }),
-        )
+        .route("/metrics", get(metrics_text))
+        .route("/openapi.json", get(openapi))
         .fallback(|| async {
             problem(
                 StatusCode::NOT_FOUND,
                 "there is nothing here; see /openapi.json".to_owned(),
             )
         })
-        .layer(axum::extract::DefaultBodyLimit::max(1 << 20))
+        .layer(middleware::from_fn_with_state(words::bodies(), words::whole_body))
+        .layer(middleware::map_response(words::in_words))
         .with_state(api)
 }
 
@@ -130,6 +163,7 @@ impl IntoResponse for JobError {
             Self::NoSuchJob(_) => StatusCode::NOT_FOUND,
             Self::Ambiguous(_) | Self::WrongState { .. } => StatusCode::CONFLICT,
             Self::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::TooManyWatchers => StatusCode::SERVICE_UNAVAILABLE,
         };
         problem(status, chain(&self))
     }
@@ -169,6 +203,23 @@ async fn status(State(api): State<Api>) -> Result<Json<Status>, JobError> {
     }))
 }
 
+/// Metrics, in Prometheus' text format 0.0.4.
+#[utoipa::path(get, path = "/metrics", responses((status = 200, body = String, content_type = "text/plain; version=0.0.4")))]
+async fn metrics_text(State(api): State<Api>) -> Result<Response, JobError> {
+    api.gauges.refresh(&api.jobs).await?;
+    Ok((
+        [(CONTENT_TYPE, "text/plain; version=0.0.4")],
+        api.metrics.render(),
+    )
+        .into_response())
+}
+
+/// This description.
+#[utoipa::path(get, path = "/openapi.json", responses((status = 200, description = "OpenAPI 3.1", content_type = "application/json")))]
+async fn openapi() -> Response {
+    ([(CONTENT_TYPE, "application/json")], description()).into_response()
+}
+
 /// Takes a job and starts it.
 #[utoipa::path(post, path = "/v1/jobs", request_body = JobSpec,
     responses((status = 201, body = JobRecord), (status = 422, body = Problem)))]
@@ -199,19 +250,22 @@ async fn find(State(api): State<Api>, Path(id): Path<String>) -> Result<Json<Job
 }
 
 /// Ends the attempt; what is durable stays.
-#[utoipa::path(post, path = "/v1/jobs/{id}/pause", responses((status = 200, body = JobRecord), (status = 409, body = Problem)))]
+#[utoipa::path(post, path = "/v1/jobs/{id}/pause",
+    responses((status = 200, body = JobRecord), (status = 404, body = Problem), (status = 409, body = Problem)))]
 async fn pause(State(api): State<Api>, Path(id): Path<String>) -> Result<Json<JobRecord>, JobError> {
     Ok(Json(api.jobs.wish(&id, Wish::Pause).await?))
 }
 
 /// Goes on with a paused or failed job.
-#[utoipa::path(post, path = "/v1/jobs/{id}/resume", responses((status = 200, body = JobRecord), (status = 409, body = Problem)))]
+#[utoipa::path(post, path = "/v1/jobs/{id}/resume",
+    responses((status = 200, body = JobRecord), (status = 404, body = Problem), (status = 409, body = Problem)))]
 async fn resume(State(api): State<Api>, Path(id): Path<String>) -> Result<Json<JobRecord>, JobError> {
     Ok(Json(api.jobs.wish(&id, Wish::Run).await?))
 }
 
 /// Ends the job and removes its partial copy.
-#[utoipa::path(post, path = "/v1/jobs/{id}/cancel", responses((status = 200, body = JobRecord), (status = 409, body = Problem)))]
+#[utoipa::path(post, path = "/v1/jobs/{id}/cancel",
+    responses((status = 200, body = JobRecord), (status = 404, body = Problem), (status = 409, body = Problem)))]
 async fn cancel(State(api): State<Api>, Path(id): Path<String>) -> Result<Json<JobRecord>, JobError> {
     Ok(Json(api.jobs.wish(&id, Wish::Cancel).await?))
 }

@@ -5,15 +5,15 @@
 //! that nothing changed, and that the wish to commit is journaled before it is said.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use longhaul_common::digest::{Digest, LEAF};
 use longhaul_common::ids::{Attempt, DiskIndex, JobId};
 use longhaul_common::link::{Link, RecvStream, SendStream};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
-    AgentTask, DiskCounts, FromSource, FromTarget, OpenedDisk, PeerTask, Refusal, RefusalKind, TargetDisk,
-    TargetOpen, ToSource, ToTarget,
+    AgentTask, DISK_SIZE_MAX, DiskCounts, FromSource, FromTarget, OpenedDisk, PeerTask, Refusal, RefusalKind,
+    TargetDisk, TargetOpen, ToSource, ToTarget,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -28,6 +28,8 @@ use crate::send::transmit::Peer;
 
 /// Messages from an agent that may wait.
 const QUEUE: usize = 64;
+/// What both ends have nothing to say about for so long is looked into.
+const ARRIVAL_TIME: Duration = Duration::from_secs(30);
 
 /// What an attempt works with.
 pub struct Context {
@@ -107,6 +109,19 @@ impl<T: serde::de::DeserializeOwned + Send + 'static> Hearing<T> {
     }
 }
 
+/// Numbers that nobody can count with are refused before anybody does.
+fn check_disks(disks: &[OpenedDisk]) -> Result<(), Refusal> {
+    let unsound = disks.iter().find(|disk| !disk.is_sound());
+    unsound.map_or(Ok(()), |disk| {
+        let text = format!(
+            "the source agent speaks of a disk of {} bytes, of which {} are used: that is larger than the disk, or than \
+             {DISK_SIZE_MAX} bytes; see the agent's log",
+            disk.size, disk.used
+        );
+        Err(Refusal::new(RefusalKind::Refused, text))
+    })
+}
+
 fn out_of_turn(who: &str, message: &impl std::fmt::Debug) -> Refusal {
     let mut said = format!("{message:?}");
     said.truncate(said.floor_char_boundary(80));
@@ -135,13 +150,16 @@ impl Source {
             .map_err(|error| lost(&error))?;
         let mut heard = Hearing::start(recv, link.clone(), "the source agent");
         match heard.next().await? {
-            FromSource::Opened { disks, definition } if disks.len() == spec.disk.len() => Ok(Self {
-                disks,
-                definition,
-                send,
-                heard,
-                link,
-            }),
+            FromSource::Opened { disks, definition } if disks.len() == spec.disk.len() => {
+                check_disks(&disks)?;
+                Ok(Self {
+                    disks,
+                    definition,
+                    send,
+                    heard,
+                    link,
+                })
+            }
             FromSource::Failed(refusal) => Err(refusal),
             other => Err(out_of_turn("the source agent", &other)),
         }
@@ -164,7 +182,7 @@ impl Target {
         context: &Context,
         spec: &JobSpec,
         open: TargetOpen,
-        mut source: Option<&mut Source>,
+        source: Option<&mut Source>,
     ) -> Result<Self, Refusal> {
         let (link, mut send, recv) = context.peer.control().await?;
         let task = PeerTask::Target {
@@ -191,7 +209,7 @@ impl Target {
             FromTarget::Failed(refusal) => return Err(refusal),
             other => return Err(out_of_turn("the target agent", &other)),
         }
-        let Some(source) = source.as_deref_mut() else {
+        let Some(source) = source else {
             return Ok(target);
         };
         loop {
@@ -276,7 +294,8 @@ impl<'a> Transfer<'a> {
         flow: (JobId, Attempt),
         ledger: Ledger,
     ) -> Self {
-        let outflow = Arc::new(Outflow::new(flow, Arc::clone(&context.peer), ledger));
+        let sizes = source.disks.iter().map(|disk| disk.size).collect();
+        let outflow = Arc::new(Outflow::new(flow, Arc::clone(&context.peer), sizes, ledger));
         let done = vec![None; source.disks.len()];
         Self {
             context,
@@ -293,14 +312,40 @@ impl<'a> Transfer<'a> {
         self.board.phase(Phase::Transfer);
         self.context.ingest.open(Arc::clone(&self.outflow));
         self.source.tell(&ToSource::Start).await?;
+        let mut quiet_since = Instant::now();
         while !self.is_durable() {
             tokio::select! {
                 message = self.source.heard.next() => self.on_source(message?)?,
                 message = self.target.heard.next() => self.on_target(message?).await?,
+                reason = self.outflow.refused() => return Err(Refusal::new(RefusalKind::Protocol, reason)),
+                () = tokio::time::sleep_until((quiet_since + ARRIVAL_TIME).into()) => self.check_quiet()?,
             }
+            quiet_since = Instant::now();
             self.board.count(&self.outflow);
         }
         Ok(())
+    }
+
+    /// Nothing was heard for long: sound while batches are on their way, or yet to be read. Batches that were promised and are
+    /// nowhere never come.
+    fn check_quiet(&self) -> Result<(), Refusal> {
+        let promised = self
+            .done
+            .iter()
+            .map(|disk| disk.as_ref().map(|(_, counts)| counts.batches));
+        let promised = promised.sum::<Option<u64>>();
+        let ledger = self.outflow.ledger();
+        match promised {
+            Some(promised) if ledger.is_settled() => {
+                let arrived = ledger.durable_batches();
+                let text = format!(
+                    "the source agent has sent {promised} batches, but {} never arrived here; it is tried again, see the agent's log",
+                    promised.saturating_sub(arrived)
+                );
+                Err(Refusal::new(RefusalKind::Lost, text))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether every batch of every disk is durable.
@@ -316,8 +361,14 @@ impl<'a> Transfer<'a> {
     fn on_source(&mut self, message: FromSource) -> Result<(), Refusal> {
         match message {
             FromSource::DiskDone { disk, digest, counts } => {
+                let size = self.source.disks.get(usize::from(disk.0)).map(|disk| disk.size);
                 let slot = self.done.get_mut(usize::from(disk.0));
-                let slot = slot.ok_or_else(|| out_of_turn("the source agent", &disk))?;
+                let (Some(slot), Some(size)) = (slot, size) else {
+                    return Err(out_of_turn("the source agent", &disk));
+                };
+                if slot.is_some() || !counts.is_sound(size) {
+                    return Err(out_of_turn("the source agent", &counts));
+                }
                 self.board.disk_read(usize::from(disk.0), &counts);
                 *slot = Some((digest, counts));
                 Ok(())
@@ -331,13 +382,13 @@ impl<'a> Transfer<'a> {
         match message {
             FromTarget::Credit(bytes) => self.source.tell(&ToSource::Credit(bytes)).await,
             FromTarget::Accepted(sequences) => {
-                self.context.peer.accepted(self.outflow.flow, sequences.iter());
+                self.context.peer.accepted(self.outflow.flow, &sequences);
                 Ok(())
             }
             FromTarget::Durable(sequences) => {
                 self.outflow.ledger().durable(&sequences);
                 // The word that they were accepted may come later: what is durable is not sent again.
-                self.context.peer.accepted(self.outflow.flow, sequences.iter());
+                self.context.peer.accepted(self.outflow.flow, &sequences);
                 self.source.tell(&ToSource::Durable(sequences)).await
             }
             FromTarget::Waiting(refusal) => {
@@ -360,10 +411,10 @@ impl<'a> Transfer<'a> {
         self.context.ingest.close(&self.outflow);
         self.target.tell(&ToTarget::Verify).await?;
         let mut proofs = Vec::new();
-        let mut verified = 0;
+        let mut verified = 0_u64;
         while proofs.len() < self.done.len() {
             match self.target.heard.next().await? {
-                FromTarget::Verifying { bytes, .. } => self.board.verified(verified + bytes),
+                FromTarget::Verifying { bytes, .. } => self.board.verified(verified.saturating_add(bytes)),
                 FromTarget::Verified {
                     disk,
                     digest,

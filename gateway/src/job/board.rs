@@ -117,7 +117,10 @@ impl Board {
         let Inner {
             progress, pace, kept, ..
         } = &mut *inner;
-        progress.done_bytes = (sums.durable + kept.iter().sum::<u64>()).min(progress.used_bytes);
+        progress.done_bytes = sums
+            .durable
+            .saturating_add(kept.iter().sum::<u64>())
+            .min(progress.used_bytes);
         progress.zero_bytes = sums.zero;
         progress.sent_raw_bytes = sums.sent;
         progress.wan_bytes = sums.wan;

@@ -340,8 +340,13 @@ impl Driver {
             .map(|(name, ms)| ((*name).to_owned(), *ms))
             .collect();
         let transfer = report.stages_ms.get("transfer").copied().unwrap_or(0).max(1);
-        report.goodput_bit_per_s =
-            report.disks.iter().map(|disk| disk.sent_raw_bytes).sum::<u64>() * 8000 / transfer;
+        report.goodput_bit_per_s = report
+            .disks
+            .iter()
+            .map(|disk| disk.sent_raw_bytes)
+            .sum::<u64>()
+            .saturating_mul(8000)
+            / transfer;
         report.ok = report.equal;
         self.board.phase(Phase::Done);
         self.record.report = Some(report);

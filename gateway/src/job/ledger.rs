@@ -3,7 +3,8 @@
 //! Owns the counts behind progress, report and "sent again". Pure. Promises that data counts as sent again exactly where a leaf of it
 //! was entered in an earlier attempt without becoming durable there.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 
 use longhaul_common::digest::LEAF;
 use longhaul_common::extent::Extent;
@@ -53,10 +54,10 @@ struct Open {
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
     disks: Vec<DiskSums>,
-    /// Leaves that were sent in an earlier attempt or this one, one bit each.
-    sent_leaves: Vec<Vec<u64>>,
+    /// Leaves that were sent in an earlier attempt or this one.
+    sent_leaves: Vec<LeafSet>,
     /// Leaves that were sent in an earlier attempt.
-    earlier: Vec<Vec<u64>>,
+    earlier: Vec<LeafSet>,
     /// Of each disk, everything before this was sent in an earlier attempt: what others remember where this ledger does not.
     earlier_below: Vec<u64>,
     /// Of each disk, the end of the data that was sent.
@@ -71,8 +72,8 @@ impl Ledger {
     pub fn new(disks: usize) -> Self {
         Self {
             disks: vec![DiskSums::default(); disks],
-            sent_leaves: vec![Vec::new(); disks],
-            earlier: vec![Vec::new(); disks],
+            sent_leaves: vec![LeafSet::default(); disks],
+            earlier: vec![LeafSet::default(); disks],
             earlier_below: vec![0; disks],
             below: vec![0; disks],
             ..Self::default()
@@ -121,7 +122,12 @@ impl Ledger {
         self
     }
 
-    /// A batch has entered; `wan` bytes of it go to the peer.
+    /// Whether no batch is on its way: each that entered is durable.
+    pub fn is_settled(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    /// A batch has entered that was checked against its disk; `wan` bytes of it go to the peer.
     pub fn entered(&mut self, header: &BatchHeader, wan: u64) {
         let index = usize::from(header.disk.0);
         let (Some(sums), Some(sent), Some(earlier), Some(below)) = (
@@ -148,10 +154,10 @@ impl Ledger {
                 *below = piece.extent.end().max(*below);
             }
         }
-        sums.entered += data;
-        sums.sent += data;
-        sums.wan += wan;
-        sums.resent += again;
+        sums.entered = sums.entered.saturating_add(data);
+        sums.sent = sums.sent.saturating_add(data);
+        sums.wan = sums.wan.saturating_add(wan);
+        sums.resent = sums.resent.saturating_add(again);
         self.open.insert(
             header.sequence,
             Open {
@@ -180,10 +186,7 @@ impl Ledger {
             }
             let (first, count) = open.leaves;
             if let (Some(sent), Some(earlier)) = (self.sent_leaves.get_mut(index), self.earlier.get(index)) {
-                let leaves = first..first.saturating_add(count).min(sent.len() as u64 * 64);
-                leaves
-                    .filter(|leaf| !has(earlier, *leaf))
-                    .for_each(|leaf| clear(sent, leaf));
+                sent.withdraw(first..first.saturating_add(count), earlier);
             }
         }
     }
@@ -192,20 +195,20 @@ impl Ledger {
     pub fn again(&mut self, raw: u64, wan: u64) {
         if let Some(sums) = self.disks.first_mut() {
             sums.resent += raw;
-            sums.wan += wan;
+            sums.wan = sums.wan.saturating_add(wan);
         }
     }
 
     /// These batches are durable.
     pub fn durable(&mut self, sequences: &Sequences) {
-        for sequence in sequences.iter() {
+        for sequence in sequences.among(self.open.keys().copied()) {
             let Some(open) = self.open.remove(&sequence) else {
                 continue;
             };
             self.durable_batches += 1;
             if let Some(sums) = self.disks.get_mut(usize::from(open.disk)) {
-                sums.durable += open.data + open.zero;
-                sums.zero += open.zero;
+                sums.durable = sums.durable.saturating_add(open.data).saturating_add(open.zero);
+                sums.zero = sums.zero.saturating_add(open.zero);
             }
         }
     }
@@ -223,12 +226,12 @@ impl Ledger {
     /// All disks' sums together.
     pub fn total(&self) -> DiskSums {
         self.disks.iter().fold(DiskSums::default(), |mut sum, disk| {
-            sum.entered += disk.entered;
-            sum.sent += disk.sent;
-            sum.durable += disk.durable;
-            sum.zero += disk.zero;
-            sum.wan += disk.wan;
-            sum.resent += disk.resent;
+            sum.entered = sum.entered.saturating_add(disk.entered);
+            sum.sent = sum.sent.saturating_add(disk.sent);
+            sum.durable = sum.durable.saturating_add(disk.durable);
+            sum.zero = sum.zero.saturating_add(disk.zero);
+            sum.wan = sum.wan.saturating_add(disk.wan);
+            sum.resent = sum.resent.saturating_add(disk.resent);
             sum
         })
     }
@@ -236,45 +239,50 @@ impl Ledger {
 
 /// What earlier attempts have sent of one disk.
 struct Earlier<'a> {
-    leaves: &'a [u64],
+    leaves: &'a LeafSet,
     below: u64,
 }
 
+/// Leaves of a disk: one bit each, in words by number. Costs memory for what was really sent, wherever an agent says that it lies.
+#[derive(Clone, Debug, Default)]
+struct LeafSet(BTreeMap<u64, u64>);
+
+impl LeafSet {
+    fn has(&self, leaf: u64) -> bool {
+        self.0
+            .get(&(leaf / 64))
+            .is_some_and(|word| word >> (leaf % 64) & 1 == 1)
+    }
+
+    /// Takes out every one of `leaves` that is not in `earlier`.
+    fn withdraw(&mut self, leaves: Range<u64>, earlier: &Self) {
+        if leaves.is_empty() {
+            return;
+        }
+        for (index, word) in self.0.range_mut(leaves.start / 64..=(leaves.end - 1) / 64) {
+            let inside = (0..64).filter(|bit| leaves.contains(&(index * 64 + bit)));
+            inside
+                .filter(|bit| !earlier.has(index * 64 + bit))
+                .for_each(|bit| *word &= !(1 << bit));
+        }
+    }
+
+    fn add(&mut self, leaf: u64) {
+        *self.0.entry(leaf / 64).or_default() |= 1 << (leaf % 64);
+    }
+}
+
 /// Marks the leaves that `extent` touches as sent; gives how many of its bytes lie in leaves that were sent earlier.
-fn enter_leaves(extent: &Extent, earlier: &Earlier<'_>, sent: &mut Vec<u64>) -> u64 {
+fn enter_leaves(extent: &Extent, earlier: &Earlier<'_>, sent: &mut LeafSet) -> u64 {
     let mut again = 0;
     for leaf in extent.offset() / LEAF..extent.end().div_ceil(LEAF) {
-        set(sent, leaf);
-        if has(earlier.leaves, leaf) || leaf.saturating_mul(LEAF) < earlier.below {
+        sent.add(leaf);
+        if earlier.leaves.has(leaf) || leaf.saturating_mul(LEAF) < earlier.below {
             let whole = Extent::between(leaf * LEAF, (leaf + 1).saturating_mul(LEAF));
             again += whole.intersect(extent).map_or(0, |part| part.len());
         }
     }
     again
-}
-
-fn has(bits: &[u64], index: u64) -> bool {
-    bits.get((index / 64) as usize)
-        .is_some_and(|word| word >> (index % 64) & 1 == 1)
-}
-
-/// Leaves lie in a disk of at most 64 bits of bytes; an agent's word is bounded by the batches it really sends, one MiB each.
-fn set(bits: &mut Vec<u64>, index: u64) {
-    const LEAVES_MAX: u64 = 1 << 32;
-    let word = (index / 64) as usize;
-    if index >= LEAVES_MAX {
-        return;
-    }
-    if bits.len() <= word {
-        bits.resize(word + 1, 0);
-    }
-    bits[word] |= 1 << (index % 64);
-}
-
-fn clear(bits: &mut [u64], index: u64) {
-    if let Some(word) = bits.get_mut((index / 64) as usize) {
-        *word &= !(1 << (index % 64));
-    }
 }
 
 #[cfg(test)]

@@ -113,7 +113,8 @@ impl Pace {
         progress.done_bit_per_s = per_second(progress.done_bytes.saturating_sub(done));
         progress.wan_bit_per_s = per_second(progress.wan_bytes.saturating_sub(wan));
         let left = progress.used_bytes.saturating_sub(progress.done_bytes);
-        progress.eta_seconds = (progress.done_bit_per_s > 0).then(|| left * 8 / progress.done_bit_per_s);
+        progress.eta_seconds =
+            (progress.done_bit_per_s > 0).then(|| left.saturating_mul(8) / progress.done_bit_per_s);
     }
 }
 

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use longhaul_common::ids::Attempt;
 use longhaul_common::ids::JobId;
 use longhaul_common::wire::session::{DISKS_MAX, SourceDisk, SourceOpen};
+use longhaul_common::wire::words::{cleaned, is_plain};
 use serde::{Deserialize, Serialize};
 
 /// A job file.
@@ -81,6 +82,14 @@ pub struct DiskSection {
     pub target_format: String,
 }
 
+/// Most characters of a name or path.
+const SHOWN_MAX: usize = 1024;
+
+/// Whether a name can be shown in logs and on terminals as it is.
+fn is_shown(text: &str) -> bool {
+    text.len() <= SHOWN_MAX && text.chars().all(is_plain)
+}
+
 fn yes() -> bool {
     true
 }
@@ -102,6 +111,8 @@ pub enum SpecError {
         key: &'static str,
         path: String,
     },
+    #[error("{key} holds a control character or is too long ({SHOWN_MAX} characters at most); write it anew")]
+    NotPlain { key: String },
     #[error("disk {index}: target_format '{format}' is not \"raw\" or \"qcow2\"")]
     TargetFormat { index: usize, format: String },
     #[error("disks {first} and {second} have the same {key}")]
@@ -124,6 +135,20 @@ impl JobSpec {
         if let Some((key, _)) = named.iter().find(|(_, value)| value.trim().is_empty()) {
             return Err(SpecError::Empty { key });
         }
+        if let Some((key, _)) = named.iter().find(|(_, value)| !is_shown(value)) {
+            return Err(SpecError::NotPlain {
+                key: (*key).to_owned(),
+            });
+        }
+        if self
+            .definition
+            .as_ref()
+            .is_some_and(|path| !is_shown(&path.to_string_lossy()))
+        {
+            return Err(SpecError::NotPlain {
+                key: "definition".to_owned(),
+            });
+        }
         if self.disk.is_empty() || self.disk.len() > DISKS_MAX {
             return Err(SpecError::Disks(self.disk.len()));
         }
@@ -137,14 +162,19 @@ impl JobSpec {
                 return Err(SpecError::Relative {
                     index,
                     key,
-                    path: path.display().to_string(),
+                    path: cleaned(&path.to_string_lossy()),
+                });
+            }
+            if !is_shown(&path.to_string_lossy()) {
+                return Err(SpecError::NotPlain {
+                    key: format!("disk {index}: {key}"),
                 });
             }
         }
         if !matches!(disk.target_format.as_str(), "raw" | "qcow2") {
             return Err(SpecError::TargetFormat {
                 index,
-                format: disk.target_format.clone(),
+                format: cleaned(&disk.target_format),
             });
         }
         let before = &self.disk[..index];

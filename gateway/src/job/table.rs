@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use dashmap::DashMap;
 use longhaul_common::ids::JobId;
+use longhaul_common::wire::words::cleaned;
 use tokio::sync::{Semaphore, watch};
 
 use super::attempt::Context;
@@ -32,6 +33,8 @@ pub enum JobError {
     Ambiguous(String),
     #[error("the job is {state:?} and cannot be {wish}")]
     WrongState { state: JobState, wish: &'static str },
+    #[error("too many clients watch jobs; close some, or ask for /v1/jobs/ID now and then")]
+    TooManyWatchers,
     #[error("the journal failed")]
     Store(#[from] StoreError),
 }
@@ -139,6 +142,11 @@ impl Jobs {
         })
     }
 
+    /// How many jobs there are in each state.
+    pub async fn count(&self) -> Result<Vec<(JobState, u64)>, StoreError> {
+        self.store.count().await
+    }
+
     /// What a job of this spec works with.
     pub fn context(&self, spec: &JobSpec) -> Result<Context, JobError> {
         let peer = self.peer(&spec.target.site)?;
@@ -195,17 +203,20 @@ impl Jobs {
 
     /// A job by its number, or by the start of it.
     pub async fn find(&self, id: &str) -> Result<JobRecord, JobError> {
-        if let Some(record) = self.store.find(id).await? {
-            return Ok(self.current(record));
+        let is_start = (1..=32).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let unknown = || JobError::NoSuchJob(cleaned(id));
+        if !is_start {
+            return Err(unknown());
         }
-        let newest = self.store.newest(1000).await?;
-        let mut matching = newest
-            .into_iter()
-            .filter(|record| !id.is_empty() && record.id.starts_with(id));
+        let mut matching = self
+            .store
+            .starting_with(&id.to_ascii_lowercase())
+            .await?
+            .into_iter();
         match (matching.next(), matching.next()) {
             (Some(record), None) => Ok(self.current(record)),
             (Some(_), Some(_)) => Err(JobError::Ambiguous(id.to_owned())),
-            (None, _) => Err(JobError::NoSuchJob(id.to_owned())),
+            (None, _) => Err(unknown()),
         }
     }
 

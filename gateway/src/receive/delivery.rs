@@ -5,24 +5,35 @@
 //! said to be accepted only after its digest held.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use longhaul_common::ids::{Attempt, JobId, Sequence};
-use longhaul_common::link::{Link, RecvStream, VarInt};
+use longhaul_common::link::{Identity, Link, RecvStream, VarInt};
 use longhaul_common::wire::batch::{BatchError, BatchHeader, STREAM_MAX};
 use longhaul_common::wire::sequences::Sequences;
 use tokio::sync::{Notify, mpsc};
 
 use super::Receiving;
+use crate::metrics::{RECEIVED_RAW, RECEIVED_WAN};
 use crate::reduction::{self, Encoding, Payload};
 
 /// Tells the peer that its payload found no job.
 const NO_JOB: VarInt = VarInt::from_u32(1);
 
+/// Batches that wait for the agent's link; those behind them wait with their memory.
+const OUTLET: usize = 2;
+/// A payload must be complete within this time: the slowest links take seconds for one.
+const STREAM_TIME: Duration = Duration::from_secs(300);
+
 /// A job's attempt on the receiving side.
 pub(super) struct Delivery {
     pub attempt: Attempt,
-    agent: Link,
+    /// Whose job it is: nobody else's payloads are taken for it.
+    pub peer: Identity,
+    /// Batches on their way to the agent, written one after the other: were several streams open at once, the ones that the agent has
+    /// not taken yet could fill its receive window and starve the ones it reads.
+    outlet: mpsc::Sender<(Bytes, Bytes)>,
     /// Every batch that was ever accepted in this attempt.
     accepted: Mutex<Sequences>,
     /// Accepted, and not said yet.
@@ -34,12 +45,15 @@ pub(super) struct Delivery {
 }
 
 impl Delivery {
-    /// To `agent`; `failed` takes the first reason why it cannot go on.
-    pub(super) fn new(attempt: Attempt, agent: Link, failed: mpsc::Sender<String>) -> Self {
+    /// From `peer` to `agent`; `failed` takes the first reason why it cannot go on.
+    pub(super) fn new(attempt: Attempt, peer: Identity, agent: Link, failed: mpsc::Sender<String>) -> Self {
+        let (outlet, batches) = mpsc::channel(OUTLET);
+        tokio::spawn(hand_over(agent, batches, failed.clone()));
         let (accepted, unsaid) = (Mutex::default(), Mutex::default());
         Self {
             attempt,
-            agent,
+            peer,
+            outlet,
             accepted,
             unsaid,
             said: Notify::new(),
@@ -68,26 +82,28 @@ impl Delivery {
         }
         first
     }
+}
 
-    async fn hand_over(&self, head: Bytes, raw: Bytes) {
+/// Writes batches to the agent until nobody has any more, or the link fails.
+async fn hand_over(agent: Link, mut batches: mpsc::Receiver<(Bytes, Bytes)>, failed: mpsc::Sender<String>) {
+    while let Some((head, raw)) = batches.recv().await {
         let handed = async {
-            let mut stream = self.agent.open_uni().await.map_err(|error| error.to_string())?;
+            let mut stream = agent.open_uni().await.map_err(|error| error.to_string())?;
             stream
                 .write_chunk(head)
                 .await
-                .map_err(|error| self.agent.reason_or(&error))?;
+                .map_err(|error| agent.reason_or(&error))?;
             stream
                 .write_chunk(raw)
                 .await
-                .map_err(|error| self.agent.reason_or(&error))?;
+                .map_err(|error| agent.reason_or(&error))?;
             // Fails only where the agent refused the stream; its control stream says why.
             let _ = stream.finish();
             Ok::<_, String>(())
         };
         if let Err(reason) = handed.await {
-            let _ = self
-                .failed
-                .try_send(format!("a batch cannot be handed to the target agent: {reason}"));
+            let _ = failed.try_send(format!("a batch cannot be handed to the target agent: {reason}"));
+            return;
         }
     }
 }
@@ -101,17 +117,18 @@ struct Arrived {
 }
 
 /// Takes one stream to its end.
-pub(super) async fn take(receiving: &Receiving, mut stream: RecvStream) {
+pub(super) async fn take(receiving: &Receiving, peer: &Identity, mut stream: RecvStream) {
     // A stream that breaks off belongs to a connection that is gone; its payload comes again.
-    let Ok(bytes) = stream.read_to_end(STREAM_MAX).await else {
+    let Ok(Ok(bytes)) = tokio::time::timeout(STREAM_TIME, stream.read_to_end(STREAM_MAX)).await else {
         return;
     };
+    metrics::counter!(RECEIVED_WAN).increment(bytes.len() as u64);
     let arrived = match split(&bytes.into()) {
         Ok(arrived) => arrived,
-        Err(error) => return tracing::warn!("a peer's payload was refused: {error}"),
+        Err(error) => return tracing::debug!(%peer, "a payload was refused: {error}"),
     };
     let (job, attempt) = (arrived.header.job, arrived.header.attempt);
-    let Some(delivery) = find(receiving, job, attempt) else {
+    let Some(delivery) = find(receiving, peer, job, attempt) else {
         let _ = stream.stop(NO_JOB);
         return tracing::debug!(%job, %attempt, "a payload found no job");
     };
@@ -128,9 +145,10 @@ pub(super) async fn take(receiving: &Receiving, mut stream: RecvStream) {
     });
     match restored.await {
         Ok(Ok(raw)) => {
-            metrics::counter!("longhaul_received_raw_bytes_total").increment(raw.len() as u64);
+            metrics::counter!(RECEIVED_RAW).increment(raw.len() as u64);
             if delivery.accept(sequence) {
-                delivery.hand_over(head, raw).await;
+                // Where the link has failed, its reason is on its way.
+                let _ = delivery.outlet.send((head, raw)).await;
             }
         }
         Ok(Err(error)) => {
@@ -160,10 +178,10 @@ fn split(bytes: &Bytes) -> Result<Arrived, BatchError> {
     })
 }
 
-fn find(receiving: &Receiving, job: JobId, attempt: Attempt) -> Option<Arc<Delivery>> {
+fn find(receiving: &Receiving, peer: &Identity, job: JobId, attempt: Attempt) -> Option<Arc<Delivery>> {
     let delivery = receiving
         .deliveries
         .get(&job)
         .map(|entry| Arc::clone(entry.value()));
-    delivery.filter(|delivery| delivery.attempt == attempt)
+    delivery.filter(|delivery| delivery.attempt == attempt && delivery.peer == *peer)
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use dashmap::DashMap;
 use longhaul_common::ids::JobId;
 use longhaul_common::link::probe::serve_probe;
-use longhaul_common::link::{ALPN_PROBE, Link, LinkError, Listener, Role, TlsState};
+use longhaul_common::link::{ALPN_PROBE, Identity, Link, LinkError, Listener, Role, TlsState};
 use longhaul_common::wire::ALPN_PEER;
 use longhaul_common::wire::batch::STREAM_MAX;
 use tokio::sync::Semaphore;
@@ -24,6 +24,10 @@ use delivery::Delivery;
 
 /// Memory is counted in these units, so that a semaphore's 32-bit requests reach far enough.
 const UNIT: usize = 1024;
+/// Memory for one payload and what it becomes.
+const ROOM: usize = 2 * STREAM_MAX.div_ceil(UNIT);
+/// Jobs of one peer that arrive at once.
+const JOBS_PER_PEER: usize = 64;
 
 /// Everything that arriving jobs share.
 pub struct Receiving {
@@ -31,18 +35,47 @@ pub struct Receiving {
     deliveries: DashMap<JobId, Arc<Delivery>>,
     workers: Workers,
     memory: Arc<Semaphore>,
+    /// What `memory` has when nothing is held.
+    units: usize,
+    /// Of `memory`, what one peer may hold: the others must get on beside one that finishes nothing.
+    share: usize,
+    /// What each peer that ever linked may take, by its name; as many as there are certificates.
+    shares: DashMap<Identity, Share>,
+}
+
+/// What one peer may take, over all its links.
+#[derive(Clone)]
+struct Share {
+    memory: Arc<Semaphore>,
+    jobs: Arc<Semaphore>,
 }
 
 impl Receiving {
     /// With room for `memory` bytes of payloads and restored batches, over all jobs.
     pub fn new(agents: Arc<Agents>, workers: Workers, memory: u64) -> Arc<Self> {
-        let units = (memory as usize / UNIT).max(4 * STREAM_MAX.div_ceil(UNIT));
+        let units = (memory as usize / UNIT).max(2 * ROOM);
         Arc::new(Self {
             agents,
             deliveries: DashMap::new(),
             workers,
             memory: Arc::new(Semaphore::new(units)),
+            units,
+            share: (units / 4 * 3).max(ROOM),
+            shares: DashMap::new(),
         })
+    }
+
+    /// Memory that is held right now, in bytes.
+    pub fn held(&self) -> usize {
+        self.units.saturating_sub(self.memory.available_permits()) * UNIT
+    }
+
+    fn share(&self, peer: &Identity) -> Share {
+        let new = || Share {
+            memory: Arc::new(Semaphore::new(self.share)),
+            jobs: Arc::new(Semaphore::new(JOBS_PER_PEER)),
+        };
+        self.shares.entry(peer.clone()).or_insert_with(new).clone()
     }
 
     /// Opens the port, if there is to be one, and serves peers for as long as the program runs.
@@ -67,32 +100,31 @@ impl Receiving {
     }
 
     async fn serve(self: Arc<Self>, link: Link) {
+        let share = self.share(link.peer());
+        let payloads = tokio::spawn(Arc::clone(&self).take_payloads(link.clone(), Arc::clone(&share.memory)));
         let reason = loop {
-            // Room for one payload and what it becomes, before a stream is taken.
-            let room = 2 * STREAM_MAX.div_ceil(UNIT) as u32;
-            tokio::select! {
-                stream = link.accept_bi() => match stream {
-                    Ok((send, recv)) => {
-                        let link = link.clone();
-                        tokio::spawn(relay::run(Arc::clone(&self), link, send, recv));
-                    }
-                    Err(error) => break error,
-                },
-                stream = async {
-                    let permit = Arc::clone(&self.memory).acquire_many_owned(room).await;
-                    link.accept_uni().await.map(|stream| (stream, permit))
-                } => match stream {
-                    Ok((stream, permit)) => {
-                        let receiving = Arc::clone(&self);
-                        tokio::spawn(async move {
-                            delivery::take(&receiving, stream).await;
-                            drop(permit);
-                        });
-                    }
-                    Err(error) => break error,
-                },
+            match link.accept_bi().await {
+                Ok((send, recv)) => {
+                    let jobs = Arc::clone(&share.jobs);
+                    tokio::spawn(relay::run(Arc::clone(&self), link.clone(), jobs, send, recv));
+                }
+                Err(error) => break error,
             }
         };
+        payloads.abort();
         tracing::info!(peer = %link.peer(), "the link of a peer ended: {reason}");
+    }
+
+    async fn take_payloads(self: Arc<Self>, link: Link, share: Arc<Semaphore>) {
+        // Memory only for a stream that is there: a link that is silent holds none.
+        while let Ok(stream) = link.accept_uni().await {
+            let own = Arc::clone(&share).acquire_many_owned(ROOM as u32).await;
+            let permit = Arc::clone(&self.memory).acquire_many_owned(ROOM as u32).await;
+            let (receiving, peer) = (Arc::clone(&self), link.peer().clone());
+            tokio::spawn(async move {
+                delivery::take(&receiving, &peer, stream).await;
+                drop((own, permit));
+            });
+        }
     }
 }

@@ -4,40 +4,77 @@
 //! on. Reads nothing into the messages. Promises that when either end is gone the other one learns it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use longhaul_common::link::{Link, RecvStream, SendStream};
+use longhaul_common::ids::JobId;
+use longhaul_common::link::{Identity, Link, RecvStream, SendStream};
 use longhaul_common::wire::frame::{self, FrameError};
 use longhaul_common::wire::session::{
     AgentTask, FromTarget, PeerTask, Refusal, RefusalKind, TargetOpen, ToTarget,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use super::Receiving;
 use super::delivery::Delivery;
 
 /// Messages that wait for a stream.
 const QUEUE: usize = 64;
+/// The first frame must be there by then.
+const FIRST_FRAME: Duration = Duration::from_secs(20);
+/// How long a peer may take to hear why its job ended.
+const LAST_WORD: Duration = Duration::from_secs(20);
 
-/// Serves one control stream of a peer.
-pub(super) async fn run(receiving: Arc<Receiving>, peer: Link, mut send: SendStream, mut recv: RecvStream) {
-    let PeerTask::Target { agent, open } = match frame::read(&mut recv).await {
-        Ok(Some(task)) => task,
-        Ok(None) => return,
-        Err(error) => return tracing::warn!(peer = %peer.peer(), "a peer's task was refused: {error}"),
+/// Serves one control stream of a peer, which may have as many jobs at once as `jobs` has places.
+pub(super) async fn run(
+    receiving: Arc<Receiving>,
+    peer: Link,
+    jobs: Arc<Semaphore>,
+    mut send: SendStream,
+    mut recv: RecvStream,
+) {
+    let first = tokio::time::timeout(FIRST_FRAME, frame::read(&mut recv)).await;
+    let refusal = |kind, text: &str| FromTarget::Failed(Refusal::new(kind, text));
+    let PeerTask::Target { agent, open } = match first {
+        Ok(Ok(Some(task))) => task,
+        Ok(Ok(None)) => return,
+        Ok(Err(error)) => {
+            tracing::warn!(peer = %peer.peer(), "a peer's task was refused: {error}");
+            let said = refusal(RefusalKind::Protocol, &error.to_string());
+            return last_word(&mut send, &said).await;
+        }
+        Err(_) => return tracing::warn!(peer = %peer.peer(), "a peer's task never said what it is for"),
+    };
+    let Ok(_place) = jobs.try_acquire() else {
+        let said = refusal(
+            RefusalKind::Lost,
+            "too many jobs of this gateway arrive at the target site at once",
+        );
+        return last_word(&mut send, &said).await;
     };
     tracing::info!(job = %open.job, attempt = %open.attempt, peer = %peer.peer(), %agent, "a job arrives");
-    let ended = connect(&receiving, &agent, open, &mut send, recv).await;
+    let ended = connect(&receiving, peer.peer(), &agent, open, &mut send, recv).await;
     if let Err(refusal) = ended {
         tracing::warn!("an arriving job's attempt ended: {refusal}");
-        // A peer that is gone need not be told.
-        let _ = frame::write(&mut send, &FromTarget::Failed(refusal)).await;
+        return last_word(&mut send, &FromTarget::Failed(refusal)).await;
     }
+    close(&mut send).await;
+}
+
+async fn last_word(send: &mut SendStream, message: &FromTarget) {
+    // A peer that is gone need not be told.
+    let _ = tokio::time::timeout(LAST_WORD, frame::write(send, message)).await;
+    close(send).await;
+}
+
+async fn close(send: &mut SendStream) {
     let _ = send.finish();
-    let _ = send.stopped().await;
+    // Until all was taken; a peer that takes nothing is not waited for.
+    let _ = tokio::time::timeout(LAST_WORD, send.stopped()).await;
 }
 
 async fn connect(
     receiving: &Receiving,
+    peer: &Identity,
     agent: &str,
     open: TargetOpen,
     send: &mut SendStream,
@@ -64,8 +101,8 @@ async fn connect(
         .await
         .map_err(|error| lost(&error))?;
     let (failed, failures) = mpsc::channel(1);
-    let delivery = Arc::new(Delivery::new(attempt, link.clone(), failed));
-    receiving.deliveries.insert(job, Arc::clone(&delivery));
+    let delivery = Arc::new(Delivery::new(attempt, peer.clone(), link.clone(), failed));
+    enter(receiving, job, &delivery)?;
     let (say, said) = mpsc::channel(QUEUE);
     let (done, over) = mpsc::channel(1);
     let downward = tokio::spawn(pass_down(recv, to_agent, done));
@@ -75,8 +112,25 @@ async fn connect(
     upward.abort();
     receiving
         .deliveries
-        .remove_if(&job, |_, known| known.attempt == attempt);
+        .remove_if(&job, |_, known| Arc::ptr_eq(known, &delivery));
     result
+}
+
+/// Puts the delivery into the table, in place of an older attempt of the same peer.
+fn enter(receiving: &Receiving, job: JobId, delivery: &Arc<Delivery>) -> Result<(), Refusal> {
+    let mut entry = receiving
+        .deliveries
+        .entry(job)
+        .or_insert_with(|| Arc::clone(delivery));
+    if Arc::ptr_eq(&entry, delivery) {
+        return Ok(());
+    }
+    if entry.peer != delivery.peer || entry.attempt >= delivery.attempt {
+        let text = format!("attempt {} of this job is already under way", entry.attempt);
+        return Err(Refusal::new(RefusalKind::Superseded, text));
+    }
+    *entry = Arc::clone(delivery);
+    Ok(())
 }
 
 /// Passes what the peer says on to the agent; ends with the peer's stream.

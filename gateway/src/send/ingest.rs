@@ -5,17 +5,19 @@
 //! the flow of its own job and attempt, and that a flow's counts include every batch that entered.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use dashmap::DashMap;
 use longhaul_common::ids::JobId;
 use longhaul_common::link::{Link, RecvStream, VarInt};
 use longhaul_common::wire::batch::{BatchHeader, STREAM_MAX};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::outbox::{Flow, Lane, Ready};
 use super::transmit::Peer;
 use crate::job::ledger::{DiskSums, Ledger, Sent};
+use crate::metrics::{SENT_RAW, SENT_WAN};
 use crate::reduction::{self, workers::Workers};
 
 /// Tells the agent that its batch found no job.
@@ -23,20 +25,53 @@ const NO_JOB: VarInt = VarInt::from_u32(1);
 /// Memory is counted in these units, so that a semaphore's 32-bit requests reach far enough.
 const UNIT: usize = 1024;
 
+/// A stream must be complete within this time: it comes from this site.
+const STREAM_TIME: Duration = Duration::from_secs(60);
+
 /// One attempt's way out: which peer, and what was counted.
 pub struct Outflow {
     pub flow: Flow,
     pub peer: Arc<Peer>,
+    /// Each disk's size in bytes.
+    sizes: Vec<u64>,
     ledger: Mutex<Ledger>,
+    /// Why a batch was refused; the first reason stays.
+    refused: watch::Sender<Option<String>>,
 }
 
 impl Outflow {
-    pub fn new(flow: Flow, peer: Arc<Peer>, ledger: Ledger) -> Self {
+    pub fn new(flow: Flow, peer: Arc<Peer>, sizes: Vec<u64>, ledger: Ledger) -> Self {
         Self {
             flow,
             peer,
+            sizes,
             ledger: Mutex::new(ledger),
+            refused: watch::channel(None).0,
         }
+    }
+
+    /// Waits until a batch is refused: the attempt cannot come to its end any more. Cancel-safe.
+    pub async fn refused(&self) -> String {
+        let mut refused = self.refused.subscribe();
+        let reason = refused.wait_for(Option::is_some).await;
+        // The sender lives as long as this.
+        reason
+            .map(|reason| reason.clone().unwrap_or_default())
+            .unwrap_or_default()
+    }
+
+    /// Whether a batch fits its disk; the attempt learns of one that does not.
+    fn admits(&self, header: &BatchHeader) -> bool {
+        let checked = match self.sizes.get(usize::from(header.disk.0)) {
+            Some(size) => header.check(*size).map_err(|error| error.to_string()),
+            None => Err(format!("it speaks of disk {}, which there is not", header.disk)),
+        };
+        let Err(reason) = checked else { return true };
+        let reason = format!("a batch of the source agent was refused: {reason}");
+        tracing::warn!(job = %header.job, "{reason}");
+        self.refused
+            .send_if_modified(|known| known.is_none() && known.replace(reason).is_none());
+        false
     }
 
     /// The counts, with what this attempt's connections sent twice.
@@ -75,6 +110,10 @@ pub struct Ingest {
     flows: DashMap<JobId, Arc<Outflow>>,
     workers: Workers,
     memory: Arc<Semaphore>,
+    /// What `memory` has when nothing is held.
+    units: usize,
+    /// Of `memory`, what one agent may hold with streams that it has not finished.
+    share: usize,
 }
 
 impl Ingest {
@@ -86,7 +125,14 @@ impl Ingest {
             flows: DashMap::new(),
             workers,
             memory: Arc::new(Semaphore::new(units)),
+            units,
+            share: (units / 4 * 3).max(STREAM_MAX.div_ceil(UNIT)),
         }
+    }
+
+    /// Memory that is held right now, in bytes.
+    pub fn held(&self) -> usize {
+        self.units.saturating_sub(self.memory.available_permits()) * UNIT
     }
 
     /// Takes batches for this flow from now on; an older attempt's flow of the same job ends.
@@ -105,25 +151,34 @@ impl Ingest {
 
     /// Takes batches off an agent's link until it ends; gives the reason.
     pub async fn serve(self: &Arc<Self>, link: &Link) -> String {
+        let share = Arc::new(Semaphore::new(self.share));
+        let room = STREAM_MAX.div_ceil(UNIT) as u32;
         loop {
-            let permit = Arc::clone(&self.memory)
-                .acquire_many_owned(STREAM_MAX.div_ceil(UNIT) as u32)
-                .await;
-            let Ok(permit) = permit else {
+            // Memory only for a stream that is there: an agent that is silent holds none.
+            let stream = match link.accept_uni().await {
+                Ok(stream) => stream,
+                Err(error) => return error.to_string(),
+            };
+            let own = Arc::clone(&share).acquire_many_owned(room).await;
+            let permit = Arc::clone(&self.memory).acquire_many_owned(room).await;
+            let (Ok(own), Ok(permit)) = (own, permit) else {
                 return "the gateway stops".to_owned();
             };
-            match link.accept_uni().await {
-                Ok(stream) => drop(tokio::spawn(Arc::clone(self).take(stream, permit))),
-                Err(error) => return error.to_string(),
-            }
+            tokio::spawn(Arc::clone(self).take(stream, own, permit));
         }
     }
 
-    async fn take(self: Arc<Self>, mut stream: RecvStream, mut permit: OwnedSemaphorePermit) {
+    async fn take(
+        self: Arc<Self>,
+        mut stream: RecvStream,
+        own: OwnedSemaphorePermit,
+        mut permit: OwnedSemaphorePermit,
+    ) {
         // A stream that breaks off belongs to an attempt that is ending.
-        let Ok(bytes) = stream.read_to_end(STREAM_MAX).await else {
+        let Ok(Ok(bytes)) = tokio::time::timeout(STREAM_TIME, stream.read_to_end(STREAM_MAX)).await else {
             return;
         };
+        drop(own);
         let bytes = Bytes::from(bytes);
         let (header, raw) = match BatchHeader::decode(&bytes) {
             Ok((header, rest)) if header.data_len() == rest.len() as u64 => {
@@ -138,6 +193,9 @@ impl Ingest {
             let _ = stream.stop(NO_JOB);
             return tracing::debug!(job = %header.job, "a batch found no job");
         };
+        if !outflow.admits(&header) {
+            return;
+        }
         let Ok(payload) = self.workers.run(move || reduction::reduce(raw)).await else {
             return;
         };
@@ -158,6 +216,8 @@ impl Ingest {
         // While this entry is held nobody closes the flow: what is pushed behind its end would stay for ever.
         let entry = self.flows.get(&header.job);
         if entry.as_ref().is_some_and(|entry| entry.flow == outflow.flow) {
+            metrics::counter!(SENT_RAW).increment(ready.raw);
+            metrics::counter!(SENT_WAN).increment(ready.len());
             outflow.ledger().entered(&header, ready.len());
             outflow.peer.push(ready);
         }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use longhaul_common::ids::{Attempt, JobId, Sequence};
+use longhaul_common::wire::sequences::Sequences;
 use tokio::sync::OwnedSemaphorePermit;
 
 /// Priority classes, highest first. Control messages have streams of their own.
@@ -133,6 +134,14 @@ impl Outbox {
         Some(ready)
     }
 
+    /// As [`Self::accepted`], for each of `sequences` that is in flight.
+    pub fn accepted_all(&mut self, flow: Flow, sequences: &Sequences) {
+        // Other flows' numbers do no harm: they are not found under this one.
+        for sequence in sequences.among(self.in_flight.keys().map(|(_, sequence)| *sequence)) {
+            self.accepted(flow, sequence);
+        }
+    }
+
     fn release(&mut self, connection: ConnectionId, bytes: u64) {
         if let Some(on_connection) = self.on_connection.get_mut(&connection) {
             *on_connection = on_connection.saturating_sub(bytes);
@@ -191,6 +200,12 @@ impl Outbox {
     /// What of an open flow was sent a second time.
     pub fn sent_again(&self, flow: Flow) -> SentAgain {
         self.again.get(&flow).copied().unwrap_or_default()
+    }
+
+    /// Bytes that wait for a connection.
+    pub fn waiting(&self) -> u64 {
+        let flows = self.lanes.values().flat_map(BTreeMap::values);
+        flows.flat_map(|flow| &flow.waiting).map(Ready::len).sum()
     }
 
     /// Bytes in flight on all connections.

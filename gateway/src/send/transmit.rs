@@ -13,10 +13,12 @@ use std::time::Duration;
 use longhaul_common::ids::Sequence;
 use longhaul_common::link::{self, Identity, Link, LinkSettings, RecvStream, Role, SendStream, TlsState};
 use longhaul_common::wire::ALPN_PEER;
+use longhaul_common::wire::sequences::Sequences;
 use longhaul_common::wire::session::{Refusal, RefusalKind, chain};
 use tokio::sync::Notify;
 
 use super::outbox::{ConnectionId, Flow, Outbox, Ready, SentAgain, window};
+use crate::metrics::SENT_AGAIN;
 use crate::settings::PeerSection;
 
 /// The congestion window may have grown meanwhile: look again.
@@ -34,6 +36,8 @@ pub struct PeerStats {
     pub sent_bytes: u64,
     pub lost_packets: u64,
     pub in_flight_bytes: u64,
+    /// Payloads that wait for a connection.
+    pub waiting_bytes: u64,
     /// Why the last try to connect failed, while there is no connection.
     pub problem: Option<String>,
 }
@@ -92,12 +96,8 @@ impl Peer {
     }
 
     /// The peer accepted these.
-    pub fn accepted(&self, flow: Flow, sequences: impl Iterator<Item = Sequence>) {
-        let mut outbox = self.outbox();
-        for sequence in sequences {
-            outbox.accepted(flow, sequence);
-        }
-        drop(outbox);
+    pub fn accepted(&self, flow: Flow, sequences: &Sequences) {
+        self.outbox().accepted_all(flow, sequences);
         self.changed.notify_waiters();
     }
 
@@ -140,7 +140,10 @@ impl Peer {
 
     /// Sums over all connections since the program started.
     pub fn stats(&self) -> PeerStats {
-        let in_flight_bytes = self.outbox().in_flight();
+        let (in_flight_bytes, waiting_bytes) = {
+            let outbox = self.outbox();
+            (outbox.in_flight(), outbox.waiting())
+        };
         let links = self.links();
         let live: Vec<_> = links.live.values().map(Link::stats).collect();
         PeerStats {
@@ -153,6 +156,7 @@ impl Peer {
             sent_bytes: links.sent_bytes + live.iter().map(|stats| stats.sent_bytes).sum::<u64>(),
             lost_packets: links.lost_packets + live.iter().map(|stats| stats.lost_packets).sum::<u64>(),
             in_flight_bytes,
+            waiting_bytes,
             problem: if links.live.is_empty() {
                 links.problem.clone()
             } else {
@@ -220,6 +224,7 @@ impl Peer {
             links.problem = Some(reason.clone());
         }
         let again = self.outbox().connection_lost(id);
+        metrics::counter!(SENT_AGAIN).increment(again);
         self.changed.notify_waiters();
         tracing::warn!(peer = %self.settings.site, connection = id.0, again, "a connection to the peer ended: {reason}");
         link.close(link::code::DONE, "the connection failed");

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use longhaul_common::ids::{JobId, NotAJobId};
-use rusqlite::{Connection, OptionalExtension, Row, params};
+use rusqlite::{Connection, Row, params};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
@@ -185,15 +185,29 @@ impl Store {
         .await
     }
 
-    /// One job.
-    pub async fn find(&self, id: &str) -> Result<Option<JobRecord>, StoreError> {
-        let id = id.to_owned();
+    /// Jobs whose number starts with `start`, which holds nothing but lower hex digits; two at most.
+    pub async fn starting_with(&self, start: &str) -> Result<Vec<JobRecord>, StoreError> {
+        // 'g' is behind every hex digit.
+        let (start, end) = (start.to_owned(), format!("{start}g"));
         self.on_thread(move |connection| {
-            let text = |row: &Row<'_>| row.get::<_, String>(0);
-            let found = connection
-                .query_row("SELECT record FROM job WHERE id = ?1", [id], text)
-                .optional()?;
-            Ok(found.map(|text| serde_json::from_str(&text)).transpose()?)
+            let mut query =
+                connection.prepare("SELECT record FROM job WHERE id >= ?1 AND id < ?2 LIMIT 2")?;
+            let rows = query.query_map([start, end], |row| row.get::<_, String>(0))?;
+            rows.map(|text| Ok(serde_json::from_str(&text?)?)).collect()
+        })
+        .await
+    }
+
+    /// How many jobs there are in each state.
+    pub async fn count(&self) -> Result<Vec<(JobState, u64)>, StoreError> {
+        self.on_thread(|connection| {
+            let mut query = connection.prepare("SELECT state, count(*) FROM job GROUP BY state")?;
+            let rows = query.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, i64>(1)?)))?;
+            rows.map(|row| {
+                let (state, count) = row?;
+                Ok((serde_json::from_str(&state)?, count.unsigned_abs()))
+            })
+            .collect()
         })
         .await
     }
@@ -248,7 +262,7 @@ mod tests {
         }];
         let (progress, sent) = (job.progress.clone(), job.sent.clone());
         store.note(&job.id, progress, sent).await.unwrap();
-        assert_eq!(store.find(&job.id).await.unwrap(), Some(job));
+        assert_eq!(store.starting_with(&job.id).await.unwrap(), [job]);
     }
 
     #[tokio::test]
@@ -265,8 +279,18 @@ mod tests {
         let store = Store::open(&path).unwrap();
         assert_eq!(store.unfinished().await.unwrap(), [running.clone()]);
         assert_eq!(store.newest(10).await.unwrap(), [done, running.clone()]);
-        assert_eq!(store.find(&running.id).await.unwrap(), Some(running));
-        assert_eq!(store.find("x").await.unwrap(), None);
+        let count = store.count().await.unwrap();
+        assert!(
+            count.len() == 2 && count.contains(&(JobState::Completed, 1)),
+            "{count:?}"
+        );
+        assert_eq!(
+            store.starting_with(&running.id[..9]).await.unwrap(),
+            [running.clone()]
+        );
+        assert_eq!(store.starting_with("").await.unwrap().len(), 2);
+        let other = if running.id.starts_with('f') { "e" } else { "f" };
+        assert!(!store.starting_with(other).await.unwrap().contains(&running));
     }
 
     #[test]

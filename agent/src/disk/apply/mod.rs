@@ -113,5 +113,4 @@ pub struct LeafRecord {
     pub count: u64,
 }
 
-/// Largest disk that can be written: keeps hostile sizes from costing memory (8 bytes per MiB at most).
-pub const DISK_SIZE_MAX: u64 = 4 << 50;
+pub use longhaul_common::wire::session::DISK_SIZE_MAX;

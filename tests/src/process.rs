@@ -68,6 +68,11 @@ impl Process {
         &self.launch.name
     }
 
+    /// Whether it was started and has not been seen to end.
+    pub fn is_running(&self) -> bool {
+        self.child.is_some()
+    }
+
     /// Where it writes what it has to say.
     pub fn log(&self) -> &Path {
         &self.log

@@ -178,7 +178,7 @@ impl Attempt {
         match asked {
             Some(ToTarget::Commit { digests }) => {
                 let arrival = self.blocking("commit", move |open, settings| {
-                    target_disks::commit(open.job, targets, &digests, settings)
+                    target_disks::commit(open, targets, &digests, settings)
                 });
                 let arrival = arrival.await?;
                 self.arrived(arrival).await;

@@ -148,15 +148,18 @@ fn record_path(job: JobId, settings: &AgentSettings) -> PathBuf {
     settings.paths.state.join("arrived").join(format!("{job}.json"))
 }
 
-/// Promotes every disk. The record before and after makes a cut in the middle harmless.
+/// Promotes every disk. The record before and after makes a cut in the middle harmless; the definition is kept before both, since
+/// the attempt that finishes a cut commit does not bring it.
 pub(super) fn commit(
-    job: JobId,
+    open: &TargetOpen,
     targets: Vec<Target>,
     digests: &[Digest],
     settings: &AgentSettings,
 ) -> Result<Arrival, Refusal> {
     let paths = targets.iter().map(|target| target.path().to_owned()).collect();
     let digests = digests.iter().map(ToString::to_string).collect();
+    let job = open.job;
+    keep_definition(open, settings)?;
     let mut arrival = Arrival {
         digests,
         paths,
@@ -217,14 +220,15 @@ pub(super) fn keep_definition(
     open: &TargetOpen,
     settings: &AgentSettings,
 ) -> Result<Option<PathBuf>, Refusal> {
-    let Some(definition) = &open.definition else {
-        return Ok(None);
-    };
     let path = settings
         .paths
         .state
         .join("definitions")
         .join(open.job.to_string());
+    let Some(definition) = &open.definition else {
+        // An attempt that only asks whether everything has arrived does not carry it again.
+        return Ok(path.exists().then_some(path));
+    };
     write_durably(&path, definition).map_err(|error| unusable(&path, &error))?;
     Ok(Some(path))
 }

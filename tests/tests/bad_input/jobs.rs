@@ -158,7 +158,10 @@ fn what_only_the_agents_can_see_fails_the_job_in_one_sentence() {
             code == 1 && job["state"] == "failed",
             "{words:?}: {code}, {job}, {said}"
         );
-        assert!(!message.contains('\n') && !message.is_empty(), "{message}");
+        assert!(
+            !message.contains('\n') && !message.is_empty(),
+            "{words:?}: {message:?} in {job}"
+        );
         for word in *words {
             assert!(message.contains(word), "'{word}' is missing in: {message}");
         }

@@ -333,8 +333,9 @@ impl Drop for Program {
 
 /// All four programs, linked.
 pub(crate) struct Running {
-    pub(crate) sites: Sites,
+    // Dropped first: their logs lie in the sites' folder.
     pub(crate) programs: Vec<Program>,
+    pub(crate) sites: Sites,
 }
 
 impl Running {

@@ -1,18 +1,74 @@
 # Short names for what a person does often; CONTRIBUTING.md lists every check and how to run it.
 
-.DEFAULT_GOAL := demo
+.DEFAULT_GOAL := help
 
 # The disk of the demonstration: small (1 GiB), or standard (4 GiB, the standard run's).
 KIND ?= small
+RATE ?= 100mbit
+RTT ?= 80ms
+# Where `make install` puts things; DESTDIR for packagers.
+PREFIX ?= /usr/local
+DESTDIR ?=
 
-DEMO_PACKAGES := iproute2 e2fsprogs fdisk qemu-system-x86 qemu-utils debootstrap busybox-static ca-certificates
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: ## Move a Linux VM's disk over an emulated WAN, prove it equal, boot it
-	@missing=$$(for package in $(DEMO_PACKAGES); do \
-	    dpkg-query -W -f='$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || echo $$package; done); \
-	if [ -n "$$missing" ]; then \
-	    echo "installing" $$missing; \
-	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing; fi
-	@cargo build --release --bins -p longhaul-agent -p longhaul-gateway -p longhaul-lab
-	@cargo lab demo --kind $(KIND) --rate 100mbit --rtt 80ms
+	@.ci/bootstrap demo
+	@cargo build --release --locked --bins -p longhaul-agent -p longhaul-gateway -p longhaul-lab
+	@cargo lab demo --kind $(KIND) --rate $(RATE) --rtt $(RTT)
+
+.PHONY: test
+test: ## Run every test
+	@.ci/bootstrap test
+	@.ci/test
+
+.PHONY: lint
+lint: ## Check format, lints, structure, licences and bans
+	@cargo fmt --all --check
+	@cargo clippy --workspace --all-targets --locked -- -D warnings
+	@cargo test --quiet --locked -p longhaul-lab --test tidy
+	@if cargo deny --version > /dev/null 2>&1; then cargo deny --offline check bans licenses sources; fi
+
+.PHONY: ci
+ci: ## Run all that is run before a merge
+	@.ci/run
+
+.PHONY: build
+build: ## Build the three programs for use
+	@cargo build --release --locked --bins -p longhaul-agent -p longhaul-gateway
+
+.PHONY: install
+install: build ## Install programs, units and examples (PREFIX, DESTDIR)
+	install -D -t $(DESTDIR)$(PREFIX)/bin target/release/longhaul target/release/longhaul-agent target/release/longhaul-gateway
+	install -D -m 0644 -t $(DESTDIR)/etc/systemd/system configs/systemd/longhaul-agent.service configs/systemd/longhaul-gateway.service
+	sed -i 's#^ExecStart=/usr/local/bin/#ExecStart=$(PREFIX)/bin/#' $(DESTDIR)/etc/systemd/system/longhaul-*.service
+	install -D -m 0644 configs/systemd/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/longhaul.conf
+	install -D -m 0644 configs/sysctl.conf $(DESTDIR)/etc/sysctl.d/60-longhaul.conf
+	install -d -m 0755 $(DESTDIR)/etc/longhaul
+	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/doc/longhaul README.md configs/README.md configs/*.toml
+
+# Random cases of each property and damage test; seconds for each fuzz target.
+CASES ?= 2000
+TIME ?= 60
+
+.PHONY: fuzz
+fuzz: ## Throw damage at every parser and decoder for longer (CASES, TIME)
+	@.ci/bootstrap test
+	@.ci/fuzz $(CASES) $(TIME)
+
+.PHONY: bench
+bench: ## Measure the whole path over the emulated WAN, and its parts
+	@.ci/bootstrap demo
+	@.ci/bench
+
+# Runs with faults drawn at random: programs killed, the link cut. The same SEED draws the same faults.
+RUNS ?= 10
+SEED ?= 1
+
+.PHONY: campaign
+campaign: ## Kill programs and cut the link at random moments, many times (RUNS, SEED)
+	@.ci/bootstrap demo
+	@.ci/campaign $(RUNS) $(SEED)

@@ -137,7 +137,7 @@ impl DiskDigest {
                 at += 1;
                 continue;
             }
-            let whole = if end == leaf_count(self.size) && self.size % LEAF != 0 {
+            let whole = if end == leaf_count(self.size) && !self.size.is_multiple_of(LEAF) {
                 end - 1
             } else {
                 end

@@ -13,8 +13,8 @@ fn a_wan_gets_windows_of_its_bandwidth_delay_product() {
     // 200 Mbit/s are 25 MB/s; of each 1480 bytes on the wire 1452 are QUIC's: 24.527 MB/s.
     assert_eq!(tuning.rate, Some(24_527_027));
     assert_eq!(tuning.bandwidth_delay, 1_962_162);
-    assert_eq!(tuning.connection_window, 4 * MIB); // twice the product is a little less: two streams must fit
-    assert_eq!(tuning.send_window, 4 * 1_962_162);
+    assert_eq!(tuning.connection_window, 2 * 1_962_162 + 4 * MIB);
+    assert_eq!(tuning.send_window, 4 * 1_962_162 + 4 * MIB);
     assert_eq!(tuning.stream_window, 2 * MIB);
     assert_eq!(tuning.initial_rtt, Duration::from_millis(160));
     assert_eq!(tuning.congestion, Congestion::Dedicated);
@@ -31,7 +31,7 @@ fn connections_share_rate_and_windows() {
         tune(&settings),
     );
     assert_eq!(one.rate.unwrap() / 4, four.rate.unwrap());
-    assert_eq!(four.connection_window, 2 * four.bandwidth_delay);
+    assert_eq!(four.connection_window, 2 * four.bandwidth_delay + 4 * MIB);
     assert_eq!(
         one.connection_window,
         64 * MIB,
@@ -45,7 +45,7 @@ fn a_lan_gets_cubic_and_a_bounded_window() {
         mtu_max: MTU_JUMBO,
         ..LinkSettings::lan()
     });
-    assert_eq!((tuning.connection_window, tuning.send_window), (8 * MIB, 8 * MIB));
+    assert_eq!((tuning.connection_window, tuning.send_window), (2 * MIB, 8 * MIB));
     assert_eq!(tuning.congestion, Congestion::Cubic);
     assert_eq!((tuning.mtu_initial, tuning.mtu_max), (1200, 8952));
 }
@@ -72,7 +72,7 @@ proptest! {
         let rtt = rtt.map(Duration::from_nanos);
         let tuning = tune(&LinkSettings { rate, rtt, connections, mtu_max: mtu, ..LinkSettings::default() });
         prop_assert!(tuning.connection_window <= 64 * MIB && tuning.send_window <= 64 * MIB);
-        prop_assert!(tuning.connection_window >= 2 * tuning.stream_window);
+        prop_assert!(tuning.connection_window >= tuning.stream_window);
         prop_assert!(tuning.initial_window <= 64 * MIB && tuning.initial_window >= 32 << 10);
         prop_assert!(tuning.rate.is_none_or(|rate| rate >= 1000));
         prop_assert!(tuning.mtu_max >= 1200 && !tuning.initial_rtt.is_zero());

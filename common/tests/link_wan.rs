@@ -10,7 +10,7 @@ mod link_support;
 use std::time::Duration;
 
 use link_support::{Authority, Wan, Wish, bulk, gateway, listen};
-use longhaul_common::link::{ALPN_PEER, Congestion, Link, LinkSettings, connect};
+use longhaul_common::link::{ALPN_PEER, Congestion, Link, LinkSettings, MTU_JUMBO, connect};
 
 async fn links(settings: &LinkSettings, wan: Option<Wan>) -> (Vec<Link>, Vec<Link>, impl Sized) {
     let authority = Authority::new("wan");
@@ -54,6 +54,18 @@ async fn a_configured_rate_is_filled_in_spite_of_random_loss() {
         goodput / 1e6
     );
     assert!(stats.lost_packets * 50 < stats.sent_packets, "{stats:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn jumbo_packets_pass_without_being_taken_for_a_black_hole() {
+    let settings = LinkSettings {
+        mtu_max: MTU_JUMBO,
+        ..LinkSettings::lan()
+    };
+    let (near, far, _keep) = links(&settings, None).await;
+    bulk(&near, &far, 3).await;
+    let stats = near[0].stats();
+    assert_eq!((stats.mtu, stats.black_holes), (MTU_JUMBO, 0), "{stats:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

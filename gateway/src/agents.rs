@@ -9,6 +9,7 @@ use dashmap::DashMap;
 use longhaul_common::link::{Link, LinkError, Listener, Role, TlsState, code};
 use longhaul_common::wire::ALPN_AGENT;
 use longhaul_common::wire::session::{Refusal, RefusalKind};
+use tokio::sync::watch;
 
 use crate::send::ingest::Ingest;
 use crate::settings::AgentsSection;
@@ -17,6 +18,8 @@ use crate::settings::AgentsSection;
 #[derive(Default)]
 pub struct Agents {
     links: DashMap<String, Link>,
+    /// Counts arrivals.
+    arrivals: watch::Sender<u64>,
 }
 
 impl Agents {
@@ -38,12 +41,19 @@ impl Agents {
         names
     }
 
+    /// Waits until any agent has linked from now on.
+    pub async fn arrival(&self) {
+        // The sender lives as long as this table.
+        let _ = self.arrivals.subscribe().changed().await;
+    }
+
     fn enter(&self, link: &Link) {
         let name = link.peer().name().to_owned();
         tracing::info!(agent = %name, address = %link.remote_address(), "agent linked");
         if let Some(older) = self.links.insert(name, link.clone()) {
             older.close(code::DONE, "a newer link of this agent took its place");
         }
+        self.arrivals.send_modify(|count| *count += 1);
     }
 
     fn leave(&self, link: &Link) {

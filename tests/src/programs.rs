@@ -114,7 +114,7 @@ impl Programs {
                     fs::create_dir_all(directory.join(&name).join(folder))?;
                 }
             }
-            fs::write(config(directory, end, "agent"), agent_config(lab, end, job))?;
+            fs::write(config(directory, end, "agent"), agent_config(lab, end, link, job))?;
             fs::write(
                 config(directory, end, "gateway"),
                 gateway_config(lab, end, link, job),
@@ -285,7 +285,7 @@ fn identity(directory: &Path, name: &str) -> String {
     )
 }
 
-fn agent_config(lab: &Lab, end: End, job: &Job) -> String {
+fn agent_config(lab: &Lab, end: End, link: &LinkSpec, job: &Job) -> String {
     let name = format!("{}-agent", end.name());
     let home = lab.directory().join(&name);
     let read = match end {
@@ -296,10 +296,11 @@ fn agent_config(lab: &Lab, end: End, job: &Job) -> String {
     let _ = write!(
         config,
         "[gateway]\naddress = \"{}:{}\"\nname = \"{}-gateway\"\n\
-         [paths]\nread = [\"{read}\"]\nwrite = [\"{}\"]\nrun = \"{}\"\nstate = \"{}\"\n",
+         [link]\njumbo = {}\n[paths]\nread = [\"{read}\"]\nwrite = [\"{}\"]\nrun = \"{}\"\nstate = \"{}\"\n",
         lab.address(end),
         ports(lab, end).1,
         end.name(),
+        link.jumbo_lan,
         text(home.join("disks")),
         text(home.join("run")),
         text(home.join("state")),
@@ -308,8 +309,13 @@ fn agent_config(lab: &Lab, end: End, job: &Job) -> String {
 }
 
 /// The link between the sites as a gateway is told of it, under `section`.
-fn link_section(section: &str, rate: u64, link: &LinkSpec, job: &Job) -> String {
-    let mut text = format!("[{section}]\nrtt = \"{} ms\"\n", link.rtt.0.as_millis().max(1));
+fn link_section(section: &str, rate: u64, link: &LinkSpec, job: &Job, emulated: bool) -> String {
+    let rtt = if emulated {
+        link.rtt.0.as_millis().max(1)
+    } else {
+        1
+    };
+    let mut text = format!("[{section}]\nrtt = \"{rtt} ms\"\n");
     if rate > 0 {
         let _ = writeln!(text, "rate = \"{rate} bit/s\"");
     }
@@ -329,22 +335,26 @@ fn gateway_config(lab: &Lab, end: End, link: &LinkSpec, job: &Job) -> String {
     config += &identity(lab.directory(), &name);
     let _ = write!(
         config,
-        "[agents]\nlisten = \"{address}:{agents}\"\n[api]\nsocket = \"{}\"\n[peers]\nlisten = \"{address}:{peer}\"\n",
+        "[agents]\nlisten = \"{address}:{agents}\"\nlink = {{ jumbo = {} }}\n[api]\nsocket = \"{}\"\n[peers]\nlisten = \"{address}:{peer}\"\n",
+        link.jumbo_lan,
         text(api_socket(lab.directory(), end)),
     );
-    let rate = if end == End::Source {
+    let emulated = !lab.address(end).is_loopback();
+    let rate = if !emulated {
+        0
+    } else if end == End::Source {
         forth.rate_bit_per_s
     } else {
         back.rate_bit_per_s
     };
-    config += &link_section("peers.link", rate, link, job);
+    config += &link_section("peers.link", rate, link, job, emulated);
     if end == End::Source {
         let (other, port) = (lab.address(End::Target), ports(lab, End::Target).0);
         let _ = write!(
             config,
             "[[peer]]\nsite = \"target\"\nname = \"target-gateway\"\naddress = \"{other}:{port}\"\n"
         );
-        config += &link_section("peer.link", rate, link, job);
+        config += &link_section("peer.link", rate, link, job, emulated);
     }
     config
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::free_map::FreeMap;
 use super::volume::doubt::doubt;
-use super::volume::judge::{Judgement, Outcome, Probe, judge};
+use super::volume::judge::{Outcome, Probe, judge};
 use super::volume::lvm::LvmUnproven;
 use super::volume::lvm::physical::read_physical;
 use super::volume::lvm::place::{Found, Placed, place};
@@ -22,8 +22,8 @@ use super::{ReadAt, fs};
 const PROBES: &[Probe] = &[fs::ext::probe, fs::xfs::probe, fs::ntfs::probe, fs::fat::probe];
 /// Physical volumes judged on one disk, beyond which none is; each may hold 1 MiB of metadata in memory.
 const PHYSICAL_LIMIT: usize = 16;
-/// Logical volumes judged on one disk; each costs about 1 MiB of reading.
-const LOGICAL_LIMIT: usize = 1024;
+/// Partitions and logical volumes judged on one disk; each costs up to 1 MiB of reading before its file system is known.
+const VOLUME_LIMIT: usize = 512;
 
 /// What a scan found.
 pub struct Scan {
@@ -119,6 +119,7 @@ impl Scanner<'_> {
             self.needs(&slot.name, slot.extent.end());
             match &slot.refusal {
                 Some((kind, why)) => self.copied(&slot.name, slot.extent, kind, why.clone()),
+                None if self.is_full() => self.copied(&slot.name, slot.extent, "unknown", too_many()),
                 None => self.volume(&slot.name, slot.extent),
             }
         }
@@ -141,18 +142,18 @@ impl Scanner<'_> {
     /// Judges one partition, or the whole disk.
     fn volume(&mut self, name: &str, range: Extent) {
         let layout = Layout::slice(range);
-        let judgement = self.judge(name, &layout, range);
-        if let Some(Judgement {
-            outcome: Outcome::Physical,
-            ..
-        }) = judgement
-        {
-            self.physical(name, range, &layout);
+        match self.judge(name, &layout, range) {
+            Some((kind, needs)) => {
+                self.needs(&format!("{name}: {kind}"), range.offset().saturating_add(needs))
+            }
+            None => self.physical(name, range, &layout),
         }
     }
 
-    /// Judges a volume and writes its line, unless it is a physical volume: then it is handed back.
-    fn judge(&mut self, name: &str, layout: &Layout, range: Extent) -> Option<Judgement> {
+    /// Judges a volume and writes its line; returns its kind and the bytes that it says it spans. `None`, and no line, where it is
+    /// a physical volume.
+    fn judge(&mut self, name: &str, layout: &Layout, range: Extent) -> Option<(String, u64)> {
+        self.judged += 1;
         let (free, mut free_bytes) = (&mut self.found.free, 0);
         let view = View {
             disk: self.disk,
@@ -161,22 +162,13 @@ impl Scanner<'_> {
         let judgement = judge(&view, self.probes, &mut |extent| {
             layout.locate(extent, &mut |range| free_bytes += free.mark(&range));
         });
-        // Of a logical volume, the physical one says what the image needs.
-        if layout.size() == range.len() {
-            self.needs(
-                &format!("{name}: {}", judgement.kind),
-                range.offset().saturating_add(judgement.needs),
-            );
-        }
-        let (proof, reason) = match &judgement.outcome {
-            Outcome::Physical => return Some(judgement),
+        let (proof, reason) = match judgement.outcome {
+            Outcome::Physical => return None,
             Outcome::Proven => (Some(Proof::Unmounted), None),
             Outcome::Copied(why) => {
-                layout
-                    .disk_ranges()
-                    .for_each(|range| self.found.free.clear(&range));
+                layout.disk_ranges().for_each(|range| free.clear(&range));
                 free_bytes = 0;
-                (None, Some(why.clone()))
+                (None, Some(why))
             }
         };
         let label = match judgement.label.as_str() {
@@ -186,12 +178,16 @@ impl Scanner<'_> {
         self.found.parts.push(Part {
             name: format!("{name}: {}{label}", judgement.kind),
             extent: range,
-            kind: judgement.kind,
+            kind: judgement.kind.clone(),
             proof,
             free_bytes,
             reason,
         });
-        None
+        Some((judgement.kind, judgement.needs))
+    }
+
+    fn is_full(&self) -> bool {
+        self.judged >= VOLUME_LIMIT
     }
 
     fn physical(&mut self, name: &str, range: Extent, layout: &Layout) {
@@ -263,16 +259,11 @@ impl Scanner<'_> {
         }
         for logical in &placed.logicals {
             let name = format!("logical volume {}/{}", placed.group, logical.name);
-            self.judged += 1;
-            let many = || format!("only the first {LOGICAL_LIMIT} logical volumes of a disk are judged");
-            let refusal = logical
-                .refusal
-                .clone()
-                .or_else(|| (self.judged > LOGICAL_LIMIT).then(many));
+            let refusal = logical.refusal.clone().or_else(|| self.is_full().then(too_many));
             let hull = logical.layout.hull();
             if let Some(why) = refusal {
                 self.copied(&name, hull, "unknown", why);
-            } else if self.judge(&name, &logical.layout, hull).is_some() {
+            } else if self.judge(&name, &logical.layout, hull).is_none() {
                 let why = "a physical volume inside a logical one is copied";
                 self.copied(&name, hull, "lvm2", why.to_owned());
             }
@@ -305,4 +296,8 @@ impl Scanner<'_> {
                 .push(format!("{name} needs an image of {end} bytes, but it has {size}"));
         }
     }
+}
+
+fn too_many() -> String {
+    format!("only the first {VOLUME_LIMIT} volumes of a disk are judged")
 }

@@ -109,7 +109,7 @@ impl Spans {
         while self.at < leaf_end {
             let piece = self.piece(free, ask)?;
             let mut end = piece.extent.end();
-            if piece.content == Content::Data || self.at % LEAF != 0 || end < leaf_end {
+            if piece.content == Content::Data || !self.at.is_multiple_of(LEAF) || end < leaf_end {
                 end = end.min(leaf_end);
             } else if end < self.size {
                 end = end / LEAF * LEAF;

@@ -12,23 +12,65 @@ use longhaul_common::ids::{Attempt, JobId};
 use longhaul_common::link::{RecvStream, VarInt};
 use longhaul_common::wire::batch::{BatchHeader, CREDIT_MIN, STREAM_MAX};
 use longhaul_common::wire::session::{Refusal, RefusalKind};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 
 /// Tells the gateway that a stream found no session.
 const NO_SESSION: VarInt = VarInt::from_u32(1);
+/// Tells the gateway that nobody allowed it to send so much.
+const NO_CREDIT: VarInt = VarInt::from_u32(2);
+/// Headers and data of a job's waiting batches may take so many times its credit: a batch without data counts less than it takes.
+const BYTES_PER_CREDIT: u64 = 3;
 
-/// One batch as it came.
+/// One batch as it came. Holds its part of the session's room until it is dropped.
 pub(super) struct Arrived {
     pub header: BatchHeader,
     pub data: Bytes,
-    _room: OwnedSemaphorePermit,
+    pub _part: RoomPart,
+}
+
+/// What a session may hold: the credit that was given, so that a job that is held up holds up no other.
+pub(super) struct Room {
+    /// (credit, bytes of streams) that are left.
+    left: Mutex<(u64, u64)>,
+}
+
+/// A batch's part of the room.
+pub(super) struct RoomPart {
+    room: Arc<Room>,
+    credit: u64,
+    bytes: u64,
+}
+
+impl Room {
+    fn new(credit: u64) -> Arc<Self> {
+        let left = Mutex::new((credit, credit.saturating_mul(BYTES_PER_CREDIT)));
+        Arc::new(Self { left })
+    }
+
+    fn left(&self) -> MutexGuard<'_, (u64, u64)> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `None` where the sender was not allowed so much.
+    fn take(self: &Arc<Self>, credit: u64, bytes: u64) -> Option<RoomPart> {
+        let mut left = self.left();
+        *left = (left.0.checked_sub(credit)?, left.1.checked_sub(bytes)?);
+        let room = Arc::clone(self);
+        Some(RoomPart { room, credit, bytes })
+    }
+}
+
+impl Drop for RoomPart {
+    fn drop(&mut self) {
+        let mut left = self.room.left();
+        *left = (left.0 + self.credit, left.1 + self.bytes);
+    }
 }
 
 struct Entry {
     attempt: Attempt,
     inbox: mpsc::Sender<Arrived>,
-    /// Bytes that the credit allows to wait here.
-    room: Arc<Semaphore>,
+    room: Arc<Room>,
     stop: watch::Sender<bool>,
     /// Closed when the session has let go of its images.
     gone: watch::Receiver<()>,
@@ -56,7 +98,7 @@ impl Arrivals {
     }
 
     /// Enters a session. An older attempt of the same job is stopped first, and waited for: it holds the images.
-    pub(super) async fn enter(&self, job: JobId, attempt: Attempt, memory: u64) -> Result<Seat<'_>, Refusal> {
+    pub(super) async fn enter(&self, job: JobId, attempt: Attempt, credit: u64) -> Result<Seat<'_>, Refusal> {
         loop {
             let mut gone = {
                 let mut table = self.table();
@@ -69,7 +111,7 @@ impl Arrivals {
                         older.stop.send_replace(true);
                         older.gone.clone()
                     }
-                    None => return Ok(self.seat(&mut table, job, attempt, memory)),
+                    None => return Ok(self.seat(&mut table, job, attempt, credit)),
                 }
             };
             while gone.changed().await.is_ok() {}
@@ -78,12 +120,9 @@ impl Arrivals {
         }
     }
 
-    fn seat(&self, table: &mut HashMap<JobId, Entry>, job: JobId, attempt: Attempt, memory: u64) -> Seat<'_> {
-        // Twice the credit: it is given back a moment before the batch is dropped.
-        let room = usize::try_from(memory.saturating_mul(2))
-            .unwrap_or(usize::MAX)
-            .min(Semaphore::MAX_PERMITS);
-        let (inbox, arrived) = mpsc::channel((room / CREDIT_MIN as usize).max(1));
+    fn seat(&self, table: &mut HashMap<JobId, Entry>, job: JobId, attempt: Attempt, credit: u64) -> Seat<'_> {
+        // As many batches as the credit allows: handing one over never waits.
+        let (inbox, arrived) = mpsc::channel((credit / CREDIT_MIN + 1) as usize);
         let (stop, stopped) = watch::channel(false);
         let (held, gone) = watch::channel(());
         table.insert(
@@ -91,7 +130,7 @@ impl Arrivals {
             Entry {
                 attempt,
                 inbox,
-                room: Arc::new(Semaphore::new(room)),
+                room: Room::new(credit),
                 stop,
                 gone,
             },
@@ -117,30 +156,30 @@ impl Arrivals {
             Ok((header, rest)) => (header, bytes.slice(bytes.len() - rest.len()..)),
             Err(error) => return tracing::warn!("a batch was refused: {error}"),
         };
-        if self.hand_over(header, data).is_none() {
-            let _ = stream.stop(NO_SESSION);
-        }
-    }
-
-    /// Puts a batch into its session's inbox, never waiting: a session that is held up, by a full disk for one, must not hold up
-    /// others. `None` where nobody takes it.
-    fn hand_over(&self, header: BatchHeader, data: Bytes) -> Option<()> {
-        let table = self.table();
-        let entry = table
+        let inbox = self
+            .table()
             .get(&header.job)
-            .filter(|entry| entry.attempt == header.attempt);
-        let Some(entry) = entry else {
-            tracing::debug!(job = %header.job, attempt = %header.attempt, "a batch found no session");
-            return None;
-        };
-        let bytes = u32::try_from(header.credit()).unwrap_or(u32::MAX);
-        let Ok(_room) = Arc::clone(&entry.room).try_acquire_many_owned(bytes) else {
-            tracing::warn!(job = %header.job, "the gateway sends more than it has credit for: the attempt ends");
-            entry.stop.send_replace(true);
-            return None;
-        };
-        // An inbox that is closed belongs to a session that has ended: nobody waits for this batch.
-        entry.inbox.try_send(Arrived { header, data, _room }).ok()
+            .filter(|e| e.attempt == header.attempt)
+            .map(|e| (e.inbox.clone(), Arc::clone(&e.room), e.stop.clone()));
+        match inbox {
+            Some((inbox, room, stop)) => {
+                let Some(part) = room.take(header.credit(), bytes.len() as u64) else {
+                    let _ = stream.stop(NO_CREDIT);
+                    stop.send_replace(true);
+                    return tracing::error!(job = %header.job, "a batch came without credit; this attempt ends");
+                };
+                // Full or closed: the session has ended meanwhile, nobody waits for this batch.
+                let _ = inbox.try_send(Arrived {
+                    header,
+                    data,
+                    _part: part,
+                });
+            }
+            None => {
+                let _ = stream.stop(NO_SESSION);
+                tracing::debug!(job = %header.job, attempt = %header.attempt, "a batch found no session");
+            }
+        }
     }
 }
 
@@ -206,5 +245,18 @@ mod tests {
         drop(older);
         let newer = tokio::time::timeout(Duration::from_secs(5), newer).await.unwrap();
         assert!(newer.is_ok());
+    }
+
+    #[test]
+    fn no_more_than_the_credit_is_taken_and_what_is_written_makes_room() {
+        let room = Room::new(10_000);
+        let first = room.take(6_000, 6_100).unwrap();
+        assert!(room.take(4_001, 4_100).is_none(), "more than the credit");
+        assert!(room.take(4_000, 30_000).is_none(), "headers without end");
+        let second = room.take(4_000, 4_100).unwrap();
+        drop(first);
+        assert!(room.take(6_000, 6_100).is_some());
+        drop(second);
+        assert_eq!(*room.left(), (10_000, 30_000));
     }
 }

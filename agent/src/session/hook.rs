@@ -24,7 +24,10 @@ pub(super) async fn run(hooks: &HooksSection, arrival: &Arrival<'_>) -> Option<S
     command.env("LONGHAUL_JOB", arrival.job.to_string());
     command.env("LONGHAUL_NAME", arrival.name);
     command.env("LONGHAUL_DISKS", disks.join("\n"));
-    command.env("LONGHAUL_DEFINITION", arrival.definition.unwrap_or(Path::new("")));
+    command.env(
+        "LONGHAUL_DEFINITION",
+        arrival.definition.unwrap_or_else(|| Path::new("")),
+    );
     command.stdin(std::process::Stdio::null()).kill_on_drop(true);
     let program = program.display();
     let child = match command.spawn() {

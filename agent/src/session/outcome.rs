@@ -38,6 +38,8 @@ pub(super) fn reading(error: &ReadError) -> Refusal {
 pub(super) fn target(error: &TargetError) -> Refusal {
     let kind = match error {
         TargetError::NoSpace { .. } => RefusalKind::NoSpace,
+        // An earlier error has said why; opening the copy again takes up what is durable.
+        TargetError::Failed { .. } => RefusalKind::Lost,
         _ => RefusalKind::Refused,
     };
     Refusal::because(kind, error)

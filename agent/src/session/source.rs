@@ -11,11 +11,12 @@ use std::time::Instant;
 use longhaul_common::digest::Digest;
 use longhaul_common::ids::DiskIndex;
 use longhaul_common::link::{Link, RecvStream, SendStream};
+use longhaul_common::wire::batch::Content;
 use longhaul_common::wire::frame::{self, FrameError};
 use longhaul_common::wire::session::{DiskCounts, FromSource, Refusal, RefusalKind, SourceOpen, ToSource};
 use tokio::sync::{Semaphore, mpsc};
 
-use super::source_disks::OpenSource;
+use super::source_disks::{OpenDisk, OpenSource, open_or_take_up};
 use super::threads::on_thread;
 use super::{Agent, outcome};
 use crate::disk::have::HaveLeaves;
@@ -41,12 +42,22 @@ pub(super) async fn run(
     open: SourceOpen,
 ) {
     tracing::info!(job = %open.job, attempt = %open.attempt, disks = open.disks.len(), "source opens");
-    let (with, asked) = (Arc::clone(agent), open.clone());
-    let opened = on_thread("source-open", move || with.sources.open(&asked, &with.settings)).await;
+    let mut turn = match agent.sources.enter(open.job, open.attempt).await {
+        Ok(turn) => turn,
+        Err(refusal) => return fail(&mut send, &open, refusal).await,
+    };
+    let (with, asked, left) = (Arc::clone(agent), open.clone(), turn.take());
+    let opened = on_thread("source-open", move || {
+        open_or_take_up(left, &asked, &with.settings)
+    })
+    .await;
     let opened = opened.unwrap_or_else(|error| Err(Refusal::because(RefusalKind::Protocol, &error)));
     let source = match opened {
         Ok(source) => source,
-        Err(refusal) => return fail(&mut send, &open, refusal).await,
+        Err(refusal) => {
+            drop(turn);
+            return fail(&mut send, &open, refusal).await;
+        }
     };
     let attempt = Attempt {
         agent: Arc::clone(agent),
@@ -54,14 +65,18 @@ pub(super) async fn run(
         open: open.clone(),
         source: Arc::clone(&source),
     };
-    match attempt.converse(&mut send, recv).await {
+    let ended = tokio::select! {
+        ended = attempt.converse(&mut send, recv) => ended,
+        () = turn.superseded() => Ok(Ended::Left),
+    };
+    match ended {
         Ok(Ended::Finished) => tracing::info!(job = %open.job, "source is done"),
         Ok(Ended::Left) => {
             tracing::info!(job = %open.job, attempt = %open.attempt, "the gateway ended this attempt");
-            agent.sources.keep(&open, source, Instant::now());
+            turn.keep(&open, source, Instant::now());
         }
         Err(refusal) => {
-            agent.sources.keep(&open, source, Instant::now());
+            turn.keep(&open, source, Instant::now());
             fail(&mut send, &open, refusal).await;
         }
     }
@@ -99,7 +114,7 @@ impl Drop for StopOnDrop {
 
 impl Attempt {
     async fn converse(&self, send: &mut SendStream, mut recv: RecvStream) -> Result<Ended, Refusal> {
-        let disks = self.source.disks.iter().map(|disk| disk.report.clone()).collect();
+        let disks = self.source.disks.iter().map(OpenDisk::report).collect();
         say(
             send,
             &FromSource::Opened {
@@ -140,7 +155,7 @@ impl Attempt {
                 Some(ToSource::Start) => return Ok(Some(have)),
                 Some(ToSource::Have(leaves)) => {
                     let disk = usize::from(leaves.disk.0);
-                    let size = self.source.disks.get(disk).map(|disk| disk.report.size);
+                    let size = self.source.disks.get(disk).map(|disk| disk.image.size());
                     let (Some(have), Some(size)) = (have.get_mut(disk), size) else {
                         return Err(Refusal::new(
                             RefusalKind::Protocol,
@@ -237,6 +252,12 @@ impl Attempt {
             outcome::refused(outgoing.header.encode())?,
             outgoing.header.data_len(),
         );
+        let data = outgoing.header.pieces.iter().rev();
+        let last = data.into_iter().find(|piece| piece.content == Content::Data);
+        let disk = self.source.disks.get(usize::from(outgoing.header.disk.0));
+        if let (Some(disk), Some(last)) = (disk, last) {
+            disk.sent.fetch_max(last.extent.end(), Ordering::Relaxed);
+        }
         let lost =
             |error: &dyn std::fmt::Display| Refusal::new(RefusalKind::Lost, self.link.reason_or(error));
         let mut stream = self.link.open_uni().await.map_err(|error| lost(&error))?;

@@ -14,8 +14,9 @@ use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
     FromTarget, HAVE_MAX, Have, Refusal, RefusalKind, TargetOpen, ToTarget,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
+use super::target_disks::Arrival;
 use super::threads::on_thread;
 use super::writers::{Writers, Written};
 use super::{Agent, hook, outcome, target_disks};
@@ -103,11 +104,11 @@ impl Attempt {
             )
             .await?;
         if let Some(arrival) = target_disks::arrival(self.open.job, &agent.settings)? {
-            let paths = self.blocking("finish-commit", move |open, settings| {
+            let arrival = self.blocking("finish-commit", move |open, settings| {
                 target_disks::finish_commit(open, arrival, settings)
             });
-            let paths = paths.await?;
-            self.arrived(paths).await;
+            let arrival = arrival.await?;
+            self.arrived(arrival).await;
             return Ok("had arrived already");
         }
         let disks = self.blocking("target-open", target_disks::open).await?;
@@ -128,7 +129,7 @@ impl Attempt {
         let targets = on_thread("writers-stop", move || writers.stop(hurry)).await;
         let targets = targets.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??;
         match asked {
-            Some(ToTarget::Verify) => self.verify_and_commit(targets).await,
+            Some(ToTarget::Verify) => self.verify_and_commit(targets, seat.stop.clone()).await,
             Some(ToTarget::Abort(why)) => self.abort(targets, &why).await,
             Some(ToTarget::Commit { .. }) => Err(Refusal::new(
                 RefusalKind::Protocol,
@@ -163,15 +164,24 @@ impl Attempt {
         Ok(targets)
     }
 
-    async fn verify_and_commit(&mut self, targets: Vec<Target>) -> Result<&'static str, Refusal> {
+    async fn verify_and_commit(
+        &mut self,
+        targets: Vec<Target>,
+        mut stop: watch::Receiver<bool>,
+    ) -> Result<&'static str, Refusal> {
         let targets = self.verify(targets).await?;
-        match self.heard.recv().await {
+        let asked = tokio::select! {
+            asked = self.heard.recv() => asked,
+            // A newer attempt: this one's gateway may be gone without a word.
+            _ = stop.wait_for(|stop| *stop) => None,
+        };
+        match asked {
             Some(ToTarget::Commit { digests }) => {
-                let paths = self.blocking("commit", move |open, settings| {
+                let arrival = self.blocking("commit", move |open, settings| {
                     target_disks::commit(open.job, targets, &digests, settings)
                 });
-                let paths = paths.await?;
-                self.arrived(paths).await;
+                let arrival = arrival.await?;
+                self.arrived(arrival).await;
                 Ok("arrived")
             }
             Some(ToTarget::Abort(why)) => self.abort(targets, &why).await,
@@ -217,8 +227,25 @@ impl Attempt {
         Ok("aborted")
     }
 
-    /// Runs the hook and tells of the arrival.
-    async fn arrived(&self, paths: Vec<PathBuf>) {
+    /// Runs the hook, unless it has run to its end for this job, and tells of the arrival.
+    async fn arrived(&self, mut arrival: Arrival) {
+        if !arrival.told {
+            arrival.hook = self.run_hook(&arrival.paths).await;
+            arrival.told = true;
+            let kept = arrival.clone();
+            let noted = self.blocking("arrival", move |open, settings| {
+                target_disks::write_record(open.job, &kept, settings)
+            });
+            if let Err(refusal) = noted.await {
+                tracing::error!(job = %self.open.job, "the hook may run again: {refusal}");
+            }
+        }
+        let Arrival { paths, hook, .. } = arrival;
+        self.tell(FromTarget::Committed { paths, hook }).await;
+    }
+
+    /// Gives why it failed, if it did.
+    async fn run_hook(&self, paths: &[PathBuf]) -> Option<String> {
         let definition = self.blocking("definition", target_disks::keep_definition).await;
         let (definition, problem) = match definition {
             Ok(definition) => (definition, None),
@@ -228,14 +255,14 @@ impl Attempt {
         let arrival = hook::Arrival {
             job,
             name,
-            disks: &paths,
+            disks: paths,
             definition: definition.as_deref(),
         };
         let hook = hook::run(&self.agent.settings.hooks, &arrival).await.or(problem);
         if let Some(problem) = &hook {
             tracing::error!(job = %self.open.job, "{problem}");
         }
-        self.tell(FromTarget::Committed { paths, hook }).await;
+        hook
     }
 
     async fn tell(&self, message: FromTarget) {

@@ -23,6 +23,12 @@ pub(super) struct Arrival {
     pub digests: Vec<String>,
     pub paths: Vec<PathBuf>,
     pub complete: bool,
+    /// The hook has run to its end.
+    #[serde(default)]
+    pub told: bool,
+    /// Why it failed, if it did.
+    #[serde(default)]
+    pub hook: Option<String>,
 }
 
 /// Checks a request and opens nothing: what a plan needs.
@@ -148,13 +154,15 @@ pub(super) fn commit(
     targets: Vec<Target>,
     digests: &[Digest],
     settings: &AgentSettings,
-) -> Result<Vec<PathBuf>, Refusal> {
+) -> Result<Arrival, Refusal> {
     let paths = targets.iter().map(|target| target.path().to_owned()).collect();
     let digests = digests.iter().map(ToString::to_string).collect();
     let mut arrival = Arrival {
         digests,
         paths,
         complete: false,
+        told: false,
+        hook: None,
     };
     write_record(job, &arrival, settings)?;
     for target in targets {
@@ -162,7 +170,7 @@ pub(super) fn commit(
     }
     arrival.complete = true;
     write_record(job, &arrival, settings)?;
-    Ok(arrival.paths)
+    Ok(arrival)
 }
 
 /// Finishes a commit that was cut in the middle.
@@ -170,7 +178,7 @@ pub(super) fn finish_commit(
     open: &TargetOpen,
     mut arrival: Arrival,
     settings: &AgentSettings,
-) -> Result<Vec<PathBuf>, Refusal> {
+) -> Result<Arrival, Refusal> {
     if !arrival.complete {
         for (index, disk) in (0..).map(DiskIndex).zip(&open.disks) {
             let options = options(open.job, index, disk, settings)?;
@@ -195,10 +203,10 @@ pub(super) fn finish_commit(
         arrival.complete = true;
         write_record(open.job, &arrival, settings)?;
     }
-    Ok(arrival.paths)
+    Ok(arrival)
 }
 
-fn write_record(job: JobId, arrival: &Arrival, settings: &AgentSettings) -> Result<(), Refusal> {
+pub(super) fn write_record(job: JobId, arrival: &Arrival, settings: &AgentSettings) -> Result<(), Refusal> {
     let path = record_path(job, settings);
     let text = serde_json::to_vec_pretty(arrival).map_err(|error| unusable(&path, &error))?;
     write_durably(&path, &text).map_err(|error| unusable(&path, &error))
@@ -223,7 +231,7 @@ pub(super) fn keep_definition(
 
 /// Temporary name, sync, rename, sync of the folder.
 fn write_durably(path: &Path, content: &[u8]) -> std::io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("/"));
+    let folder = path.parent().unwrap_or_else(|| Path::new("/"));
     std::fs::create_dir_all(folder)?;
     let temporary = path.with_extension("new");
     let mut file = std::fs::File::create(&temporary)?;

@@ -5,6 +5,7 @@
 //! flush behind its write, and that a full disk holds the job up instead of ending it.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -19,10 +20,12 @@ use tokio::sync::mpsc;
 
 use super::arrivals::Arrived;
 use super::outcome;
-use crate::disk::apply::{Applied, LeafRecord, Piece, Target, TargetError, Ticket};
+use crate::disk::apply::{self, Applied, LeafRecord, Piece, Target, TargetError, Ticket};
 use crate::metrics::{TARGET_BATCHES, TARGET_DURABLE, TARGET_RAW};
 use crate::settings::LimitsSection;
 
+/// A copy whose flush failed for want of space is opened again when there is so much, in bytes.
+const SPACE_AGAIN: u64 = 16 << 20;
 /// Between two tries on a full disk.
 const SPACE_RETRY: Duration = Duration::from_secs(1);
 
@@ -47,6 +50,8 @@ struct Shared {
     say: mpsc::Sender<FromTarget>,
     stop: AtomicBool,
     flush_due: Sender<()>,
+    /// How many threads find a disk full right now.
+    full: Mutex<usize>,
 }
 
 /// The running threads.
@@ -70,6 +75,7 @@ impl Writers {
             say,
             stop: AtomicBool::new(false),
             flush_due,
+            full: Mutex::default(),
         });
         let inbox = Arc::new(Mutex::new(inbox));
         let mut writers = Vec::new();
@@ -121,6 +127,33 @@ impl Shared {
         let _ = self.say.blocking_send(message);
     }
 
+    /// The gateway hears of the first thread that finds a disk full, and of the last one that goes on.
+    fn set_full(&self, was_full: &mut bool, found: Option<Refusal>) {
+        if *was_full == found.is_some() {
+            return;
+        }
+        *was_full = found.is_some();
+        let mut full = self.full.lock().unwrap_or_else(PoisonError::into_inner);
+        match found {
+            Some(refusal) => {
+                *full += 1;
+                if *full == 1 {
+                    self.tell(FromTarget::Waiting(refusal));
+                }
+            }
+            None => {
+                *full -= 1;
+                if *full == 0 {
+                    self.tell(FromTarget::Resumed);
+                }
+            }
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        *self.full.lock().unwrap_or_else(PoisonError::into_inner) > 0
+    }
+
     fn write_all(&self, inbox: &Mutex<mpsc::Receiver<Arrived>>) {
         loop {
             let next = inbox
@@ -132,7 +165,10 @@ impl Shared {
                 continue;
             }
             let credit = arrived.header.credit();
-            match self.write(&arrived) {
+            let written = self.write(&arrived);
+            // Its room must be free before the credit for it is given.
+            drop(arrived);
+            match written {
                 Ok(()) => self.tell(FromTarget::Credit(credit)),
                 Err(refusal) => {
                     self.stop.store(true, Ordering::Relaxed);
@@ -170,44 +206,46 @@ impl Shared {
             digests: header.leaves.digests.clone(),
         };
         let pieces = pieces(header, data);
-        let mut waited = false;
+        let mut full = false;
         loop {
             match disk.target.apply(header.attempt, header.round, &leaves, &pieces) {
                 Ok(applied) => {
-                    if waited {
-                        self.tell(FromTarget::Resumed);
-                    }
+                    self.set_full(&mut full, None);
                     return Ok(Some(applied));
                 }
                 Err(error @ TargetError::NoSpace { .. }) => {
-                    if !std::mem::replace(&mut waited, true) {
-                        self.tell(FromTarget::Waiting(outcome::target(&error)));
-                    }
-                    if self.stopping() {
-                        return Ok(None);
-                    }
-                    std::thread::sleep(SPACE_RETRY);
+                    self.set_full(&mut full, Some(outcome::target(&error)));
                 }
+                // A flush failed for want of space; the flusher ends the attempt when there is room again.
+                Err(TargetError::Failed { .. }) if self.is_full() => {}
                 Err(error) => return Err(outcome::target(&error)),
             }
+            if self.stopping() {
+                return Ok(None);
+            }
+            std::thread::sleep(SPACE_RETRY);
         }
     }
 
     fn flush_all(&self, due: &Receiver<()>, every: Duration) {
-        let mut waiting = false;
+        let mut full = vec![false; self.disks.len()];
         loop {
             // Either somebody asks, or time is up; both mean: flush.
             let _ = due.recv_timeout(every);
             let stopping = self.stopping();
             for (index, disk) in (0..).map(DiskIndex).zip(&self.disks) {
+                let was_full = &mut full[usize::from(index.0)];
                 match self.flush(index, disk) {
-                    Ok(()) if std::mem::take(&mut waiting) => self.tell(FromTarget::Resumed),
-                    Ok(()) => {}
+                    Ok(()) => self.set_full(was_full, None),
                     Err(refusal) if refusal.kind == RefusalKind::NoSpace => {
-                        if !std::mem::replace(&mut waiting, true) {
-                            self.tell(FromTarget::Waiting(refusal));
-                        }
+                        self.set_full(was_full, Some(refusal));
                     }
+                    // What could not be flushed is lost: the attempt ends, but not before there is room for another.
+                    Err(refusal)
+                        if refusal.kind == RefusalKind::Lost
+                            && *was_full
+                            && !stopping
+                            && !has_room(&disk.target) => {}
                     Err(refusal) => {
                         self.stop.store(true, Ordering::Relaxed);
                         return self.tell(FromTarget::Failed(refusal));
@@ -233,6 +271,11 @@ impl Shared {
         }
         Ok(())
     }
+}
+
+fn has_room(target: &Target) -> bool {
+    let folder = target.path().parent().unwrap_or_else(|| Path::new("/"));
+    apply::check_space(folder, SPACE_AGAIN).is_ok()
 }
 
 /// The batch's pieces with their bytes. The header was checked and the data is as long as it says.

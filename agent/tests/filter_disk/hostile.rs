@@ -12,6 +12,7 @@ use super::lvm::single;
 use super::lvm_image::{Pv, group, linear, lv, striped};
 use super::tables::{gpt, mbr};
 use super::toy;
+use super::volumes::Image;
 
 fn cases() -> u64 {
     std::env::var("LONGHAUL_FILTER_CASES").map_or(300, |text| text.parse().unwrap())
@@ -228,4 +229,33 @@ fn garbage_is_copied() {
         }
         assert_eq!(scan_with(&bytes, toy::PROBES).free.free_bytes(), 0);
     }
+}
+
+/// As many partitions as a table may have, each to be looked into.
+#[test]
+fn a_table_full_of_partitions_takes_no_time() {
+    use std::os::unix::fs::FileExt;
+    const COUNT: u64 = 8192;
+    let mut array = vec![0; COUNT as usize * 128];
+    for (entry, number) in array.chunks_exact_mut(128).zip(1..) {
+        entry[0] = 1;
+        entry[32..40].copy_from_slice(&(number * 4096u64).to_le_bytes());
+        entry[40..48].copy_from_slice(&(number * 4096u64 + 4095).to_le_bytes());
+    }
+    let (mut table, _) = gpt();
+    let head = &mut table.bytes[512..604];
+    head[80..84].copy_from_slice(&(COUNT as u32).to_le_bytes());
+    head[88..92].copy_from_slice(&crc32fast::hash(&array).to_le_bytes());
+    head[16..20].fill(0);
+    let sum = crc32fast::hash(head);
+    head[16..20].copy_from_slice(&sum.to_le_bytes());
+    let file = tempfile::tempfile().unwrap();
+    file.set_len((COUNT + 2) * 4096 * 512).unwrap();
+    file.write_all_at(&table.bytes[..1024], 0).unwrap();
+    file.write_all_at(&array, 1024).unwrap();
+    let start = Instant::now();
+    let scan = scan_with(&Image(file), toy::PROBES);
+    assert_eq!(scan.parts.len() as u64, COUNT + 2, "{:?}", scan.parts.first());
+    println!("{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
 }

@@ -106,7 +106,7 @@ impl Loop {
     pub(crate) fn attach(dir: &Path, image: &Path) -> Self {
         let mut last = String::new();
         for _ in 0..50 {
-            let number = 64 + rand::random_range(0..900u32);
+            let number = 64 + rand::random_range(0..128u32);
             let node = dir.join(format!("loop{number}"));
             let mut mknod = Command::new("mknod");
             run(

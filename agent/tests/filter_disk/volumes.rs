@@ -7,7 +7,7 @@ use super::disk::{Disk, part, reason};
 use super::tables::gpt;
 use super::toy;
 
-const SIZE: usize = 16 << 20;
+const SIZE: usize = 64 << 20;
 
 fn whole() -> Disk {
     let mut disk = Disk::new(SIZE);
@@ -246,7 +246,8 @@ fn a_sparse_tebibyte_is_scanned_at_once() {
     assert!(start.elapsed().as_secs() < 3, "{:?}", start.elapsed());
 }
 
-struct Image(std::fs::File);
+/// A file as a disk.
+pub(crate) struct Image(pub(crate) std::fs::File);
 
 impl longhaul_agent::disk::ReadAt for Image {
     fn size(&self) -> u64 {

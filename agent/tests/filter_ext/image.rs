@@ -278,29 +278,33 @@ impl Image {
 
     /// Free blocks as dumpe2fs lists them, in bytes.
     pub(crate) fn oracle(&self) -> Vec<Range<u64>> {
-        let path = self.path();
-        let output = run("dumpe2fs", &[path.to_str().unwrap()], &[0]);
-        let text = String::from_utf8_lossy(&output.stdout);
-        let value = |name: &str| {
-            let line = text.lines().find_map(|line| line.strip_prefix(name));
-            line.map(|rest| rest.trim().parse::<u64>().unwrap())
-        };
-        let (block, blocks) = (value("Block size:").unwrap(), value("Block count:").unwrap());
-        // Of a run of clusters, the first block of the first and of the last one are listed.
-        let cluster = value("Cluster size:").unwrap_or(block) / block;
-        let lists = text
-            .lines()
-            .filter_map(|line| line.strip_prefix("  Free blocks: "));
-        let runs = lists
-            .flat_map(|list| list.split(", "))
-            .filter(|run| !run.is_empty());
-        merged(
-            runs.map(|run| {
-                let (first, last) = run.split_once('-').unwrap_or((run, run));
-                let (first, last): (u64, u64) = (first.parse().unwrap(), last.parse().unwrap());
-                first * block..(last + cluster).min(blocks) * block
-            })
-            .collect(),
-        )
+        oracle_of(&self.path())
     }
+}
+
+/// Free blocks of the file system in `path`, as dumpe2fs lists them, in bytes.
+pub(crate) fn oracle_of(path: &Path) -> Vec<Range<u64>> {
+    let output = run("dumpe2fs", &[path.to_str().unwrap()], &[0]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    let value = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        line.map(|rest| rest.trim().parse::<u64>().unwrap())
+    };
+    let (block, blocks) = (value("Block size:").unwrap(), value("Block count:").unwrap());
+    // Of a run of clusters, the first block of the first and of the last one are listed.
+    let cluster = value("Cluster size:").unwrap_or(block) / block;
+    let lists = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("  Free blocks: "));
+    let runs = lists
+        .flat_map(|list| list.split(", "))
+        .filter(|run| !run.is_empty());
+    merged(
+        runs.map(|run| {
+            let (first, last) = run.split_once('-').unwrap_or((run, run));
+            let (first, last): (u64, u64) = (first.parse().unwrap(), last.parse().unwrap());
+            first * block..(last + cluster).min(blocks) * block
+        })
+        .collect(),
+    )
 }

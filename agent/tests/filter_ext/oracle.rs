@@ -27,7 +27,7 @@ fn check_options(kib: u64, options: &str, kind: &str) {
     let mut image = Image::make(kib, options, 1);
     compare(&image, "empty");
     assert_eq!(scan(&image.volume()).unwrap().unwrap().summary.kind, kind);
-    let size_max = (kib << 10) as usize / 600;
+    let size_max = ((kib << 10) as usize / 600).min(200_000);
     image.age(60, size_max);
     image.settle();
     compare(&image, "aged");
@@ -62,6 +62,8 @@ options! {
     ext4_checksum_seed: 100 << 10, "-t ext4 -b 1024 -O metadata_csum_seed", "ext4";
     ext4_bigalloc: 300 << 10, "-t ext4 -O bigalloc -b 4096 -C 65536", "ext4";
     ext4_bigalloc_1k: 100 << 10, "-t ext4 -O bigalloc -b 1024 -C 16384", "ext4";
+    ext4_bigalloc_1k_with_a_resize_inode: 58_551,
+        "-t ext4 -b 1024 -C 2048 -O bigalloc,^metadata_csum,uninit_bg", "ext4";
     ext4_bigalloc_with_a_cut_cluster: (200 << 10) + 20, "-t ext4 -O bigalloc -b 4096 -C 32768", "ext4";
     ext4_bigalloc_without_checksums: 100 << 10, "-t ext4 -O bigalloc,^metadata_csum,uninit_bg -b 1024 -C 8192", "ext4";
     ext4_meta_bg: 300 << 10, "-t ext4 -b 1024 -O meta_bg,^resize_inode", "ext4";
@@ -115,7 +117,11 @@ fn draw(rng: &mut StdRng) -> (u64, String) {
             features.push(format!("{}{feature}", if on { "" } else { "^" }));
         }
     }
-    if features.iter().any(|feature| feature == "meta_bg") {
+    let resize_conflicts = ["meta_bg", "^sparse_super"];
+    if features
+        .iter()
+        .any(|feature| resize_conflicts.contains(&feature.as_str()))
+    {
         features.push("^resize_inode".into());
     }
     if features.iter().any(|feature| feature == "bigalloc") {
@@ -127,7 +133,10 @@ fn draw(rng: &mut StdRng) -> (u64, String) {
     if !features.is_empty() {
         options += &format!(" -O {}", features.join(","));
     }
-    if rng.random_bool(0.3) {
+    if rng.random_bool(0.3)
+        && options.contains("ext4")
+        && !features.iter().any(|feature| feature == "^flex_bg")
+    {
         options += &format!(" -G {}", 1 << rng.random_range(0..7));
     }
     if rng.random_bool(0.3) {

@@ -1,5 +1,6 @@
 //! Whatever is not settled, or not understood, is not filtered.
 
+use longhaul_agent::disk::ReadAt;
 use longhaul_agent::disk::fs::Unproven;
 
 use crate::image::{Image, run, scan};
@@ -14,7 +15,7 @@ fn image(options: &str) -> Image {
     image
 }
 
-fn refusal(volume: &Vec<u8>) -> Unproven {
+fn refusal(volume: &dyn ReadAt) -> Unproven {
     match scan(volume) {
         Err(why) => why,
         Ok(_) => panic!("not refused"),

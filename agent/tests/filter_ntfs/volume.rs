@@ -159,17 +159,17 @@ impl Volume {
     pub(crate) fn resize(&self, len: u64) {
         let image = self.path();
         let file = fs::OpenOptions::new().write(true).open(&image).unwrap();
-        file.set_len(len.max(file.metadata().unwrap().len())).unwrap();
+        let before = file.metadata().unwrap().len();
+        file.set_len(len.max(before)).unwrap();
         let resized = run(
             "ntfsresize",
             PACKAGE,
             &["-f", "-f", "-P", "-s", &len.to_string(), text(&image)],
         );
-        if resized.status.success() {
-            file.set_len(len).unwrap();
-        } else {
-            println!("ntfsresize: {}", String::from_utf8_lossy(&resized.stdout));
-        }
+        let said = String::from_utf8_lossy(&resized.stdout);
+        let done = resized.status.success() && !said.contains("Nothing to do");
+        file.set_len(if done { len } else { before }).unwrap();
+        println!("resized from {before} to {len}: {done}");
         must("ntfsfix", PACKAGE, &["-d", text(&image)]);
     }
 

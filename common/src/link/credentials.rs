@@ -26,6 +26,7 @@ use rustls::sign::CertifiedKey;
 
 use super::identity::{Identity, NotAnIdentity, Role};
 use super::refusal::Refusal;
+use super::reset::ResetSeed;
 
 /// No certificate, key or revocation list file is read beyond this size.
 const FILE_LENGTH_MAX: u64 = 4 << 20;
@@ -136,6 +137,7 @@ pub enum CredentialsError {
 pub struct Material {
     pub(crate) identity: Identity,
     pub(crate) key: Arc<CertifiedKey>,
+    pub(crate) reset: ResetSeed,
     pub(crate) clients: Arc<dyn ClientCertVerifier>,
     pub(crate) servers: Arc<dyn ServerCertVerifier>,
     pub(crate) not_after: SystemTime,
@@ -175,7 +177,8 @@ impl Credentials {
                 expected,
             });
         }
-        let key = Arc::new(self.load_key(&chain, &provider)?);
+        let (key, reset) = self.load_key(&chain, &provider)?;
+        let key = Arc::new(key);
         let roots = Arc::new(self.load_roots()?);
         let (crls, crl_next_update) = self.load_crl()?;
         let (clients, servers) = self.verifiers(&roots, &crls, &provider)?;
@@ -185,6 +188,7 @@ impl Credentials {
         let material = Material {
             identity,
             key,
+            reset,
             clients,
             servers,
             not_after,
@@ -203,7 +207,7 @@ impl Credentials {
         &self,
         chain: &[CertificateDer<'static>],
         provider: &CryptoProvider,
-    ) -> Result<CertifiedKey, CredentialsError> {
+    ) -> Result<(CertifiedKey, ResetSeed), CredentialsError> {
         let what = "the private key";
         let pem = read(what, &self.key)?;
         let not_pem = |error: rustls::pki_types::pem::Error| CredentialsError::NotPem {
@@ -212,7 +216,8 @@ impl Credentials {
             detail: error.to_string(),
         };
         let key = PrivateKeyDer::from_pem_slice(&pem).map_err(not_pem)?;
-        CertifiedKey::from_der(chain.to_vec(), key, provider).map_err(|error| match error {
+        let reset = ResetSeed::of_private_key(key.secret_der());
+        let key = CertifiedKey::from_der(chain.to_vec(), key, provider).map_err(|error| match error {
             rustls::Error::InconsistentKeys(_) => CredentialsError::KeyMismatch {
                 key: self.key.clone(),
                 cert: self.cert.clone(),
@@ -221,7 +226,8 @@ impl Credentials {
                 path: self.key.clone(),
                 detail: other.to_string(),
             },
-        })
+        })?;
+        Ok((key, reset))
     }
 
     fn load_roots(&self) -> Result<RootCertStore, CredentialsError> {

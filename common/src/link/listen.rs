@@ -89,16 +89,15 @@ impl Listener {
         });
         let (config, _) = shared.server_config(&Arc::default())?;
         let socket = socket::bind(address, settings.socket_buffer)?;
-        let endpoint = Endpoint::new(
-            transport::endpoint(settings)?,
-            Some(config),
-            socket,
-            Arc::new(TokioRuntime),
-        )
-        .map_err(|source| LinkError::Socket {
-            address,
-            source: Arc::new(source),
-        })?;
+        let mut parameters = transport::endpoint(settings)?;
+        tls.reset().apply(&mut parameters);
+        let endpoint =
+            Endpoint::new(parameters, Some(config), socket, Arc::new(TokioRuntime)).map_err(|source| {
+                LinkError::Socket {
+                    address,
+                    source: Arc::new(source),
+                }
+            })?;
         let (ready, accepted) = mpsc::channel(ACCEPTED_MAX);
         tokio::spawn(answer(endpoint.clone(), Arc::clone(&shared), ready));
         Ok(Self {

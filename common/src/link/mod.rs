@@ -25,6 +25,7 @@ mod listen;
 pub mod probe;
 mod refusal;
 mod reload;
+mod reset;
 mod socket;
 mod tls;
 mod transport;

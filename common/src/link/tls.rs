@@ -26,6 +26,7 @@ use super::credentials::{Credentials, CredentialsError, Material, provider, unix
 use super::endpoint::LinkInner;
 use super::identity::{Identity, Role, shown};
 use super::refusal::{LinkError, Refusal};
+use super::reset::ResetSeed;
 
 /// A program's current identity files and every link that was made with them. Shared by all listeners and links.
 pub struct TlsState {
@@ -57,6 +58,11 @@ impl TlsState {
     /// Who this program is.
     pub fn identity(&self) -> Identity {
         self.material.load().identity.clone()
+    }
+
+    /// From which the keys of stateless resets are derived.
+    pub(crate) fn reset(&self) -> ResetSeed {
+        self.material.load().reset.clone()
     }
 
     /// The last instant at which this program's certificate is valid.

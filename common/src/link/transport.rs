@@ -32,7 +32,10 @@ pub(crate) fn transport(settings: &LinkSettings) -> Result<(Arc<TransportConfig>
         .ack_frequency_config(Some(ack_frequency()))
         .keep_alive_interval(Some(settings.keep_alive))
         .max_idle_timeout(Some(idle))
-        .enable_segmentation_offload(settings.segmentation_offload)
+        .enable_segmentation_offload(tuning.segmentation_offload)
+        // Streams go out in the order they were opened. Sent by turns, the data of streams that the peer has not taken yet could
+        // fill its whole receive window, and the streams it waits for would never end.
+        .send_fairness(false)
         // QUIC datagrams are not used: a peer must not fill a buffer with them.
         .datagram_receive_buffer_size(None);
     match tuning.congestion {

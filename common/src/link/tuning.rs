@@ -12,14 +12,19 @@ use serde::{Deserialize, Serialize};
 pub const PACKET_OVERHEAD: u64 = 28;
 /// The largest UDP payload that fits a 1500-byte Ethernet over IPv6: 1500 - 40 - 8.
 pub const MTU_WAN: u16 = 1452;
-/// The largest UDP payload that fits a 9000-byte jumbo frame over IPv6: 9000 - 40 - 8.
+/// The largest UDP payload that fits a 9000-byte jumbo frame over IPv6: 9000 - 40 - 8. Up to 6,550 bytes quinn can hand ten
+/// packets to the kernel at once, which may be faster still.
 pub const MTU_JUMBO: u16 = 8952;
 
+/// Ten packets of this size are what one system call of UDP can carry.
+const OFFLOAD_MTU_MAX: u16 = 65_507 / 10;
 const MIB: u64 = 1 << 20;
 /// A batch is at most 1 MiB raw and a header, so twice that never stalls the one stream that carries it.
 const STREAM_WINDOW: u64 = 2 * MIB;
-/// Enough for a 10 Gbit/s LAN at 6 ms; the agent's whole budget is 160 MiB.
-const LAN_WINDOW: u64 = 8 * MIB;
+/// Enough for a 10 Gbit/s LAN at 1.6 ms. A larger one would be filled, and overflow the receiver's socket buffer.
+const LAN_RECEIVE_WINDOW: u64 = 2 * MIB;
+/// Two batches in the making for each of a few streams; the agent's whole budget is 160 MiB.
+const LAN_SEND_WINDOW: u64 = 8 * MIB;
 /// No connection holds more than this, whatever rate is configured.
 const WINDOW_MAX: u64 = 64 * MIB;
 /// Assumed where a rate is configured, but no round-trip time.
@@ -132,6 +137,9 @@ pub struct Tuning {
     pub mtu_initial: u16,
     /// The largest to probe for.
     pub mtu_max: u16,
+    /// Whether the network card cuts packets. quinn hands over ten at a time, and the kernel takes 65,507 bytes at most: larger
+    /// ones would silently be lost.
+    pub segmentation_offload: bool,
     /// The controller, `Auto` resolved.
     pub congestion: Congestion,
 }
@@ -152,12 +160,18 @@ pub fn tune(settings: &LinkSettings) -> Tuning {
         .clamp(Duration::from_micros(100), Duration::from_secs(5));
     let bandwidth_delay = rate.map_or(0, |rate| bytes_in(rate, rtt));
     let (connection_window, send_window) = match rate {
-        None => (LAN_WINDOW, LAN_WINDOW),
-        // Twice the product, because a full queue doubles the round-trip time; the sender twice that, because quinn counts
-        // bytes until they are acknowledged and released.
+        None => (LAN_RECEIVE_WINDOW, LAN_SEND_WINDOW),
+        // Twice the product, because a full queue doubles the round-trip time, and two streams for a reader that is
+        // scheduled late; the sender twice the product more, because quinn counts bytes until they are acknowledged.
         Some(_) => (
-            (2 * bandwidth_delay).clamp(2 * STREAM_WINDOW, WINDOW_MAX),
-            (4 * bandwidth_delay).clamp(2 * STREAM_WINDOW, WINDOW_MAX),
+            bandwidth_delay
+                .saturating_mul(2)
+                .saturating_add(2 * STREAM_WINDOW)
+                .min(WINDOW_MAX),
+            bandwidth_delay
+                .saturating_mul(4)
+                .saturating_add(2 * STREAM_WINDOW)
+                .min(WINDOW_MAX),
         ),
     };
     let congestion = match (settings.congestion, rate) {
@@ -182,6 +196,7 @@ pub fn tune(settings: &LinkSettings) -> Tuning {
             .map_or(Duration::from_millis(20), |_| 2 * rtt),
         mtu_initial: 1200,
         mtu_max,
+        segmentation_offload: settings.segmentation_offload && mtu_max <= OFFLOAD_MTU_MAX,
         congestion,
     }
 }

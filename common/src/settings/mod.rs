@@ -83,8 +83,7 @@ fn build<T: DeserializeOwned>(
     let Some(environment) = environment else {
         let file = toml::Deserializer::parse(text).map_err(|error| syntax(placed(text, &error)))?;
         let read = serde_path_to_error::deserialize(file);
-        return read
-            .map_err(|error| explain(path, error.path().to_string(), error.inner().message().to_owned()));
+        return read.map_err(|error| explain(path, &error.path().to_string(), error.inner().message()));
     };
     let builder = Config::builder()
         .add_source(File::from_str(text, FileFormat::Toml))
@@ -94,7 +93,7 @@ fn build<T: DeserializeOwned>(
         let place = error.path().to_string();
         // The file by itself has the same mistake, unless it came from the environment; of the file it is said better.
         let better = said_of_file::<T>(text, &place);
-        explain(path, place, better.unwrap_or_else(|| error.inner().to_string()))
+        explain(path, &place, &better.unwrap_or_else(|| error.inner().to_string()))
     })
 }
 
@@ -102,11 +101,14 @@ fn build<T: DeserializeOwned>(
 fn placed(text: &str, error: &toml::de::Error) -> String {
     let message = error.message().trim_end().replace('\n', " ");
     let before = error.span().and_then(|span| text.get(..span.start));
-    before.map_or(message.clone(), |before| {
-        let line = before.matches('\n').count() + 1;
-        let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
-        format!("line {line}, column {column}: {message}")
-    })
+    before.map_or_else(
+        || message.clone(),
+        |before| {
+            let line = before.matches('\n').count() + 1;
+            let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
+            format!("line {line}, column {column}: {message}")
+        },
+    )
 }
 
 fn said_of_file<T: DeserializeOwned>(text: &str, place: &str) -> Option<String> {
@@ -116,17 +118,17 @@ fn said_of_file<T: DeserializeOwned>(text: &str, place: &str) -> Option<String> 
     same.then(|| error.inner().message().trim_end().to_owned())
 }
 
-fn explain(path: &Path, place: String, cause: String) -> SettingsError {
+fn explain(path: &Path, place: &str, cause: &str) -> SettingsError {
     let path = path.to_owned();
-    let Some((unknown, known)) = unknown_field(&cause) else {
+    let Some((unknown, known)) = unknown_field(cause) else {
         let cause = cause
             .split(" for key `")
             .next()
-            .unwrap_or(&cause)
+            .unwrap_or(cause)
             .replace('\n', " ");
         return SettingsError::Value {
             path,
-            key: place,
+            key: place.to_owned(),
             cause,
         };
     };

@@ -160,6 +160,8 @@ pub struct OpenedDisk {
     pub notes: Vec<String>,
     /// Milliseconds the scan took.
     pub scan_ms: u64,
+    /// Bytes from the disk's start that earlier attempts have sent or passed over as durable, as far as the agent remembers.
+    pub sent_before: u64,
 }
 
 impl OpenedDisk {

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use longhaul_common::digest::Digest;
+use longhaul_common::digest::{Digest, LEAF};
 use longhaul_common::ids::{Attempt, DiskIndex, JobId};
 use longhaul_common::link::{Link, RecvStream, SendStream};
 use longhaul_common::wire::frame;
@@ -55,6 +55,8 @@ pub struct Target {
     link: Link,
     /// It said that everything has arrived already.
     pub arrived: Option<Option<String>>,
+    /// Of each disk, the end of the data that is durable there.
+    pub durable_below: Vec<u64>,
 }
 
 /// A disk as both sides state it in the end.
@@ -180,7 +182,7 @@ impl Target {
         context: &Context,
         spec: &JobSpec,
         open: TargetOpen,
-        mut source: Option<&mut Source>,
+        source: Option<&mut Source>,
     ) -> Result<Self, Refusal> {
         let (link, mut send, recv) = context.peer.control().await?;
         let task = PeerTask::Target {
@@ -196,6 +198,7 @@ impl Target {
             heard,
             link,
             arrived: None,
+            durable_below: vec![0; spec.disk.len()],
         };
         match target.heard.next().await? {
             FromTarget::Opened { notes } => target.notes = notes,
@@ -206,12 +209,18 @@ impl Target {
             FromTarget::Failed(refusal) => return Err(refusal),
             other => return Err(out_of_turn("the target agent", &other)),
         }
-        let Some(source) = source.as_deref_mut() else {
+        let Some(source) = source else {
             return Ok(target);
         };
         loop {
             match target.heard.next().await? {
-                FromTarget::Have(have) => source.tell(&ToSource::Have(have)).await?,
+                FromTarget::Have(have) => {
+                    let below = target.durable_below.get_mut(usize::from(have.disk.0));
+                    if let (Some(below), Some((leaf, _))) = (below, have.digests.last()) {
+                        *below = leaf.saturating_add(1).saturating_mul(LEAF).max(*below);
+                    }
+                    source.tell(&ToSource::Have(have)).await?;
+                }
                 FromTarget::Ready => return Ok(target),
                 FromTarget::Failed(refusal) => return Err(refusal),
                 other => return Err(out_of_turn("the target agent", &other)),
@@ -378,6 +387,8 @@ impl<'a> Transfer<'a> {
             }
             FromTarget::Durable(sequences) => {
                 self.outflow.ledger().durable(&sequences);
+                // The word that they were accepted may come later: what is durable is not sent again.
+                self.context.peer.accepted(self.outflow.flow, &sequences);
                 self.source.tell(&ToSource::Durable(sequences)).await
             }
             FromTarget::Waiting(refusal) => {

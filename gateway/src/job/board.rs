@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use longhaul_common::wire::session::{DiskCounts, OpenedDisk};
 
+use super::ledger::Sent;
 use super::progress::{JobState, Pace, Phase, Progress};
 use crate::send::ingest::Outflow;
 
@@ -17,6 +18,8 @@ struct Inner {
     pace: Pace,
     /// Of each disk, what this attempt kept and found to be zeros, once it was read.
     kept: Vec<u64>,
+    /// Of each disk, what the journal is to keep.
+    sent: Vec<Sent>,
 }
 
 /// A job's notice board.
@@ -27,10 +30,11 @@ pub struct Board {
 
 impl Board {
     /// As the journal left it.
-    pub fn new(state: JobState, progress: Progress) -> Self {
+    pub fn new(state: JobState, progress: Progress, sent: Vec<Sent>) -> Self {
         let inner = Inner {
             state,
             progress,
+            sent,
             ..Inner::default()
         };
         Self {
@@ -46,6 +50,11 @@ impl Board {
     pub fn read(&self) -> (JobState, Progress) {
         let inner = self.inner();
         (inner.state, inner.progress.clone())
+    }
+
+    /// What was sent of each disk.
+    pub fn sent(&self) -> Vec<Sent> {
+        self.inner().sent.clone()
     }
 
     /// The job does something else now, for this reason.
@@ -102,7 +111,9 @@ impl Board {
     /// The sums have changed.
     pub fn count(&self, outflow: &Outflow) {
         let sums = outflow.sums();
+        let sent = outflow.sent();
         let mut inner = self.inner();
+        inner.sent = sent;
         let Inner {
             progress, pace, kept, ..
         } = &mut *inner;

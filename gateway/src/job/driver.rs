@@ -17,16 +17,16 @@ use super::board::Board;
 use super::ledger::Ledger;
 use super::progress::{JobState, Phase};
 use super::report::{DiskReport, Report, joint_digest};
-use crate::store::{JobRecord, Store};
+use crate::store::{JobRecord, Store, StoreError};
 
 /// Waits between two attempts.
-const BACKOFF: [u64; 6] = [200, 500, 1000, 2000, 4000, 8000];
+const BACKOFF: [u64; 6] = [200, 500, 1000, 2000, 3000, 5000];
 /// An attempt that lasted so long starts the waits anew.
 const GOOD_ATTEMPT: Duration = Duration::from_secs(20);
 /// How long an abort may take before the target's partial copy is left to itself.
 const ABORT_TIME: Duration = Duration::from_secs(30);
 /// Between two saves of progress while an attempt runs.
-const SAVE_EVERY: Duration = Duration::from_secs(5);
+const SAVE_EVERY: Duration = Duration::from_secs(1);
 
 /// What the operator wants of a job.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,6 +53,8 @@ pub struct Driver {
     pub board: Arc<Board>,
     pub wish: watch::Receiver<Wish>,
     ledger: Ledger,
+    /// The operator said something while the job waited.
+    asked_again: bool,
     /// Times of the last attempt's stages.
     stages: Vec<(&'static str, u64)>,
 }
@@ -67,7 +69,7 @@ impl Driver {
         board: Arc<Board>,
         wish: watch::Receiver<Wish>,
     ) -> Self {
-        let ledger = Ledger::new(record.spec.disk.len());
+        let ledger = Ledger::restored(record.spec.disk.len(), &record.sent);
         Self {
             record,
             job,
@@ -76,20 +78,33 @@ impl Driver {
             board,
             wish,
             ledger,
+            asked_again: false,
             stages: Vec::new(),
         }
     }
 
-    /// Runs the job until it is completed, cancelled, paused or failed.
-    pub async fn run(mut self) {
+    /// Runs the job until it is completed, cancelled, paused or failed. Gives back the ear for the operator's wishes: what it has
+    /// not heard yet came too late for this run.
+    pub async fn run(mut self) -> watch::Receiver<Wish> {
+        self.drive().await;
+        self.wish
+    }
+
+    async fn drive(&mut self) {
         let mut failures = 0;
         self.record.started.get_or_insert_with(now);
         loop {
             let wish = *self.wish.borrow_and_update();
             match wish {
-                Wish::Cancel => return self.cancel().await,
+                Wish::Cancel => {
+                    if self.cancel().await {
+                        return;
+                    }
+                    self.wait_a_while(&mut failures).await;
+                    continue;
+                }
                 Wish::Pause => return self.rest(JobState::Paused, None).await,
-                Wish::Run => {}
+                Wish::Run => self.record.cancelling = false,
             }
             let began = Instant::now();
             match self.attempt().await {
@@ -102,9 +117,7 @@ impl Driver {
                         failures
                     };
                     self.rest(JobState::Waiting, Some(refusal.text)).await;
-                    let wait = Duration::from_millis(BACKOFF[failures]);
-                    let _ = tokio::time::timeout(wait, self.wish.changed()).await;
-                    failures = (failures + 1).min(BACKOFF.len() - 1);
+                    self.wait_a_while(&mut failures).await;
                 }
                 Ended::Refused(refusal) => {
                     self.record.finished = Some(now());
@@ -114,30 +127,60 @@ impl Driver {
         }
     }
 
-    /// Says, on the board and in the journal, that nothing moves right now.
+    /// Waits longer each time, and no longer than until the operator wishes something or an agent arrives.
+    async fn wait_a_while(&mut self, failures: &mut usize) {
+        let wait = Duration::from_millis(BACKOFF[*failures]);
+        *failures = (*failures + 1).min(BACKOFF.len() - 1);
+        self.asked_again = tokio::select! {
+            heard = self.wish.changed() => heard.is_ok(),
+            // Perhaps the one that was missing.
+            () = self.context.agents.arrival() => false,
+            () = tokio::time::sleep(wait) => false,
+        };
+    }
+
+    /// Says, in the journal and on the board, that nothing moves right now.
     async fn rest(&mut self, state: JobState, message: Option<String>) {
         if let Some(message) = &message {
             tracing::warn!(job = %self.job, ?state, "{message}");
         } else {
             tracing::info!(job = %self.job, ?state, "the job rests");
         }
-        self.board.state(state, message.clone());
         self.record.message = message;
         self.save(state).await;
     }
 
+    /// Journals the record in this state, then shows it: nobody sees an end that a crash could take back.
     async fn save(&mut self, state: JobState) {
-        self.record.state = state;
-        self.record.progress = self.board.read().1;
-        if let Err(error) = self.store.save(&self.record).await {
+        if let Err(error) = self.try_save(state).await {
             tracing::error!(job = %self.job, "the journal cannot be written: {error}");
         }
+        self.board.state(state, self.record.message.clone());
+    }
+
+    async fn try_save(&mut self, state: JobState) -> Result<(), StoreError> {
+        self.record.state = state;
+        self.record.progress = self.board.read().1;
+        self.record.sent = self.board.sent();
+        self.record.progress.message.clone_from(&self.record.message);
+        self.store.save(&self.record).await
+    }
+
+    /// Begins an attempt of a number that was never used before, whatever happens to this program.
+    async fn next_attempt(&mut self, state: JobState) -> Result<Attempt, Refusal> {
+        let attempt = Attempt(self.record.progress.attempt.saturating_add(1));
+        self.board.attempt(attempt.0);
+        let saved = self.try_save(state).await;
+        saved.map_err(|error| Refusal::because(RefusalKind::Lost, &error))?;
+        Ok(attempt)
     }
 
     async fn attempt(&mut self) -> Ended {
-        let attempt = Attempt(self.record.progress.attempt.saturating_add(1));
-        self.board.attempt(attempt.0);
-        self.save(JobState::Running).await;
+        self.record.message = None;
+        let attempt = match self.next_attempt(JobState::Running).await {
+            Ok(attempt) => attempt,
+            Err(refusal) => return Ended::Refused(refusal),
+        };
         tracing::info!(job = %self.job, %attempt, "an attempt begins");
         let mut wish = self.wish.clone();
         let interrupted = async move {
@@ -147,13 +190,12 @@ impl Driver {
             }
         };
         let store = self.store.clone();
-        let (board, mut record) = (Arc::clone(&self.board), self.record.clone());
+        let (board, id) = (Arc::clone(&self.board), self.record.id.clone());
         let saving = async move {
             loop {
                 tokio::time::sleep(SAVE_EVERY).await;
-                record.progress = board.read().1;
-                // The next save may succeed; the attempt itself does not depend on it.
-                let _ = store.save(&record).await;
+                // The next one may succeed; the attempt itself does not depend on it.
+                let _ = store.note(&id, board.read().1, board.sent()).await;
             }
         };
         let outcome = tokio::select! {
@@ -192,9 +234,16 @@ impl Driver {
             definition,
         );
         let target = self.open_target(open, &mut source).await?;
+        if target.arrived.is_some() {
+            let text = "the target says that this job has arrived, the journal does not know of it; was it restored from a copy?";
+            return Err(Refusal::new(RefusalKind::Refused, text));
+        }
         self.stages.push(("open_target", elapsed_ms(opening)));
         let lost_before = self.context.peer.stats().lost_packets;
-        let ledger = std::mem::take(&mut self.ledger);
+        let mut ledger = std::mem::take(&mut self.ledger);
+        for (index, (opened, durable)) in source.disks.iter().zip(&target.durable_below).enumerate() {
+            ledger.sent_before(index, opened.sent_before.max(*durable));
+        }
         let context = Context {
             agents: Arc::clone(&self.context.agents),
             ingest: Arc::clone(&self.context.ingest),
@@ -216,6 +265,7 @@ impl Driver {
         self.record.committing = Some(proofs.iter().map(|proof| proof.target.to_string()).collect());
         self.record.report = Some(report(&self.record, &transfer.transfer, &proofs));
         self.record.progress = board.read().1;
+        self.record.sent = transfer.transfer.outflow.sent();
         let journaled = self.store.save(&self.record).await;
         journaled.map_err(|error| Refusal::because(RefusalKind::Refused, &error))?;
         let hook = transfer.transfer.commit(&proofs).await?;
@@ -299,27 +349,44 @@ impl Driver {
             / transfer;
         report.ok = report.equal;
         self.board.phase(Phase::Done);
-        self.board.state(JobState::Completed, None);
         self.record.report = Some(report);
         self.record.message = None;
         self.save(JobState::Completed).await;
         tracing::info!(job = %self.job, "the job is completed");
     }
 
-    /// Removes what the target has, as far as it can be reached.
-    async fn cancel(&mut self) {
-        let attempt = Attempt(self.record.progress.attempt.saturating_add(1));
-        self.record.progress.attempt = attempt.0;
-        self.board.attempt(attempt.0);
-        let removed = tokio::time::timeout(ABORT_TIME, self.remove_copy(attempt)).await;
-        let message = match removed {
-            Ok(Ok(true)) => return self.complete_instead().await,
-            Ok(Ok(false)) => None,
-            Ok(Err(refusal)) => Some(format!("the partial copy may still be there: {refusal}")),
-            Err(_) => Some("the partial copy may still be there: the target did not answer".to_owned()),
+    /// Removes what the target has. False where the target cannot be reached: then it is tried again, over restarts of this
+    /// program, until the operator says `cancel` a second time.
+    async fn cancel(&mut self) -> bool {
+        let asked_twice = std::mem::replace(&mut self.record.cancelling, true) && self.asked_again;
+        let attempt = match self.next_attempt(JobState::Waiting).await {
+            Ok(attempt) => attempt,
+            Err(refusal) => {
+                self.rest(JobState::Waiting, Some(refusal.text)).await;
+                return false;
+            }
         };
+        let removed = tokio::time::timeout(ABORT_TIME, self.remove_copy(attempt)).await;
+        let (why, transient) = match removed {
+            Ok(Ok(true)) => {
+                self.complete_instead().await;
+                return true;
+            }
+            Ok(Ok(false)) => (None, false),
+            Ok(Err(refusal)) => (Some(refusal.text), refusal.kind.is_transient()),
+            Err(_) => (Some("the target did not answer".to_owned()), true),
+        };
+        if let Some(why) = why.as_ref().filter(|_| transient && !asked_twice) {
+            let text = format!(
+                "cancelled, but the partial copy cannot be removed yet: {why}; cancel once more to leave it there"
+            );
+            self.rest(JobState::Waiting, Some(text)).await;
+            return false;
+        }
         self.record.finished = Some(now());
+        let message = why.map(|why| format!("the partial copy may still be there: {why}"));
         self.rest(JobState::Cancelled, message).await;
+        true
     }
 
     /// True where the target says that everything has arrived already: too late to cancel.
@@ -357,7 +424,8 @@ struct KeepLedger<'a, 'b> {
 
 impl Drop for KeepLedger<'_, '_> {
     fn drop(&mut self) {
-        *self.ledger = self.transfer.outflow.into_next();
+        self.transfer.context.ingest.close(&self.transfer.outflow);
+        *self.ledger = self.transfer.outflow.to_next();
     }
 }
 

@@ -4,12 +4,14 @@
 //! was entered in an earlier attempt without becoming durable there.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 
 use longhaul_common::digest::LEAF;
 use longhaul_common::extent::Extent;
 use longhaul_common::ids::Sequence;
 use longhaul_common::wire::batch::{BatchHeader, Content};
 use longhaul_common::wire::sequences::Sequences;
+use serde::{Deserialize, Serialize};
 
 /// Of one disk, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,12 +28,26 @@ pub struct DiskSums {
     pub resent: u64,
 }
 
+/// What the journal keeps of a disk's sums, so that they are true after a restart, too. In bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Sent {
+    /// Disks are read in ascending order: what lies before this has been sent, or needs no sending.
+    pub below: u64,
+    pub raw_bytes: u64,
+    pub wan_bytes: u64,
+    pub resent_bytes: u64,
+}
+
 /// A batch that is not durable yet.
 #[derive(Clone, Copy, Debug)]
 struct Open {
     disk: u16,
     data: u64,
     zero: u64,
+    wan: u64,
+    again: u64,
+    /// Leaves that it gives whole: first and count.
+    leaves: (u64, u64),
 }
 
 /// The counts of a job, over its attempts.
@@ -42,6 +58,10 @@ pub struct Ledger {
     sent_leaves: Vec<LeafSet>,
     /// Leaves that were sent in an earlier attempt.
     earlier: Vec<LeafSet>,
+    /// Of each disk, everything before this was sent in an earlier attempt: what others remember where this ledger does not.
+    earlier_below: Vec<u64>,
+    /// Of each disk, the end of the data that was sent.
+    below: Vec<u64>,
     open: HashMap<Sequence, Open>,
     /// Batches that became durable in this attempt.
     durable_batches: u64,
@@ -54,8 +74,41 @@ impl Ledger {
             disks: vec![DiskSums::default(); disks],
             sent_leaves: vec![LeafSet::default(); disks],
             earlier: vec![LeafSet::default(); disks],
+            earlier_below: vec![0; disks],
+            below: vec![0; disks],
             ..Self::default()
         }
+    }
+
+    /// For a job that a former life of this program has begun.
+    pub fn restored(disks: usize, sent: &[Sent]) -> Self {
+        let mut ledger = Self::new(disks);
+        for (index, sent) in sent.iter().enumerate().take(disks) {
+            ledger.sent_before(index, sent.below);
+            let sums = &mut ledger.disks[index];
+            (sums.sent, sums.wan, sums.resent) = (sent.raw_bytes, sent.wan_bytes, sent.resent_bytes);
+        }
+        ledger
+    }
+
+    /// Somebody else knows that everything of a disk before `below` was sent in an earlier attempt.
+    pub fn sent_before(&mut self, disk: usize, below: u64) {
+        for marks in [&mut self.earlier_below, &mut self.below] {
+            if let Some(known) = marks.get_mut(disk) {
+                *known = below.max(*known);
+            }
+        }
+    }
+
+    /// What the journal is to keep.
+    pub fn sent(&self) -> Vec<Sent> {
+        let of = |(sums, below): (&DiskSums, &u64)| Sent {
+            below: *below,
+            raw_bytes: sums.sent,
+            wan_bytes: sums.wan,
+            resent_bytes: sums.resent,
+        };
+        self.disks.iter().zip(&self.below).map(of).collect()
     }
 
     /// The ledger with which the next attempt starts.
@@ -77,12 +130,17 @@ impl Ledger {
     /// A batch has entered that was checked against its disk; `wan` bytes of it go to the peer.
     pub fn entered(&mut self, header: &BatchHeader, wan: u64) {
         let index = usize::from(header.disk.0);
-        let (Some(sums), Some(sent), Some(earlier)) = (
+        let (Some(sums), Some(sent), Some(earlier), Some(below)) = (
             self.disks.get_mut(index),
             self.sent_leaves.get_mut(index),
             self.earlier.get(index),
+            self.below.get_mut(index),
         ) else {
             return;
+        };
+        let earlier = Earlier {
+            leaves: earlier,
+            below: self.earlier_below.get(index).copied().unwrap_or(0),
         };
         let (mut data, mut zero, mut again) = (0, 0, 0);
         for piece in &header.pieces {
@@ -92,7 +150,8 @@ impl Ledger {
                 Content::Hole | Content::Free => continue,
             }
             if piece.content == Content::Data {
-                again += enter_leaves(&piece.extent, earlier, sent);
+                again += enter_leaves(&piece.extent, &earlier, sent);
+                *below = piece.extent.end().max(*below);
             }
         }
         sums.entered = sums.entered.saturating_add(data);
@@ -105,8 +164,31 @@ impl Ledger {
                 disk: header.disk.0,
                 data,
                 zero,
+                wan,
+                again,
+                leaves: (header.leaves.first, header.leaves.count),
             },
         );
+    }
+
+    /// These have entered, but were never sent: the attempt ended before.
+    pub fn withdraw(&mut self, unsent: &[Sequence]) {
+        for sequence in unsent {
+            let Some(open) = self.open.remove(sequence) else {
+                continue;
+            };
+            let index = usize::from(open.disk);
+            if let Some(sums) = self.disks.get_mut(index) {
+                sums.entered -= open.data;
+                sums.sent -= open.data;
+                sums.wan -= open.wan;
+                sums.resent -= open.again;
+            }
+            let (first, count) = open.leaves;
+            if let (Some(sent), Some(earlier)) = (self.sent_leaves.get_mut(index), self.earlier.get(index)) {
+                sent.withdraw(first..first.saturating_add(count), earlier);
+            }
+        }
     }
 
     /// So much was sent a second time because a connection died; counted for the first disk.
@@ -155,6 +237,12 @@ impl Ledger {
     }
 }
 
+/// What earlier attempts have sent of one disk.
+struct Earlier<'a> {
+    leaves: &'a LeafSet,
+    below: u64,
+}
+
 /// Leaves of a disk: one bit each, in words by number. Costs memory for what was really sent, wherever an agent says that it lies.
 #[derive(Clone, Debug, Default)]
 struct LeafSet(BTreeMap<u64, u64>);
@@ -166,17 +254,30 @@ impl LeafSet {
             .is_some_and(|word| word >> (leaf % 64) & 1 == 1)
     }
 
+    /// Takes out every one of `leaves` that is not in `earlier`.
+    fn withdraw(&mut self, leaves: Range<u64>, earlier: &Self) {
+        if leaves.is_empty() {
+            return;
+        }
+        for (index, word) in self.0.range_mut(leaves.start / 64..=(leaves.end - 1) / 64) {
+            let inside = (0..64).filter(|bit| leaves.contains(&(index * 64 + bit)));
+            inside
+                .filter(|bit| !earlier.has(index * 64 + bit))
+                .for_each(|bit| *word &= !(1 << bit));
+        }
+    }
+
     fn add(&mut self, leaf: u64) {
         *self.0.entry(leaf / 64).or_default() |= 1 << (leaf % 64);
     }
 }
 
 /// Marks the leaves that `extent` touches as sent; gives how many of its bytes lie in leaves that were sent earlier.
-fn enter_leaves(extent: &Extent, earlier: &LeafSet, sent: &mut LeafSet) -> u64 {
+fn enter_leaves(extent: &Extent, earlier: &Earlier<'_>, sent: &mut LeafSet) -> u64 {
     let mut again = 0;
     for leaf in extent.offset() / LEAF..extent.end().div_ceil(LEAF) {
         sent.add(leaf);
-        if earlier.has(leaf) {
+        if earlier.leaves.has(leaf) || leaf.saturating_mul(LEAF) < earlier.below {
             let whole = Extent::between(leaf * LEAF, (leaf + 1).saturating_mul(LEAF));
             again += whole.intersect(extent).map_or(0, |part| part.len());
         }
@@ -230,5 +331,37 @@ mod tests {
             (LEAF, 6 * LEAF, 600)
         );
         assert_eq!(ledger.durable_batches(), 0);
+    }
+
+    #[test]
+    fn a_restart_of_the_program_forgets_nothing() {
+        let mut ledger = Ledger::new(1);
+        for n in 0..4 {
+            ledger.entered(&batch(n, n), 100);
+        }
+        let kept = ledger.sent();
+        let mut ledger = Ledger::restored(1, &kept);
+        ledger.entered(&batch(0, 3), 100);
+        ledger.entered(&batch(1, 4), 100);
+        assert_eq!((ledger.total().resent, ledger.total().sent), (LEAF, 6 * LEAF));
+        assert_eq!(ledger.sent()[0].below, 5 * LEAF);
+        // The source agent remembers more than the journal.
+        ledger.sent_before(0, 8 * LEAF);
+        ledger.entered(&batch(2, 7), 100);
+        assert_eq!((ledger.total().resent, ledger.total().wan), (2 * LEAF, 700));
+    }
+
+    #[test]
+    fn what_never_left_is_not_sent_again() {
+        let mut ledger = Ledger::new(1);
+        for n in 0..4 {
+            ledger.entered(&batch(n, n), 100);
+        }
+        ledger.withdraw(&[Sequence(2), Sequence(3), Sequence(9)]);
+        assert_eq!((ledger.total().sent, ledger.total().wan), (2 * LEAF, 200));
+        let mut ledger = ledger.next_attempt();
+        ledger.entered(&batch(0, 1), 100);
+        ledger.entered(&batch(1, 3), 100);
+        assert_eq!((ledger.total().resent, ledger.total().sent), (LEAF, 4 * LEAF));
     }
 }

@@ -91,6 +91,7 @@ impl Jobs {
         for record in unfinished {
             let wish = match record.state {
                 JobState::Failed => continue,
+                _ if record.cancelling => Wish::Cancel,
                 JobState::Paused => Wish::Pause,
                 _ => Wish::Run,
             };
@@ -116,6 +117,8 @@ impl Jobs {
             progress: Progress::default(),
             sizes: Vec::new(),
             committing: None,
+            sent: Vec::new(),
+            cancelling: false,
             message: None,
             report: None,
         };
@@ -159,7 +162,11 @@ impl Jobs {
         let job = record
             .job()
             .map_err(|error| JobError::NoSuchJob(error.to_string()))?;
-        let board = Arc::new(Board::new(record.state, record.progress.clone()));
+        let board = Arc::new(Board::new(
+            record.state,
+            record.progress.clone(),
+            record.sent.clone(),
+        ));
         let (wish, wished) = watch::channel(wish);
         let id = record.id.clone();
         self.running.insert(
@@ -178,9 +185,18 @@ impl Jobs {
                 // A job that is not to run need not wait for its turn.
                 _ = wish.wait_for(|wish| *wish != Wish::Run) => None,
             };
-            driver.run().await;
+            let heard = driver.run().await;
             drop(turn);
-            jobs.running.remove(&id);
+            let ended = jobs.running.remove(&id);
+            // What was wished while the driver wrote its last words was not heard by it.
+            if let Some((_, running)) = ended
+                && heard.has_changed().unwrap_or(false)
+            {
+                let wish = *running.wish.borrow();
+                if let Err(error) = jobs.wish(&id, wish).await {
+                    tracing::warn!(job = %id, "a late wish was not done: {error}");
+                }
+            }
         });
         Ok(())
     }

@@ -11,7 +11,7 @@ mod show;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
 use longhaul_common::settings::{self, SettingsError};
@@ -136,6 +136,14 @@ enum Failure {
 }
 
 impl Failure {
+    /// Whether the gateway is away, perhaps only for a moment.
+    fn is_absence(&self) -> bool {
+        matches!(
+            self,
+            Self::Client(ClientError::NoGateway { .. } | ClientError::Broken(_)) | Self::StreamEnded
+        )
+    }
+
     fn code(&self) -> Code {
         match self {
             Self::Client(ClientError::NoGateway { .. } | ClientError::Broken(_)) | Self::StreamEnded => {
@@ -254,14 +262,43 @@ async fn tell(client: &Client, job: &str, wish: &str) -> Result<(), Failure> {
     Ok(())
 }
 
+/// How long a gateway may be away before the operator program gives up; a restart takes a second or two.
+const AWAY_MAX: Duration = Duration::from_secs(60);
+/// Between two tries to reach it again.
+const AWAY_STEP: Duration = Duration::from_millis(300);
+
+/// Watches until the job is at rest, also over restarts of the gateway.
 async fn watch(client: &Client, record: &JobRecord, json: bool) -> Result<Code, Failure> {
-    let mut lines = client.lines(&format!("/v1/jobs/{}/events", record.id)).await?;
     let mut bars = Bars::new(&record.spec.name);
+    let mut seen = Instant::now();
+    loop {
+        let ended = match follow(client, record, json, &mut bars, &mut seen).await {
+            Ok(code) => return Ok(code),
+            Err(failure) => failure,
+        };
+        if !ended.is_absence() || seen.elapsed() > AWAY_MAX {
+            return Err(ended);
+        }
+        tokio::time::sleep(AWAY_STEP).await;
+    }
+}
+
+/// One stream of events, to its end; notes in `seen` when the gateway was last heard.
+async fn follow(
+    client: &Client,
+    record: &JobRecord,
+    json: bool,
+    bars: &mut Bars,
+    seen: &mut Instant,
+) -> Result<Code, Failure> {
+    let mut lines = client.lines(&format!("/v1/jobs/{}/events", record.id)).await?;
     while let Some(line) = lines.next().await? {
+        *seen = Instant::now();
+        let event = serde_json::from_str(&line).map_err(ClientError::Answer)?;
         if json {
             println!("{line}");
         }
-        match serde_json::from_str(&line).map_err(ClientError::Answer)? {
+        match event {
             Event::Progress { state, progress, .. } if !json => bars.show(state, &progress, Instant::now()),
             Event::Progress { .. } => {}
             Event::Report { job } => {

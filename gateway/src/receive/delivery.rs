@@ -21,6 +21,8 @@ use crate::reduction::{self, Encoding, Payload};
 /// Tells the peer that its payload found no job.
 const NO_JOB: VarInt = VarInt::from_u32(1);
 
+/// Batches that wait for the agent's link; those behind them wait with their memory.
+const OUTLET: usize = 2;
 /// A payload must be complete within this time: the slowest links take seconds for one.
 const STREAM_TIME: Duration = Duration::from_secs(300);
 
@@ -29,7 +31,9 @@ pub(super) struct Delivery {
     pub attempt: Attempt,
     /// Whose job it is: nobody else's payloads are taken for it.
     pub peer: Identity,
-    agent: Link,
+    /// Batches on their way to the agent, written one after the other: were several streams open at once, the ones that the agent has
+    /// not taken yet could fill its receive window and starve the ones it reads.
+    outlet: mpsc::Sender<(Bytes, Bytes)>,
     /// Every batch that was ever accepted in this attempt.
     accepted: Mutex<Sequences>,
     /// Accepted, and not said yet.
@@ -43,11 +47,13 @@ pub(super) struct Delivery {
 impl Delivery {
     /// From `peer` to `agent`; `failed` takes the first reason why it cannot go on.
     pub(super) fn new(attempt: Attempt, peer: Identity, agent: Link, failed: mpsc::Sender<String>) -> Self {
+        let (outlet, batches) = mpsc::channel(OUTLET);
+        tokio::spawn(hand_over(agent, batches, failed.clone()));
         let (accepted, unsaid) = (Mutex::default(), Mutex::default());
         Self {
             attempt,
             peer,
-            agent,
+            outlet,
             accepted,
             unsaid,
             said: Notify::new(),
@@ -76,26 +82,28 @@ impl Delivery {
         }
         first
     }
+}
 
-    async fn hand_over(&self, head: Bytes, raw: Bytes) {
+/// Writes batches to the agent until nobody has any more, or the link fails.
+async fn hand_over(agent: Link, mut batches: mpsc::Receiver<(Bytes, Bytes)>, failed: mpsc::Sender<String>) {
+    while let Some((head, raw)) = batches.recv().await {
         let handed = async {
-            let mut stream = self.agent.open_uni().await.map_err(|error| error.to_string())?;
+            let mut stream = agent.open_uni().await.map_err(|error| error.to_string())?;
             stream
                 .write_chunk(head)
                 .await
-                .map_err(|error| self.agent.reason_or(&error))?;
+                .map_err(|error| agent.reason_or(&error))?;
             stream
                 .write_chunk(raw)
                 .await
-                .map_err(|error| self.agent.reason_or(&error))?;
+                .map_err(|error| agent.reason_or(&error))?;
             // Fails only where the agent refused the stream; its control stream says why.
             let _ = stream.finish();
             Ok::<_, String>(())
         };
         if let Err(reason) = handed.await {
-            let _ = self
-                .failed
-                .try_send(format!("a batch cannot be handed to the target agent: {reason}"));
+            let _ = failed.try_send(format!("a batch cannot be handed to the target agent: {reason}"));
+            return;
         }
     }
 }
@@ -139,7 +147,8 @@ pub(super) async fn take(receiving: &Receiving, peer: &Identity, mut stream: Rec
         Ok(Ok(raw)) => {
             metrics::counter!(RECEIVED_RAW).increment(raw.len() as u64);
             if delivery.accept(sequence) {
-                delivery.hand_over(head, raw).await;
+                // Where the link has failed, its reason is on its way.
+                let _ = delivery.outlet.send((head, raw)).await;
             }
         }
         Ok(Err(error)) => {

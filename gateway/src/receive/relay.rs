@@ -82,6 +82,14 @@ async fn connect(
 ) -> Result<(), Refusal> {
     let link = receiving.agents.link(agent)?;
     let (job, attempt) = (open.job, open.attempt);
+    if let Some(newer) = receiving
+        .deliveries
+        .get(&job)
+        .filter(|known| known.attempt > attempt)
+    {
+        let text = format!("attempt {} of this job has taken over", newer.attempt);
+        return Err(Refusal::new(RefusalKind::Superseded, text));
+    }
     let lost = |error: &dyn std::fmt::Display| {
         Refusal::new(
             RefusalKind::Lost,

@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::outbox::{Flow, Lane, Ready};
 use super::transmit::Peer;
-use crate::job::ledger::{DiskSums, Ledger};
+use crate::job::ledger::{DiskSums, Ledger, Sent};
 use crate::metrics::{SENT_RAW, SENT_WAN};
 use crate::reduction::{self, workers::Workers};
 
@@ -83,12 +83,20 @@ impl Outflow {
         sums
     }
 
-    /// Ends the attempt's counts: the ledger with which the next one starts.
-    pub fn into_next(&self) -> Ledger {
+    /// What the journal is to keep, with what this attempt's connections sent twice.
+    pub fn sent(&self) -> Vec<Sent> {
         let again = self.peer.sent_again(self.flow);
-        let mut ledger = self.ledger().clone();
-        ledger.again(again.raw, again.wan);
-        ledger.next_attempt()
+        let mut sent = self.ledger().sent();
+        if let Some(first) = sent.first_mut() {
+            first.wan_bytes += again.wan;
+            first.resent_bytes += again.raw;
+        }
+        sent
+    }
+
+    /// The ledger with which the next attempt starts, once this flow is closed.
+    pub fn to_next(&self) -> Ledger {
+        self.ledger().clone().next_attempt()
     }
 
     /// The counts; sound at any moment.
@@ -130,7 +138,7 @@ impl Ingest {
     /// Takes batches for this flow from now on; an older attempt's flow of the same job ends.
     pub fn open(&self, outflow: Arc<Outflow>) {
         if let Some(older) = self.flows.insert(outflow.flow.0, outflow) {
-            older.peer.close(older.flow);
+            settle(&older);
         }
     }
 
@@ -138,7 +146,7 @@ impl Ingest {
     pub fn close(&self, outflow: &Outflow) {
         self.flows
             .remove_if(&outflow.flow.0, |_, known| known.flow == outflow.flow);
-        outflow.peer.close(outflow.flow);
+        settle(outflow);
     }
 
     /// Takes batches off an agent's link until it ends; gives the reason.
@@ -203,10 +211,24 @@ impl Ingest {
             raw: header.data_len(),
             parts: [head.freeze(), payload.bytes],
             hold: Some(Arc::new(permit)),
+            again: false,
         };
-        metrics::counter!(SENT_RAW).increment(ready.raw);
-        metrics::counter!(SENT_WAN).increment(ready.len());
-        outflow.ledger().entered(&header, ready.len());
-        outflow.peer.push(ready);
+        // While this entry is held nobody closes the flow: what is pushed behind its end would stay for ever.
+        let entry = self.flows.get(&header.job);
+        if entry.as_ref().is_some_and(|entry| entry.flow == outflow.flow) {
+            metrics::counter!(SENT_RAW).increment(ready.raw);
+            metrics::counter!(SENT_WAN).increment(ready.len());
+            outflow.ledger().entered(&header, ready.len());
+            outflow.peer.push(ready);
+        }
     }
+}
+
+/// Ends a flow at the peer, and its counts: what never left is not counted as sent.
+fn settle(outflow: &Outflow) {
+    let again = outflow.peer.sent_again(outflow.flow);
+    let unsent = outflow.peer.close(outflow.flow);
+    let mut ledger = outflow.ledger();
+    ledger.again(again.raw, again.wan);
+    ledger.withdraw(&unsent);
 }

@@ -38,6 +38,8 @@ pub struct Ready {
     pub parts: [Bytes; 2],
     /// Memory that is given back when the last copy of this is dropped.
     pub hold: Option<Arc<OwnedSemaphorePermit>>,
+    /// It was on a connection that died: taking it counts as sending it again.
+    pub again: bool,
 }
 
 impl Ready {
@@ -114,6 +116,11 @@ impl Outbox {
             .min_by_key(|flow| flow.taken)?;
         let ready = flow.waiting.pop_front()?;
         flow.taken += ready.len();
+        if ready.again {
+            let counted = self.again.entry(ready.flow).or_default();
+            counted.raw += ready.raw;
+            counted.wan += ready.len();
+        }
         *self.on_connection.entry(connection).or_default() += ready.len();
         self.in_flight
             .insert((ready.flow, ready.sequence), (connection, ready.clone()));
@@ -157,21 +164,26 @@ impl Outbox {
             .collect();
         again.sort_by_key(|ready| std::cmp::Reverse(ready.sequence));
         let bytes = again.iter().map(Ready::len).sum();
-        for ready in again {
-            let counted = self.again.entry(ready.flow).or_default();
-            counted.raw += ready.raw;
-            counted.wan += ready.len();
+        for mut ready in again {
+            ready.again = true;
             let lane = self.lanes.entry(ready.lane).or_default();
             lane.entry(ready.flow).or_default().waiting.push_front(ready);
         }
         bytes
     }
 
-    /// Forgets everything of a flow: its attempt has ended.
-    pub fn close(&mut self, flow: Flow) {
-        for lane in self.lanes.values_mut() {
-            lane.remove(&flow);
-        }
+    /// Forgets everything of a flow: its attempt has ended. Gives what never was on any connection.
+    pub fn close(&mut self, flow: Flow) -> Vec<Sequence> {
+        let queues: Vec<_> = self
+            .lanes
+            .values_mut()
+            .filter_map(|lane| lane.remove(&flow))
+            .collect();
+        let waiting = queues.iter().flat_map(|queue| &queue.waiting);
+        let unsent = waiting
+            .filter(|ready| !ready.again)
+            .map(|ready| ready.sequence)
+            .collect();
         self.again.remove(&flow);
         let gone: Vec<_> = self
             .in_flight
@@ -182,6 +194,7 @@ impl Outbox {
         for (flow, sequence) in gone {
             self.accepted(flow, sequence);
         }
+        unsent
     }
 
     /// What of an open flow was sent a second time.
@@ -222,6 +235,7 @@ mod tests {
             raw: len as u64,
             parts,
             hold: None,
+            again: false,
         }
     }
 

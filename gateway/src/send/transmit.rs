@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use longhaul_common::ids::Sequence;
 use longhaul_common::link::{self, Identity, Link, LinkSettings, RecvStream, Role, SendStream, TlsState};
 use longhaul_common::wire::ALPN_PEER;
 use longhaul_common::wire::sequences::Sequences;
@@ -22,6 +23,8 @@ use crate::settings::PeerSection;
 
 /// The congestion window may have grown meanwhile: look again.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// A call that is not answered by then (plus some round trips) is made anew: after a cut, QUIC's own repetitions come ever later.
+const CALL_TIME: Duration = Duration::from_secs(4);
 /// Waits between two tries to reach the peer.
 const BACKOFF: [u64; 5] = [100, 250, 500, 1000, 2000];
 
@@ -103,10 +106,11 @@ impl Peer {
         self.outbox().sent_again(flow)
     }
 
-    /// Forgets a flow.
-    pub fn close(&self, flow: Flow) {
-        self.outbox().close(flow);
+    /// Forgets a flow; gives what of it was never sent.
+    pub fn close(&self, flow: Flow) -> Vec<Sequence> {
+        let unsent = self.outbox().close(flow);
         self.changed.notify_waiters();
+        unsent
     }
 
     /// A stream for a job's control messages, on the first connection there is; waits for one.
@@ -162,7 +166,9 @@ impl Peer {
     }
 
     async fn keep_connected(self: Arc<Self>) {
-        let settings = self.settings.link.settings();
+        let mut settings = self.settings.link.settings();
+        let round_trips = settings.rtt.unwrap_or_default() * 10;
+        settings.handshake = settings.handshake.min(CALL_TIME + round_trips);
         let mut failures = 0;
         loop {
             match self.dial(&settings).await {

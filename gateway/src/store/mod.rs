@@ -7,10 +7,11 @@
 use std::path::{Path, PathBuf};
 
 use longhaul_common::ids::{JobId, NotAJobId};
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, Row, params};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::job::ledger::Sent;
 use crate::job::progress::{JobState, Progress};
 use crate::job::report::Report;
 use crate::job::spec::JobSpec;
@@ -48,6 +49,12 @@ pub struct JobRecord {
     pub sizes: Vec<(u64, u64)>,
     /// A commit was asked for with these digests: the target may have arrived.
     pub committing: Option<Vec<String>>,
+    /// Of each disk, what was sent in all attempts.
+    #[serde(default)]
+    pub sent: Vec<Sent>,
+    /// The operator cancelled it; its partial copy is being removed.
+    #[serde(default)]
+    pub cancelling: bool,
     /// The cause of the last failure.
     pub message: Option<String>,
     pub report: Option<Report>,
@@ -152,6 +159,21 @@ impl Store {
         .await
     }
 
+    /// Notes how far a job is, and leaves everything else of its record as it is.
+    pub async fn note(&self, id: &str, progress: Progress, sent: Vec<Sent>) -> Result<(), StoreError> {
+        let id = id.to_owned();
+        self.on_thread(move |connection| {
+            let text = |row: &Row<'_>| row.get::<_, String>(0);
+            let found = connection.query_row("SELECT record FROM job WHERE id = ?1", [&id], text);
+            let mut record: JobRecord = serde_json::from_str(&found?)?;
+            (record.progress, record.sent) = (progress, sent);
+            let text = serde_json::to_string(&record)?;
+            connection.execute("UPDATE job SET record = ?2 WHERE id = ?1", params![id, text])?;
+            Ok(())
+        })
+        .await
+    }
+
     /// The newest `limit` jobs, newest first.
     pub async fn newest(&self, limit: u32) -> Result<Vec<JobRecord>, StoreError> {
         self.on_thread(move |connection| {
@@ -219,9 +241,28 @@ mod tests {
             progress: Progress::default(),
             sizes: Vec::new(),
             committing: None,
+            sent: Vec::new(),
+            cancelling: false,
             message: None,
             report: None,
         }
+    }
+
+    #[tokio::test]
+    async fn a_note_leaves_the_wish_to_commit_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("journal.sqlite")).unwrap();
+        let mut job = record(1, JobState::Running);
+        job.committing = Some(vec!["digest".to_owned()]);
+        store.save(&job).await.unwrap();
+        job.progress.done_bytes = 7;
+        job.sent = vec![Sent {
+            below: 9,
+            ..Sent::default()
+        }];
+        let (progress, sent) = (job.progress.clone(), job.sent.clone());
+        store.note(&job.id, progress, sent).await.unwrap();
+        assert_eq!(store.starting_with(&job.id).await.unwrap(), [job]);
     }
 
     #[tokio::test]

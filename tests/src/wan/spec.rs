@@ -40,6 +40,12 @@ pub struct LinkSpec {
     /// Seed of loss and jitter
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
+    /// No emulated link: all programs on this machine's loopback, to see what the programs themselves can do
+    #[arg(long)]
+    pub loopback: bool,
+    /// Packets of 9000 bytes between agents and gateways (on loopback also between the gateways they are 1500)
+    #[arg(long)]
+    pub jumbo_lan: bool,
 }
 
 impl LinkSpec {

@@ -60,6 +60,7 @@ fn opened(size: u64) -> OpenedDisk {
         parts: vec![],
         notes: vec!["\u{1b}[31mred\nsecond line".to_owned()],
         scan_ms: u64::MAX,
+        sent_before: u64::MAX,
     }
 }
 
@@ -332,7 +333,10 @@ async fn lie(script: u32, open: &TargetOpen, mut send: SendStream, mut recv: Rec
     };
     if script == 1 || script == 2 {
         // Until the gateway asks for the proof, whatever else it says meanwhile is the same lie again.
-        while !open.dry_run {
+        loop {
+            if open.dry_run {
+                break;
+            }
             say(&mut send, &FromTarget::Durable(all.clone())).await;
             match tokio::time::timeout(Duration::from_millis(50), frame::read::<ToTarget>(&mut recv)).await {
                 Ok(Ok(Some(ToTarget::Verify))) => break,

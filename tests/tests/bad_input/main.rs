@@ -4,6 +4,12 @@
 //! certificates and versions (`certificates`), garbage on the ports (`garbage`), peers that lie (`liars`), and the HTTP API
 //! (`api`). Leaves decoders alone: they have fuzz targets.
 
+#![allow(clippy::too_many_lines, reason = "tables of mistakes read best in one piece")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test ends where something unexpected happens"
+)]
+
 mod api;
 mod certificates;
 mod config;

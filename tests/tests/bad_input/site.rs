@@ -154,7 +154,7 @@ impl Sites {
         if site == SOURCE {
             text += &format!(
                 "[[peer]]\nsite = \"target\"\nname = \"target-gateway\"\naddress = \"{}\"\n\
-                 [peer.link]\nrate = \"60 Mbit/s\"\nrtt = \"2 ms\"\nconnections = 2\n",
+                 [peer.link]\nrate = \"60 Mbit/s\"\nrtt = \"40 ms\"\nconnections = 2\n",
                 self.peers_port(TARGET),
             );
         }

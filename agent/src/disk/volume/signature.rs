@@ -222,8 +222,10 @@ impl Reader<'_> {
     /// Each of the four labels has a ring of uberblocks in its second half.
     fn zfs(&self, found: &mut Vec<Signature>) -> io::Result<()> {
         const LABEL: u64 = 256 << 10;
+        /// ZFS takes no smaller device.
+        const SMALLEST: u64 = 64 << 20;
         let end = self.volume.size() / LABEL * LABEL;
-        if end < 4 * LABEL {
+        if end < SMALLEST {
             return Ok(());
         }
         for label in [0, LABEL, end - 2 * LABEL, end - LABEL] {
@@ -277,7 +279,7 @@ mod tests {
 
     #[test]
     fn what_lies_at_the_end_is_found_in_volumes_of_odd_sizes() {
-        for size in [(5 << 20) + 512, (5 << 20) + 7 * 512, (6 << 20) + 65536 + 4096] {
+        for size in [(64 << 20) + 512, (64 << 20) + 7 * 512, (65 << 20) + 65536 + 4096] {
             let sectors = size / 512;
             let at = [
                 ("md", (sectors - 16) / 8 * 8 * 512, &b"\xfc\x4e\x2b\xa9"[..]),

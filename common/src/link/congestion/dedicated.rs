@@ -7,7 +7,7 @@
 //! ```
 //!
 //! With the true rate configured, `scale` stays 1 and `headroom` worth of bytes stand in the bottleneck's queue: enough that the
-//! link never runs dry between two acknowledgements. Where less passes than is configured (a slower hop, other traffic), the
+//! link never runs dry between two acknowledgements (each is for ten packets). Where less passes than is configured (a slower hop, other traffic), the
 //! queueing delay shows it: a window W on a bottleneck c makes a delay W / c, so
 //! `scale x (min_rtt + headroom) / (measured delay)` is the right scale in one step. It is looked at once per round trip, with the
 //! smallest sample of the round, which is free of acknowledgement delay. Growing back is slow.
@@ -41,6 +41,8 @@ pub struct DedicatedConfig {
     pub headroom_min: Duration,
     /// Most headroom: what we add to everybody's delay.
     pub headroom_max: Duration,
+    /// Bytes that the peer acknowledges together.
+    pub acknowledged_together: u64,
     /// Part of lost bytes above which loss counts as congestion.
     pub loss_guard: f64,
     /// Back-off this long makes the smallest delay be measured anew.
@@ -55,6 +57,7 @@ impl Default for DedicatedConfig {
             headroom_part: 0.125,
             headroom_min: Duration::from_millis(4),
             headroom_max: Duration::from_millis(20),
+            acknowledged_together: 10 * 1452,
             loss_guard: 0.10,
             probe_after: Duration::from_secs(10),
         }
@@ -131,10 +134,11 @@ impl Dedicated {
         }
     }
 
-    /// The acknowledgements of one packet are through; `largest` is the newest packet known to have arrived.
-    pub fn on_end_acks(&mut self, now: Instant, largest: Option<u64>) {
+    /// The acknowledgements of one packet are through; `largest` is the newest packet known to have arrived, `rate` the
+    /// configured rate in bytes/s.
+    pub fn on_end_acks(&mut self, now: Instant, largest: Option<u64>, rate: u64) {
         if largest.is_some_and(|largest| largest >= self.round.last_packet) {
-            self.end_round(now);
+            self.end_round(now, rate);
         }
     }
 
@@ -157,7 +161,7 @@ impl Dedicated {
                 .initial_window
                 .min(bytes_in(rate, self.config.initial_rtt));
         };
-        let full = bytes_in(rate, rtt_min.saturating_add(self.headroom(rtt_min)));
+        let full = bytes_in(rate, rtt_min.saturating_add(self.headroom(rtt_min, rate)));
         let part = if self.probing > 0 {
             self.scale * 0.5
         } else {
@@ -181,14 +185,17 @@ impl Dedicated {
         self.queueing
     }
 
-    fn headroom(&self, rtt_min: Duration) -> Duration {
+    fn headroom(&self, rtt_min: Duration, rate: u64) -> Duration {
         let config = &self.config;
-        rtt_min
+        let part = rtt_min
             .mul_f64(config.headroom_part)
-            .clamp(config.headroom_min, config.headroom_max)
+            .clamp(config.headroom_min, config.headroom_max);
+        // What arrived and waits for its acknowledgement is in flight for us: on a slow link that is a long time.
+        let waiting = config.acknowledged_together as f64 / rate.max(1000) as f64;
+        part + Duration::from_secs_f64(waiting.min(0.5))
     }
 
-    fn end_round(&mut self, now: Instant) {
+    fn end_round(&mut self, now: Instant, rate: u64) {
         let next = Round {
             last_packet: self.sent_newest + 1,
 
@@ -207,7 +214,7 @@ impl Dedicated {
         let rtt_min = self.rtt_min.unwrap_or(delay);
         let queueing = delay.saturating_sub(rtt_min);
         self.queueing = smooth(self.queueing, queueing);
-        self.adjust(now, rtt_min, queueing);
+        self.adjust(now, rtt_min, queueing, rate);
         let stuck = self.backed_off_since.is_some_and(|since| {
             now.saturating_duration_since(since) > self.config.probe_after.max(rtt_min * 20)
         });
@@ -216,8 +223,8 @@ impl Dedicated {
         }
     }
 
-    fn adjust(&mut self, now: Instant, rtt_min: Duration, queueing: Duration) {
-        let headroom = self.headroom(rtt_min);
+    fn adjust(&mut self, now: Instant, rtt_min: Duration, queueing: Duration, rate: u64) {
+        let headroom = self.headroom(rtt_min, rate);
         let wanted = rtt_min.saturating_add(headroom).as_secs_f64();
         let measured = rtt_min.saturating_add(queueing).as_secs_f64();
         let enough_bytes = self.total > 64.0 * 1200.0;

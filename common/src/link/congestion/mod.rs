@@ -88,7 +88,7 @@ impl Controller for Plugged {
     }
 
     fn on_end_acks(&mut self, now: Instant, _in_flight: u64, _limited: bool, largest: Option<u64>) {
-        self.core.on_end_acks(now, largest);
+        self.core.on_end_acks(now, largest, self.rate.bytes_per_second());
     }
 
     fn on_congestion_event(&mut self, now: Instant, _sent: Instant, persistent: bool, lost_bytes: u64) {

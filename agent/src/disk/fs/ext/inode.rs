@@ -3,7 +3,7 @@
 //! Owns the few fields that tell whether `i_block` holds a map, and finding an inode in its table. Leaves the map to `mapping`.
 
 use super::descriptor::Descriptors;
-use super::features::SIXTY_FOUR_BIT;
+use super::features::{RESIZE_INODE, SIXTY_FOUR_BIT};
 use super::metadata::{le16, le32};
 use super::superblock::Superblock;
 use super::{Ext, Unproven};
@@ -12,6 +12,8 @@ use super::{Ext, Unproven};
 const EXTENTS: u32 = 0x8_0000;
 /// `EXT4_INLINE_DATA_FL`
 const INLINE_DATA: u32 = 0x1000_0000;
+/// `EXT4_RESIZE_INO`
+const RESIZE_NUMBER: u32 = 7;
 /// Bytes of `i_block`.
 pub(super) const MAP_LEN: usize = 60;
 
@@ -22,6 +24,9 @@ pub(super) enum Map {
     Extents,
     /// Twelve direct blocks, and one each of three levels of indirection.
     Indirect,
+    /// A block that lists the room kept for group descriptors. `layout` knows that room and sees to it; the list itself is not
+    /// to be trusted: with clusters of 1 KiB blocks mke2fs lists one block too many.
+    Reserved,
     /// No block numbers: a device number, the target of a short link, or the content itself.
     None,
 }
@@ -72,6 +77,7 @@ impl Inode {
         };
         let flags = le32(raw, 0x20);
         let tree = match flags & EXTENTS {
+            0 if number == RESIZE_NUMBER && superblock.features.has(RESIZE_INODE) => Map::Reserved,
             0 => Map::Indirect,
             _ => Map::Extents,
         };

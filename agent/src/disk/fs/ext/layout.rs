@@ -113,7 +113,7 @@ impl Layout {
                 ranges.push(range);
             }
         }
-        ranges.extend(heads(superblock, group)?);
+        ranges.extend(head(superblock, group)?);
         ranges.sort_unstable_by_key(|range| range.start);
         if ranges.windows(2).any(|pair| pair[0].end > pair[1].start) {
             return Err(overlap(superblock.kind, group));
@@ -163,7 +163,8 @@ fn served(
 }
 
 /// The superblock and group descriptors at the head of `group`, and the room kept for more of them.
-fn heads(superblock: &Superblock, group: u32) -> Result<Vec<Range<u64>>, Unproven> {
+/// `None` where `group` begins with nothing of the kind.
+fn head(superblock: &Superblock, group: u32) -> Result<Option<Range<u64>>, Unproven> {
     let home = superblock.group_blocks(group);
     let has_super = superblock.has_super(group);
     let start = if has_super {
@@ -185,14 +186,14 @@ fn heads(superblock: &Superblock, group: u32) -> Result<Vec<Range<u64>>, Unprove
     };
     let end = start + u64::from(has_super) + descriptors;
     if start == end {
-        return Ok(Vec::new());
+        return Ok(None);
     }
     // Only the end of the file system may cut the room for more descriptors short.
     if end > home.end && home.end != superblock.blocks {
         let what = format!("group {group} is too small for its group descriptors");
         return Err(superblock.kind.inconsistent(what));
     }
-    Ok(vec![start..end.min(home.end)])
+    Ok(Some(start..end.min(home.end)))
 }
 
 #[cfg(test)]

@@ -35,10 +35,12 @@ impl<'a> Maps<'a> {
         }
     }
 
-    /// Gives every block that `inode` refers to, those of the map itself included.
+    /// Gives every block that `inode` refers to, those of the map itself included; of the room kept for group descriptors only
+    /// the map.
     pub(super) fn visit(&mut self, inode: &Inode, refer: &mut Refer<'_>) -> Result<(), Unproven> {
         match inode.map {
             Map::None => Ok(()),
+            Map::Reserved => self.pointers(&inode.root, 0, refer),
             Map::Extents => {
                 let depth = le16(&inode.root, 6);
                 if depth > DEPTH_MAX {
@@ -47,10 +49,10 @@ impl<'a> Maps<'a> {
                 self.node(inode, &inode.root, depth, refer)
             }
             Map::Indirect => {
-                self.pointers(inode, &inode.root[..48], 0, refer)?;
+                self.pointers(&inode.root[..48], 0, refer)?;
                 (1..=3).try_for_each(|depth| {
                     let at = 44 + usize::from(depth) * 4;
-                    self.pointers(inode, &inode.root[at..at + 4], depth, refer)
+                    self.pointers(&inode.root[at..at + 4], depth, refer)
                 })
             }
         }
@@ -91,20 +93,14 @@ impl<'a> Maps<'a> {
     }
 
     /// Goes through block numbers, 0 being a hole, of blocks that are `depth` levels above the content.
-    fn pointers(
-        &mut self,
-        inode: &Inode,
-        raw: &[u8],
-        depth: u16,
-        refer: &mut Refer<'_>,
-    ) -> Result<(), Unproven> {
+    fn pointers(&mut self, raw: &[u8], depth: u16, refer: &mut Refer<'_>) -> Result<(), Unproven> {
         let blocks = raw.chunks_exact(4).map(|pointer| u64::from(le32(pointer, 0)));
         if depth == 0 {
             return refer_merged(blocks, refer);
         }
         for block in blocks.filter(|block| *block != 0) {
             self.descend(depth, block, refer, |maps, raw, refer| {
-                maps.pointers(inode, raw, depth - 1, refer)
+                maps.pointers(raw, depth - 1, refer)
             })?;
         }
         Ok(())
@@ -133,7 +129,7 @@ impl<'a> Maps<'a> {
     pub(super) fn first_block(&mut self, inode: &Inode) -> Result<u64, Unproven> {
         let missing = || self.wrong(inode, "no first block");
         match inode.map {
-            Map::None => Err(missing()),
+            Map::None | Map::Reserved => Err(missing()),
             Map::Indirect => match le32(&inode.root, 0) {
                 0 => Err(missing()),
                 block => Ok(block.into()),

@@ -42,12 +42,7 @@ pub(super) fn agreed(
             Err(_) => continue,
             Ok(()) => {}
         }
-        let other = sectors(reader, &rival)?;
-        for sector in 0..count {
-            if given.has(sector) && !other.has(sector) {
-                doubted.set(sector);
-            }
-        }
+        doubted.add_missing(&given, &sectors(reader, &rival)?);
     }
     relieve(reader, &mut doubted, count)?;
     let (mut bytes, mut start) = (0, None);

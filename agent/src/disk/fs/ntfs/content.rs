@@ -9,7 +9,7 @@ use super::runs::Run;
 use super::{inconsistent, unknown};
 use crate::disk::fs::Unproven;
 
-/// Runs kept of one attribute: 1.5 MiB of memory. Only a hopelessly fragmented `$MFT` or `$Bitmap` has more.
+/// Runs kept of one attribute: 2 MiB of memory. Only a hopelessly fragmented `$MFT` or `$Bitmap` has more.
 const RUNS_MAX: usize = 1 << 16;
 
 pub(super) enum Content {

@@ -6,7 +6,7 @@
 //! differs (clusters leaked by an old crash), nothing of that part is called free; where it contradicts, nothing at all.
 //!
 //! Promises: no free cluster is given for a volume that is dirty, hibernated, or carries shadow copies (their blocks look free, yet
-//! are needed), nor for one whose metadata lost a single byte that matters. Memory is bounded by about 4 MiB for any volume.
+//! are needed), nor for one whose metadata lost a single byte that matters. Memory is bounded by about 6 MiB for any volume.
 //!
 //! There is no official specification; the layout follows what the Linux-NTFS project documents and what `ntfs-3g` and Windows write.
 

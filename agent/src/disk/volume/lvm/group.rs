@@ -386,15 +386,13 @@ fn lv_refusal(lv: &Section<'_>) -> Option<String> {
     let status = lv.list("status").unwrap_or_default();
     let known = ["READ", "WRITE", "VISIBLE", "FIXED_MINOR"].map(Scalar::Text);
     if let Some(other) = status.iter().find(|item| !known.contains(item)) {
-        return Some(format!("its status {other:?} is not known"));
+        return Some(format!("this version does not know its status {other}"));
     }
     if !status.contains(&Scalar::Text("VISIBLE")) {
         return Some("it is internal to LVM".into());
     }
-    match lv.list("flags").unwrap_or_default() {
-        [] => None,
-        flags => Some(format!("its flags {flags:?} are not known")),
-    }
+    let flag = lv.list("flags").unwrap_or_default().first()?;
+    Some(format!("this version does not know its flag {flag}"))
 }
 
 fn odd(what: &'static str) -> LvmUnproven {
@@ -425,7 +423,7 @@ fn only_items(section: &Section<'_>, key: &str, known: &[&str]) -> Result<(), Lv
     let items = section.list(key).unwrap_or_default();
     let is_known = |item: &Scalar<'_>| matches!(item, Scalar::Text(text) if known.contains(text));
     match items.iter().find(|item| !is_known(item)) {
-        Some(item) => Err(LvmUnproven::Unknown(format!("{key} {item:?}"))),
+        Some(item) => Err(LvmUnproven::Unknown(format!("{key} {item}"))),
         None => Ok(()),
     }
 }

@@ -4,7 +4,10 @@
 //! and size are bounded ([`DEPTH_LIMIT`], [`NODE_LIMIT`]), that a key occurs once in its section, and that nothing is skipped:
 //! what is not understood is an error with its line.
 
+use std::fmt;
+
 use super::LvmUnproven;
+use crate::disk::volume::printable;
 
 /// Volume group, logical volumes, one of them, a segment: real texts nest four deep.
 const DEPTH_LIMIT: usize = 8;
@@ -18,6 +21,16 @@ pub(crate) enum Scalar<'a> {
     Text(&'a str),
     /// A number with a point; nothing that matters here is one.
     Float,
+}
+
+impl fmt::Display for Scalar<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => number.fmt(f),
+            Self::Text(text) => printable(text).fmt(f),
+            Self::Float => "a fraction".fmt(f),
+        }
+    }
 }
 
 /// What stands behind a key.

@@ -87,11 +87,14 @@ impl Simulation {
                 }
                 continue;
             }
-            let ack = self.flights.front().map_or(Duration::MAX, |flight| flight.back);
+            // Acknowledged are ten packets together, or what waits for 20 ms.
+            let patience = |flight: &Flight| flight.back + Duration::from_millis(20);
+            let tenth = self.flights.get(9).map_or(Duration::MAX, |flight| flight.back);
+            let ack = self.flights.front().map_or(Duration::MAX, patience).min(tenth);
             let can_send = (self.flights.len() as u64) * PACKET < window;
             let next = if can_send { ack.min(self.next_send) } else { ack };
             self.now = self.now.max(next);
-            while self.flights.front().is_some_and(|flight| flight.back <= self.now) {
+            while self.now >= ack && self.flights.front().is_some_and(|flight| flight.back <= self.now) {
                 let flight = self.flights.pop_front().unwrap();
                 if self.now > measured_from {
                     *(if flight.lost { &mut lost } else { &mut good }) += PACKET;
@@ -141,7 +144,7 @@ impl Simulation {
         let delay = self.now - flight.sent;
         self.srtt = super::smooth(self.srtt, delay);
         self.core.on_ack(now, delay, PACKET, false);
-        self.core.on_end_acks(now, Some(flight.number));
+        self.core.on_end_acks(now, Some(flight.number), self.configured);
     }
 }
 
@@ -164,6 +167,22 @@ fn the_configured_rate_is_filled_from_the_third_second() {
     assert!(outcome.goodput > 0.98 * RATE, "{outcome:?}");
     assert!(outcome.lost_part == 0.0, "{outcome:?}");
     assert!(outcome.queueing_mean < Duration::from_millis(20), "{outcome:?}");
+}
+
+#[test]
+fn a_slow_short_link_is_filled_in_spite_of_rare_acknowledgements() {
+    let (rate, rtt) = (20e6 / 8.0, Duration::from_millis(30));
+    let path = Path {
+        rate,
+        rtt,
+        queue: rate * 0.030,
+        loss: 0.0,
+    };
+    let outcome = Simulation::new(rate as u64, rtt).run(&path, 10);
+    assert!(
+        outcome.goodput > 0.98 * rate && outcome.lost_part == 0.0,
+        "{outcome:?}"
+    );
 }
 
 #[test]
@@ -252,9 +271,9 @@ fn any_sequence_of_events_leaves_a_usable_window() {
         match (random.chance() * 5.0) as u32 {
             0 => core.on_sent(PACKET, number),
             1 => core.on_ack(now, delay, u64::MAX / 3, false),
-            2 => core.on_end_acks(now, Some(number)),
+            2 => core.on_end_acks(now, Some(number), random.random),
             3 => core.on_loss(now, (random.chance() * 1e9) as u64, random.chance() < 0.1),
-            _ => core.on_end_acks(now, None),
+            _ => core.on_end_acks(now, None, 0),
         }
         let window = core.window(u64::MAX);
         assert!(window > 0 && (0.05..=1.0).contains(&core.scale()), "{core:?}");

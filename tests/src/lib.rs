@@ -9,6 +9,7 @@ pub mod compare;
 pub mod demo;
 pub mod faults;
 pub mod guest;
+pub mod hostile;
 pub mod janitor;
 pub mod lab;
 pub mod move_disk;

@@ -9,6 +9,7 @@ use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
+use longhaul_common::wire::words::cleaned;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
@@ -30,6 +31,18 @@ pub(super) enum ClientError {
     Answer(#[from] serde_json::Error),
     #[error("the request cannot be made")]
     Request(#[from] hyper::http::Error),
+}
+
+/// The API's path of a job, which has a number of hex digits or the start of one.
+pub(super) fn job_path(job: &str, rest: &str) -> Result<String, ClientError> {
+    let is_start = !job.is_empty() && job.bytes().all(|byte| byte.is_ascii_hexdigit());
+    match is_start {
+        true => Ok(format!("/v1/jobs/{job}{rest}")),
+        false => Err(ClientError::Refused(format!(
+            "there is no job '{}'",
+            cleaned(job)
+        ))),
+    }
 }
 
 /// A gateway's API.

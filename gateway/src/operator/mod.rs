@@ -18,7 +18,7 @@ use longhaul_common::settings::{self, SettingsError};
 use longhaul_common::wire::session::chain;
 
 use self::bars::Bars;
-use self::client::{Client, ClientError};
+use self::client::{Client, ClientError, job_path};
 use crate::api::{Event, Status};
 use crate::job::plan::Plan;
 use crate::job::progress::JobState;
@@ -179,7 +179,7 @@ async fn run(arguments: Arguments) -> Result<Code, Failure> {
         Command::Plan { file, json } => return plan(&client, &read_job(&file)?, json).await,
         Command::Run { file, json, detach } => return submit(&client, &read_job(&file)?, json, detach).await,
         Command::Status { job: Some(job), json } => {
-            let record: JobRecord = client.get(&format!("/v1/jobs/{job}")).await?;
+            let record: JobRecord = client.get(&job_path(&job, "")?).await?;
             print(json, &record, |record| {
                 show::history(std::slice::from_ref(record))
             });
@@ -189,7 +189,7 @@ async fn run(arguments: Arguments) -> Result<Code, Failure> {
             print(json, &status, show::status);
         }
         Command::Watch { job, json } => {
-            let record: JobRecord = client.get(&format!("/v1/jobs/{job}")).await?;
+            let record: JobRecord = client.get(&job_path(&job, "")?).await?;
             return watch(&client, &record, json).await;
         }
         Command::Pause { job } => tell(&client, &job, "pause").await?,
@@ -255,7 +255,9 @@ async fn submit(client: &Client, spec: &JobSpec, json: bool, detach: bool) -> Re
 }
 
 async fn tell(client: &Client, job: &str, wish: &str) -> Result<(), Failure> {
-    let record: JobRecord = client.post(&format!("/v1/jobs/{job}/{wish}"), Vec::new()).await?;
+    let record: JobRecord = client
+        .post(&job_path(job, &format!("/{wish}"))?, Vec::new())
+        .await?;
     println!("{} ({}): {wish} asked", record.spec.name, &record.id[..8]);
     Ok(())
 }

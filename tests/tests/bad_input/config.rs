@@ -72,7 +72,7 @@ fn a_wrong_key_or_value_is_named() {
         ),
         (
             Role::Gateway,
-            swap(&gateway, "2 ms", "2"),
+            swap(&gateway, "40 ms", "40"),
             &["peer[0].link.rtt", "ms"],
         ),
         (

@@ -154,7 +154,7 @@ impl Sites {
         if site == SOURCE {
             text += &format!(
                 "[[peer]]\nsite = \"target\"\nname = \"target-gateway\"\naddress = \"{}\"\n\
-                 [peer.link]\nrate = \"60 Mbit/s\"\nrtt = \"2 ms\"\nconnections = 2\n",
+                 [peer.link]\nrate = \"60 Mbit/s\"\nrtt = \"40 ms\"\nconnections = 2\n",
                 self.peers_port(TARGET),
             );
         }
@@ -333,8 +333,9 @@ impl Drop for Program {
 
 /// All four programs, linked.
 pub(crate) struct Running {
-    pub(crate) sites: Sites,
+    // Dropped first: their logs lie in the sites' folder.
     pub(crate) programs: Vec<Program>,
+    pub(crate) sites: Sites,
 }
 
 impl Running {

@@ -21,6 +21,7 @@ mod compact;
 mod device_store;
 mod error;
 mod file_store;
+mod hostile;
 mod image_lock;
 mod open;
 mod pending;
@@ -42,6 +43,7 @@ use longhaul_common::extent::Extent;
 use longhaul_common::ids::{DiskIndex, JobId};
 
 pub use error::TargetError;
+pub use hostile::{example_log, replay_log};
 pub use replay::{Durable, Have};
 pub use space::check_space;
 pub use target::{Applied, Flushed, Target, Ticket};

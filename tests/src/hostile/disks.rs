@@ -69,7 +69,10 @@ pub(super) fn scan(bytes: &[u8]) {
     }
 }
 
-fn probe(bytes: &[u8], probe: fn(&dyn ReadAt) -> Result<Option<Box<dyn FileSystem>>, Unproven>) {
+/// How a file system recognises itself.
+type Probe = fn(&dyn ReadAt) -> Result<Option<Box<dyn FileSystem>>, Unproven>;
+
+fn probe(bytes: &[u8], probe: Probe) {
     let Some(disk) = Sparse::new(bytes) else { return };
     let Ok(Some(found)) = probe(&disk) else { return };
     let mut inside = true;

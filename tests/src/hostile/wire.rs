@@ -50,6 +50,7 @@ fn body<T: Serialize>(kind: u8, message: &T) -> Vec<u8> {
     [&[kind], encoded.get(4..).unwrap_or_default()].concat()
 }
 
+#[expect(clippy::too_many_lines, reason = "one of each message: a table")]
 pub(super) fn frames() -> io::Result<Vec<Vec<u8>>> {
     let job = JobId::random();
     let target = TargetOpen {
@@ -95,6 +96,7 @@ pub(super) fn frames() -> io::Result<Vec<Vec<u8>>> {
         parts: vec![part],
         notes: vec!["note".to_owned()],
         scan_ms: 1,
+        sent_before: 0,
     };
     let have = Have {
         disk: DiskIndex(0),

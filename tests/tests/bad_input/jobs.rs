@@ -176,7 +176,7 @@ fn what_only_the_agents_can_see_fails_the_job_in_one_sentence() {
         (status.contains("space") && status.contains("make room")).then_some(())
     });
     let output = sites.finish(running.longhaul(&["cancel", &id]));
-    assert!(output.status.success(), "{}", self::said(&output));
+    assert!(output.status.success(), "{}", said(&output));
     let _ = sites.finish(running.longhaul(&["watch", &id, "--json"]));
     let unknown = good.replace("site = \"target\"", "site = \"mars\"");
     let (code, _, said) = running.run(&unknown);
@@ -210,7 +210,7 @@ fn an_unknown_agent_is_said_to_be_missing() {
         .finish(running.longhaul(&["run", &file, "--detach", "--json"]));
     let record: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let id = record["id"].as_str().unwrap().to_owned();
-    crate::site::wait("a message about the agent", || {
+    wait("a message about the agent", || {
         let output = running.sites.finish(running.longhaul(&["status", &id, "--json"]));
         String::from_utf8_lossy(&output.stdout)
             .contains("agent 'nobody' is not linked")

@@ -135,23 +135,30 @@ fn what_is_in_use_or_too_small_is_refused() {
         Target::open(&qcow2, LEAF),
         Err(TargetError::Refused { .. })
     ));
-    // QEMU has it open.
-    let mut user = Command::new("qemu-io")
-        .args(["-f", "raw"])
-        .arg(&device.device)
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::null())
-        .spawn()
-        .expect("qemu-io is needed: install the Debian package qemu-utils");
+    // QEMU has it open. It leaves where it meets our lock while it starts: then it is asked again.
+    let qemu = || {
+        Command::new("qemu-io")
+            .args(["-f", "raw"])
+            .arg(&device.device)
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .expect("qemu-io is needed: install the Debian package qemu-utils")
+    };
+    let mut user = qemu();
     let mut error = None;
-    for _ in 0..200 {
+    for _ in 0..300 {
         error = Target::open(&options, LEAF)
             .map(|(target, _)| target.discard().unwrap())
             .err();
         if error.is_some() {
             break;
         }
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        if user.try_wait().unwrap().is_some() {
+            user = qemu();
+        }
     }
     user.kill().unwrap();
     user.wait().unwrap();

@@ -95,6 +95,7 @@ pub(super) fn frames() -> io::Result<Vec<Vec<u8>>> {
         parts: vec![part],
         notes: vec!["note".to_owned()],
         scan_ms: 1,
+        sent_before: 0,
     };
     let have = Have {
         disk: DiskIndex(0),

@@ -164,7 +164,9 @@ fn what_only_the_agents_can_see_fails_the_job_in_one_sentence() {
     }
     // Too little space: the job waits for it, and says so.
     let agent = "agent = \"target-agent\"";
-    let huge = sites.job("huge", "copy").replace(agent, &format!("{agent}\npreallocate = true"));
+    let huge = sites
+        .job("huge", "copy")
+        .replace(agent, &format!("{agent}\npreallocate = true"));
     let file = sites.write("huge.toml", &huge).display().to_string();
     let output = sites.finish(running.longhaul(&["run", &file, "--detach"]));
     let id = String::from_utf8_lossy(&output.stdout).trim().to_owned();

@@ -168,7 +168,7 @@ impl OpenedDisk {
     /// Whether its numbers fit together: sums over all disks of a VM then fit in 64 bits.
     pub fn is_sound(&self) -> bool {
         self.size <= DISK_SIZE_MAX
-            && [self.allocated, self.free, self.used]
+            && [self.allocated, self.free, self.used, self.sent_before]
                 .iter()
                 .all(|bytes| *bytes <= self.size)
     }

@@ -21,6 +21,9 @@ use super::outbox::{ConnectionId, Flow, Outbox, Ready, SentAgain, window};
 use crate::metrics::SENT_AGAIN;
 use crate::settings::PeerSection;
 
+/// So long a dead connection's payloads rest before they are sent on another one: where the peer itself died, the other connections
+/// and the job's attempt end meanwhile, and what they would have carried again is not sent in vain.
+const REST: Duration = Duration::from_millis(250);
 /// The congestion window may have grown meanwhile: look again.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// A call that is not answered by then (plus some round trips) is made anew: after a cut, QUIC's own repetitions come ever later.
@@ -223,6 +226,7 @@ impl Peer {
             links.lost_packets += stats.lost_packets;
             links.problem = Some(reason.clone());
         }
+        tokio::time::sleep(REST).await;
         let again = self.outbox().connection_lost(id);
         metrics::counter!(SENT_AGAIN).increment(again);
         self.changed.notify_waiters();

@@ -396,7 +396,11 @@ impl Driver {
             // No attempt came as far as the target.
             return Ok(false);
         }
-        let open = target_open(spec, self.job, attempt, &self.record.sizes, None);
+        let mut open = target_open(spec, self.job, attempt, &self.record.sizes, None);
+        // What is about to be removed needs no room.
+        for disk in &mut open.disks {
+            disk.preallocate = false;
+        }
         let target = Target::open(&self.context, spec, open, None).await?;
         if target.arrived.is_some() {
             return Ok(true);

@@ -60,7 +60,7 @@ fn opened(size: u64) -> OpenedDisk {
         parts: vec![],
         notes: vec!["\u{1b}[31mred\nsecond line".to_owned()],
         scan_ms: u64::MAX,
-        sent_before: u64::MAX,
+        sent_before: 0,
     }
 }
 

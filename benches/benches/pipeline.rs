@@ -27,6 +27,8 @@ fn batch(data: &[u8]) -> BatchHeader {
             count: leaf_count(size),
             digests: vec![(0, Digest::of(data))],
         },
+        ram: None,
+        urgent: false,
         digest: Digest([0; 32]),
     };
     header.digest = header.digest_of(data).unwrap_or(header.digest);

@@ -415,6 +415,8 @@ impl<'a> SpanWork<'a> {
                 count,
                 digests,
             },
+            ram: None,
+            urgent: false,
             digest: Digest([0; 32]),
         };
         header.digest = header.digest_of(data)?;

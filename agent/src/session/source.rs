@@ -290,7 +290,11 @@ async fn hear(
                 credit.add_permits(usize::try_from(bytes).unwrap_or(usize::MAX).min(room));
             }
             ToSource::Finish => drop(finish.try_send(())),
-            ToSource::Durable(_) | ToSource::Have(_) | ToSource::Start => {}
+            ToSource::Durable(_)
+            | ToSource::Have(_)
+            | ToSource::Start
+            | ToSource::Say(_)
+            | ToSource::Cancel(_) => {}
         }
     }
     Ok(())

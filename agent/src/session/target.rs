@@ -135,6 +135,7 @@ impl Attempt {
                 RefusalKind::Protocol,
                 "the gateway asked to commit before anything was verified",
             )),
+            Some(ToTarget::Say(_)) => Err(no_live()),
             None => Ok("the attempt ended, the partial copy stays"),
         }
     }
@@ -189,6 +190,7 @@ impl Attempt {
                 RefusalKind::Protocol,
                 "the gateway asked to verify twice",
             )),
+            Some(ToTarget::Say(_)) => Err(no_live()),
             None => Ok("the attempt ended before the commit, the partial copy stays"),
         }
     }
@@ -280,6 +282,14 @@ impl Attempt {
         let done = on_thread(name, move || step(&open, &agent.settings)).await;
         done.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?
     }
+}
+
+/// A word of the other agent, where no running VM arrives.
+fn no_live() -> Refusal {
+    Refusal::new(
+        RefusalKind::Protocol,
+        "the source agent speaks of a running VM in a cold move",
+    )
 }
 
 fn verify_disk(

@@ -1,4 +1,4 @@
-//! A batch: content of one disk on its way, and how it lies on a stream.
+//! A batch: content of one disk, or a part of a VM's RAM stream, on its way, and how it lies on a stream.
 //!
 //! Owns the header, its limits and the digest that holds from source agent to target agent. Leaves alone how gateways reduce the
 //! data between them. Promises that a batch that passes [`BatchHeader::check`] names ascending, separate pieces inside its disk,
@@ -11,6 +11,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::ram::RamPart;
 use crate::digest::{Digest, LEAF, leaf_count};
 use crate::extent::Extent;
 use crate::ids::{Attempt, DiskIndex, JobId, Round, Sequence};
@@ -64,7 +65,12 @@ pub struct BatchHeader {
     pub round: Round,
     pub sequence: Sequence,
     pub pieces: Vec<Piece>,
+    /// None in rounds after the first: those give parts of leaves.
     pub leaves: Leaves,
+    /// Where set, this is a part of the VM's RAM stream; disk, round, pieces and leaves mean nothing then, and are empty.
+    pub ram: Option<RamPart>,
+    /// The VM is stopped and waits for this: it goes before everything else.
+    pub urgent: bool,
     /// BLAKE3 over all fields above and the data; see [`BatchHeader::digest_of`].
     pub digest: Digest,
 }
@@ -78,6 +84,8 @@ pub enum BatchError {
     Malformed,
     #[error("the batch has {pieces} pieces and {leaves} leaf digests, more than {PIECES_MAX}")]
     TooMany { pieces: usize, leaves: usize },
+    #[error("the batch has {tokens} tokens of the RAM stream, more than its limit")]
+    TooManyTokens { tokens: usize },
     #[error("the batch carries {bytes} bytes of data, more than {RAW_MAX}")]
     TooMuchData { bytes: u64 },
     #[error("the batch names bytes out of order or beyond the disk's {size} bytes")]
@@ -94,7 +102,8 @@ impl BatchHeader {
     /// Bytes of data that belong to this header. Saturates where a hostile header says more than 64 bits.
     pub fn data_len(&self) -> u64 {
         let data = self.pieces.iter().filter(|piece| piece.content == Content::Data);
-        data.fold(0, |sum, piece| sum.saturating_add(piece.extent.len()))
+        let ram = self.ram.as_ref().map_or(0, RamPart::data_len);
+        data.fold(ram, |sum, piece| sum.saturating_add(piece.extent.len()))
     }
 
     /// What this batch takes from the job's credit, in bytes.
@@ -112,6 +121,8 @@ impl BatchHeader {
             self.sequence,
             &self.pieces,
             &self.leaves,
+            &self.ram,
+            self.urgent,
         );
         let fields = postcard::to_stdvec(&stated).map_err(|_| BatchError::Malformed)?;
         let mut hasher = blake3::Hasher::new();
@@ -158,6 +169,12 @@ impl BatchHeader {
         let (pieces, leaves) = (self.pieces.len(), self.leaves.digests.len());
         if pieces > PIECES_MAX || leaves > PIECES_MAX {
             return Err(BatchError::TooMany { pieces, leaves });
+        }
+        if let Some(ram) = &self.ram {
+            if pieces > 0 || leaves > 0 || self.leaves.count > 0 {
+                return Err(BatchError::Malformed);
+            }
+            ram.check()?;
         }
         match self.data_len() {
             bytes if bytes > RAW_MAX as u64 => Err(BatchError::TooMuchData { bytes }),
@@ -253,6 +270,8 @@ mod tests {
             sequence: Sequence(7),
             pieces,
             leaves,
+            ram: None,
+            urgent: false,
             digest: Digest([0; 32]),
         };
         header.digest = header.digest_of(data).unwrap();

@@ -18,16 +18,20 @@
 //!      |                    |<--------------- Committed ----------------------|
 //! ```
 //!
+//! A running VM's source agent drives: it says what it needs from the target agent in words that the gateways only carry (`Say`), sends
+//! rounds after the first and the RAM stream as batches of the same kind, and ends with `Moved`; the target agent with `Committed`.
+//!
 //! Control messages are frames (`frame`): length as u32 LE, then postcard. They cross on one bidirectional stream for each job and
 //! hop; the stream's end is the end of the attempt on that hop. Batches (`batch`) cross on unidirectional streams.
 //!
 //! Versions: the ALPN carries the major version, one line each:
-//! - 1: move of cold disks; (attempt, disk, round) order, LZ4 payloads.
+//! - 1: cold disks and running VMs; (attempt, disk, round) order, RAM stream, LZ4 payloads.
 //!
 //! A peer of another version fails the handshake; both ends say so.
 
 pub mod batch;
 pub mod frame;
+pub mod ram;
 pub mod sequences;
 pub mod session;
 pub mod words;

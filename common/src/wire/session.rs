@@ -129,6 +129,37 @@ pub struct SourceOpen {
     pub definition: Option<PathBuf>,
     /// Whether free blocks of the guest's file systems stay behind.
     pub filter: bool,
+    /// The running VM that the disks belong to; a cold move without it.
+    pub live: Option<SourceVm>,
+}
+
+/// A running VM to be moved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceVm {
+    /// Socket of a QMP monitor of its QEMU.
+    pub qmp: PathBuf,
+    /// Socket of its guest agent, where it has one.
+    pub guest_agent: Option<PathBuf>,
+    pub policy: LivePolicy,
+}
+
+/// What a live migration may do to reach its end. Times in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LivePolicy {
+    /// Longest blackout that is aimed at.
+    pub blackout_ms: u64,
+    /// The guest's CPUs may be slowed down.
+    pub auto_converge: bool,
+    /// The guest's writes may be slowed down.
+    pub io_throttle: bool,
+    /// So long a job that does not converge keeps the disks in sync before it gives up; `None`: for ever.
+    pub give_up_ms: Option<u64>,
+    /// So long a broken link may hold the RAM stream before the migration is cancelled and begun anew.
+    pub hold_ms: u64,
+    /// Granularity of the dirty bitmaps, in bytes.
+    pub granularity: u32,
+    /// Free blocks without a proof newer than the first bitmap count as free after this time; `None`: never.
+    pub free_proof_age_ms: Option<u64>,
 }
 
 /// One disk to read.
@@ -207,7 +238,71 @@ pub enum FromSource {
     },
     /// The image did not change while it was read; the locks are held until the stream ends.
     Finished,
+    /// For the target agent.
+    Say(AgentWord),
+    /// Where a live migration stands.
+    Live(LiveState),
+    /// The VM runs at the target, and this end has settled everything.
+    Moved(Box<LiveOutcome>),
     Failed(Refusal),
+}
+
+/// From one agent to the other; gateways do not look into it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentWord(pub Vec<u8>);
+
+/// Where a live migration stands, for people.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LiveState {
+    pub stage: LiveStage,
+    /// The newest pass over the dirty bitmaps.
+    pub round: u32,
+    /// Bytes of the disks that are yet to be sent.
+    pub disk_left: u64,
+    /// Bytes of RAM that are yet to be sent, as QEMU counts them.
+    pub ram_left: u64,
+    /// What was decided last, and why.
+    #[serde(deserialize_with = "words::text")]
+    pub decision: String,
+}
+
+/// The stages of a live migration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LiveStage {
+    /// Round 0: what the disks use.
+    #[default]
+    Copy,
+    /// Rounds over the dirty bitmaps.
+    Rounds,
+    /// RAM, beside the rounds.
+    Ram,
+    /// The VM is stopped.
+    Handover,
+    /// Handed over, and nothing heard from the target since.
+    InDoubt,
+    Done,
+}
+
+/// What a live migration came to. Times in milliseconds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LiveOutcome {
+    pub rounds: u32,
+    pub generation: u32,
+    pub predicted_blackout_ms: u64,
+    /// From QEMU's STOP at the source to the target's word that the VM runs; by this host's clock, so it includes the word's way.
+    pub blackout_ms: u64,
+    /// Bytes of QEMU's RAM stream.
+    pub stream_bytes: u64,
+    /// Of each step its name and how long it took.
+    pub steps_ms: Vec<(String, u64)>,
+    /// Every decision, in words.
+    #[serde(deserialize_with = "words::list")]
+    pub decisions: Vec<String>,
+    #[serde(deserialize_with = "words::list")]
+    pub notes: Vec<String>,
+    /// Of each disk: bytes of data in rounds after the first.
+    pub dirty_bytes: Vec<u64>,
 }
 
 /// What the source agent read of a disk, in bytes unless said otherwise.
@@ -254,6 +349,10 @@ pub enum ToSource {
     Durable(Sequences),
     /// Check that nothing changed, and say `Finished`.
     Finish,
+    /// From the target agent.
+    Say(AgentWord),
+    /// Give up, whatever stage it is at; answered by `Failed` once the VM runs on, or by `Moved` where it is too late.
+    Cancel(Refusal),
 }
 
 /// Durable leaves of one disk at the target: from `first` on `count` leaves, zeros but for `digests`.
@@ -277,6 +376,15 @@ pub struct TargetOpen {
     pub definition: Option<Vec<u8>>,
     /// Only check: paths, space, hook; touch nothing and say `Opened`.
     pub dry_run: bool,
+    /// A running VM is to arrive.
+    pub live: Option<TargetVm>,
+}
+
+/// The VM that is to arrive running.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TargetVm {
+    /// A QEMU that waits for it already (`-incoming defer`); started by the agent's template without it.
+    pub qmp: Option<PathBuf>,
 }
 
 /// One disk to write.
@@ -327,6 +435,8 @@ pub enum FromTarget {
         hook: Option<String>,
     },
     Aborted,
+    /// For the source agent.
+    Say(AgentWord),
     Failed(Refusal),
 }
 
@@ -339,6 +449,8 @@ pub enum ToTarget {
     Commit { digests: Vec<Digest> },
     /// Remove what was written.
     Abort(Refusal),
+    /// From the source agent.
+    Say(AgentWord),
 }
 
 #[cfg(test)]

@@ -271,6 +271,7 @@ pub fn target_open(
         disks,
         definition,
         dry_run: false,
+        live: None,
     }
 }
 

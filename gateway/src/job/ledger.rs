@@ -310,6 +310,8 @@ mod tests {
                 count: 1,
                 digests: vec![],
             },
+            ram: None,
+            urgent: false,
             digest: Digest([0; 32]),
         }
     }

@@ -210,6 +210,7 @@ impl JobSpec {
             disks,
             definition: self.definition.clone(),
             filter: self.filter,
+            live: None,
         }
     }
 }

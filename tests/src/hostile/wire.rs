@@ -67,6 +67,7 @@ pub(super) fn frames() -> io::Result<Vec<Vec<u8>>> {
         }],
         definition: Some(vec![1, 2, 3]),
         dry_run: false,
+        live: None,
     };
     let source = SourceOpen {
         job,
@@ -78,6 +79,7 @@ pub(super) fn frames() -> io::Result<Vec<Vec<u8>>> {
         }],
         definition: Some("/definition".into()),
         filter: true,
+        live: None,
     };
     let part = PartReport {
         name: "partition 1".to_owned(),
@@ -195,6 +197,8 @@ pub(super) fn batches() -> io::Result<Vec<Vec<u8>>> {
                 count: 1,
                 digests: vec![(0, Digest::of(data))],
             },
+            ram: None,
+            urgent: false,
             digest: Digest([0; 32]),
         };
         header.digest = header.digest_of(data).unwrap_or(header.digest);

@@ -177,6 +177,8 @@ fn header(noise: &mut StdRng) -> BatchHeader {
             content: Content::Data,
         }],
         leaves: Leaves::default(),
+        ram: None,
+        urgent: false,
         digest: Digest([7; 32]),
     }
 }
@@ -265,6 +267,7 @@ async fn tasks(link: &Link) -> usize {
             disks,
             definition: Some(vec![0; 200_000]),
             dry_run: false,
+            live: None,
         };
         let task = PeerTask::Target {
             agent: "target-agent".to_owned(),
@@ -294,6 +297,7 @@ async fn tasks(link: &Link) -> usize {
         disks: vec![],
         definition: None,
         filter: true,
+        live: None,
     });
     if let Ok(Ok((mut send, _recv))) = soon(link.open_bi()).await {
         let _ = soon(send.write_all(&frame::encode(&wrong).unwrap())).await;

@@ -92,6 +92,8 @@ fn zeros_batch(open: &SourceOpen, disk: u16, extent: Extent, pieces: usize, leav
             pieces
         ],
         leaves,
+        ram: None,
+        urgent: false,
         digest: Digest([0; 32]),
     };
     header.digest = header.digest_of(&[]).unwrap();
@@ -430,6 +432,7 @@ async fn target(link: &Link, path: &std::path::Path, size: u64) -> (Option<Refus
         disks: vec![wanted],
         definition: None,
         dry_run: false,
+        live: None,
     };
     let (mut send, mut recv) = link.open_bi().await.unwrap();
     say(&mut send, &AgentTask::Target(open.clone())).await;
@@ -448,6 +451,8 @@ async fn target(link: &Link, path: &std::path::Path, size: u64) -> (Option<Refus
             count: u64::MAX,
             digests: vec![],
         },
+        ram: None,
+        urgent: false,
         digest: Digest([0; 32]),
     };
     let mut refusal = None;
@@ -490,6 +495,7 @@ async fn source(link: &Link, disks: Vec<SourceDisk>) -> (Option<Refusal>, String
         disks,
         definition: None,
         filter: true,
+        live: None,
     };
     let (mut send, mut recv) = link.open_bi().await.unwrap();
     say(&mut send, &AgentTask::Source(open)).await;
@@ -508,6 +514,7 @@ async fn flood(link: &Link, path: &std::path::Path) -> (Option<Refusal>, String)
         disks: vec![disk(path)],
         definition: None,
         filter: true,
+        live: None,
     };
     let (mut send, mut recv) = link.open_bi().await.unwrap();
     say(&mut send, &AgentTask::Source(open)).await;

@@ -285,7 +285,7 @@ pub enum LiveStage {
 }
 
 /// What a live migration came to. Times in milliseconds.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LiveOutcome {
     pub rounds: u32,
     pub generation: u32,
@@ -294,6 +294,8 @@ pub struct LiveOutcome {
     pub blackout_ms: u64,
     /// Bytes of QEMU's RAM stream.
     pub stream_bytes: u64,
+    /// Over the RAM stream, as QEMU wrote it and as the target's QEMU was given it: equal, or the VM would not run there.
+    pub stream_digest: Digest,
     /// Of each step its name and how long it took.
     pub steps_ms: Vec<(String, u64)>,
     /// Every decision, in words.

@@ -12,8 +12,8 @@ use longhaul_common::ids::{Attempt, DiskIndex, JobId};
 use longhaul_common::link::{Link, RecvStream, SendStream};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
-    AgentTask, DISK_SIZE_MAX, DiskCounts, FromSource, FromTarget, OpenedDisk, PeerTask, Refusal, RefusalKind,
-    TargetDisk, TargetOpen, ToSource, ToTarget,
+    AgentTask, DISK_SIZE_MAX, DiskCounts, FromSource, FromTarget, LiveOutcome, OpenedDisk, PeerTask, Refusal,
+    RefusalKind, TargetDisk, TargetOpen, ToSource, ToTarget,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -21,7 +21,7 @@ use tokio::task::JoinHandle;
 use super::board::Board;
 use super::ledger::Ledger;
 use super::progress::Phase;
-use super::spec::JobSpec;
+use super::spec::{JobSpec, Kind};
 use crate::agents::Agents;
 use crate::send::ingest::{Ingest, Outflow};
 use crate::send::transmit::Peer;
@@ -42,8 +42,10 @@ pub struct Context {
 pub struct Source {
     pub disks: Vec<OpenedDisk>,
     pub definition: Option<Vec<u8>>,
+    /// It said that the VM runs at the target already.
+    pub moved: Option<Box<LiveOutcome>>,
     send: SendStream,
-    heard: Hearing<FromSource>,
+    pub(super) heard: Hearing<FromSource>,
     link: Link,
 }
 
@@ -51,7 +53,7 @@ pub struct Source {
 pub struct Target {
     pub notes: Vec<String>,
     send: SendStream,
-    heard: Hearing<FromTarget>,
+    pub(super) heard: Hearing<FromTarget>,
     link: Link,
     /// It said that everything has arrived already.
     pub arrived: Option<Option<String>>,
@@ -70,7 +72,7 @@ pub struct Proof {
 }
 
 /// Messages of one stream, read by a task of their own: reading a frame must not be interrupted.
-struct Hearing<T> {
+pub(super) struct Hearing<T> {
     messages: mpsc::Receiver<Result<T, Refusal>>,
     task: JoinHandle<()>,
 }
@@ -103,7 +105,7 @@ impl<T: serde::de::DeserializeOwned + Send + 'static> Hearing<T> {
         Self { messages, task }
     }
 
-    async fn next(&mut self) -> Result<T, Refusal> {
+    pub(super) async fn next(&mut self) -> Result<T, Refusal> {
         let ended = || Refusal::new(RefusalKind::Lost, "the job's stream ended");
         self.messages.recv().await.ok_or_else(ended)?
     }
@@ -122,7 +124,7 @@ fn check_disks(disks: &[OpenedDisk]) -> Result<(), Refusal> {
     })
 }
 
-fn out_of_turn(who: &str, message: &impl std::fmt::Debug) -> Refusal {
+pub(super) fn out_of_turn(who: &str, message: &impl std::fmt::Debug) -> Refusal {
     let mut said = format!("{message:?}");
     said.truncate(said.floor_char_boundary(80));
     Refusal::new(RefusalKind::Protocol, format!("{who} spoke out of turn: {said}"))
@@ -149,20 +151,23 @@ impl Source {
             .await
             .map_err(|error| lost(&error))?;
         let mut heard = Hearing::start(recv, link.clone(), "the source agent");
-        match heard.next().await? {
+        let (disks, definition, moved) = match heard.next().await? {
             FromSource::Opened { disks, definition } if disks.len() == spec.disk.len() => {
                 check_disks(&disks)?;
-                Ok(Self {
-                    disks,
-                    definition,
-                    send,
-                    heard,
-                    link,
-                })
+                (disks, definition, None)
             }
-            FromSource::Failed(refusal) => Err(refusal),
-            other => Err(out_of_turn("the source agent", &other)),
-        }
+            FromSource::Moved(outcome) if spec.kind == Kind::Live => (Vec::new(), None, Some(outcome)),
+            FromSource::Failed(refusal) => return Err(refusal),
+            other => return Err(out_of_turn("the source agent", &other)),
+        };
+        Ok(Self {
+            disks,
+            definition,
+            moved,
+            send,
+            heard,
+            link,
+        })
     }
 
     /// Each disk's size, and the bytes its content takes at most.
@@ -170,7 +175,7 @@ impl Source {
         self.disks.iter().map(|disk| (disk.size, disk.used)).collect()
     }
 
-    async fn tell(&mut self, message: &ToSource) -> Result<(), Refusal> {
+    pub(super) async fn tell(&mut self, message: &ToSource) -> Result<(), Refusal> {
         let lost = |error: frame::FrameError| Refusal::new(RefusalKind::Lost, self.link.reason_or(&error));
         frame::write(&mut self.send, message).await.map_err(lost)
     }
@@ -228,7 +233,7 @@ impl Target {
         }
     }
 
-    async fn tell(&mut self, message: &ToTarget) -> Result<(), Refusal> {
+    pub(super) async fn tell(&mut self, message: &ToTarget) -> Result<(), Refusal> {
         let lost = |error: frame::FrameError| Refusal::new(RefusalKind::Lost, self.link.reason_or(&error));
         frame::write(&mut self.send, message).await.map_err(lost)
     }
@@ -271,7 +276,7 @@ pub fn target_open(
         disks,
         definition,
         dry_run: false,
-        live: None,
+        live: spec.target_vm(),
     }
 }
 
@@ -282,7 +287,7 @@ pub struct Transfer<'a> {
     pub source: Source,
     pub target: Target,
     pub outflow: Arc<Outflow>,
-    done: Vec<Option<(Digest, DiskCounts)>>,
+    pub(super) done: Vec<Option<(Digest, DiskCounts)>>,
 }
 
 impl<'a> Transfer<'a> {
@@ -359,7 +364,7 @@ impl<'a> Transfer<'a> {
         batches.is_some_and(|batches| self.outflow.ledger().durable_batches() >= batches)
     }
 
-    fn on_source(&mut self, message: FromSource) -> Result<(), Refusal> {
+    pub(super) fn on_source(&mut self, message: FromSource) -> Result<(), Refusal> {
         match message {
             FromSource::DiskDone { disk, digest, counts } => {
                 let size = self.source.disks.get(usize::from(disk.0)).map(|disk| disk.size);
@@ -379,7 +384,7 @@ impl<'a> Transfer<'a> {
         }
     }
 
-    async fn on_target(&mut self, message: FromTarget) -> Result<(), Refusal> {
+    pub(super) async fn on_target(&mut self, message: FromTarget) -> Result<(), Refusal> {
         match message {
             FromTarget::Credit(bytes) => self.source.tell(&ToSource::Credit(bytes)).await,
             FromTarget::Accepted(sequences) => {

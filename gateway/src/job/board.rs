@@ -5,7 +5,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use longhaul_common::wire::session::{DiskCounts, OpenedDisk};
+use longhaul_common::wire::session::{DiskCounts, LiveStage, LiveState, OpenedDisk};
 
 use super::ledger::Sent;
 use super::progress::{JobState, Pace, Phase, Progress};
@@ -108,6 +108,24 @@ impl Board {
         }
     }
 
+    /// A running VM's move is here now.
+    pub fn live(&self, state: &LiveState) {
+        let mut inner = self.inner();
+        let progress = &mut inner.progress;
+        progress.phase = match state.stage {
+            LiveStage::Copy => Phase::Transfer,
+            LiveStage::Rounds => Phase::Rounds,
+            LiveStage::Ram => Phase::Ram,
+            LiveStage::Handover => Phase::Handover,
+            LiveStage::InDoubt => Phase::InDoubt,
+            LiveStage::Done => Phase::Commit,
+        };
+        let live = progress.live.get_or_insert_default();
+        (live.round, live.disk_left_bytes, live.ram_left_bytes) =
+            (state.round, state.disk_left, state.ram_left);
+        live.decision.clone_from(&state.decision);
+    }
+
     /// The sums have changed.
     pub fn count(&self, outflow: &Outflow) {
         let sums = outflow.sums();
@@ -122,6 +140,10 @@ impl Board {
             .saturating_add(kept.iter().sum::<u64>())
             .min(progress.used_bytes);
         progress.zero_bytes = sums.zero;
+        if let Some(live) = &mut progress.live {
+            let ram = outflow.ledger().ram();
+            (live.ram_stream_bytes, live.ram_wan_bytes) = (ram.stream, ram.wan);
+        }
         progress.sent_raw_bytes = sums.sent;
         progress.wan_bytes = sums.wan;
         progress.resent_bytes = sums.resent;

@@ -15,8 +15,10 @@ use tokio::sync::watch;
 use super::attempt::{Context, Proof, Source, Target, Transfer, elapsed_ms, target_open};
 use super::board::Board;
 use super::ledger::Ledger;
+use super::live::{self, Cancelled, Moved};
 use super::progress::{JobState, Phase};
-use super::report::{DiskReport, Report, joint_digest};
+use super::report::{DiskReport, LiveReport, Report, joint_digest};
+use super::spec::Kind;
 use crate::store::{JobRecord, Store, StoreError};
 
 /// Waits between two attempts.
@@ -216,15 +218,20 @@ impl Driver {
     async fn connect_and_move(&mut self, attempt: Attempt) -> Result<Report, Refusal> {
         let began = Instant::now();
         let board = Arc::clone(&self.board);
-        if let Some(report) = self.arrived_before(attempt).await? {
+        if self.record.spec.kind == Kind::Move
+            && let Some(report) = self.arrived_before(attempt).await?
+        {
             return Ok(report);
         }
         board.phase(Phase::Scan);
         let mut source = Source::open(&self.context, &self.record.spec, self.job, attempt).await?;
-        board.opened(&source.disks);
         self.stages = vec![("open_source", elapsed_ms(began))];
         let opening = Instant::now();
-        self.record.sizes = source.sizes();
+        // A VM that runs at the target already has no disks here any more.
+        if source.moved.is_none() {
+            board.opened(&source.disks);
+            self.record.sizes = source.sizes();
+        }
         let definition = source.definition.take();
         let open = target_open(
             &self.record.spec,
@@ -256,6 +263,13 @@ impl Driver {
             transfer,
         };
         let sending = Instant::now();
+        if self.record.spec.kind == Kind::Live {
+            let moved = transfer.transfer.move_live().await?;
+            self.stages.push(("transfer", elapsed_ms(sending)));
+            let mut report = live_report(&self.record, &transfer.transfer, moved);
+            report.wan_lost_packets = self.context.peer.stats().lost_packets.saturating_sub(lost_before);
+            return Ok(report);
+        }
         transfer.transfer.send_all().await?;
         self.stages.push(("transfer", elapsed_ms(sending)));
         let proving = Instant::now();
@@ -396,6 +410,16 @@ impl Driver {
             // No attempt came as far as the target.
             return Ok(false);
         }
+        if spec.kind == Kind::Live {
+            match self.cancel_live(attempt).await? {
+                Cancelled::RunsOn => {}
+                Cancelled::Moved => return Ok(true),
+                Cancelled::InDoubt => {
+                    let text = "the VM was handed over and the target has not answered: it cannot be cancelled; reach the target, or say `longhaul resolve`";
+                    return Err(Refusal::new(RefusalKind::Lost, text));
+                }
+            }
+        }
         let mut open = target_open(spec, self.job, attempt, &self.record.sizes, None);
         // What is about to be removed needs no room.
         for disk in &mut open.disks {
@@ -412,6 +436,12 @@ impl Driver {
             ))
             .await?;
         Ok(false)
+    }
+
+    async fn cancel_live(&self, attempt: Attempt) -> Result<Cancelled, Refusal> {
+        let source = Source::open(&self.context, &self.record.spec, self.job, attempt).await?;
+        let why = Refusal::new(RefusalKind::Cancelled, "the operator cancelled the job");
+        live::cancel(source, &why).await
     }
 
     async fn complete_instead(&mut self) {
@@ -477,6 +507,55 @@ fn report(record: &JobRecord, transfer: &Transfer<'_>, proofs: &[Proof]) -> Repo
         source_digest: digests(|proof| proof.source),
         target_digest: digests(|proof| proof.target),
         notes: notes.cloned().collect(),
+        disks,
+        ..Report::default()
+    }
+}
+
+/// The report of a VM that was moved while it ran. Its proof is end to end: every batch's digest was checked where it was written, and
+/// both agents state one digest over the RAM stream.
+fn live_report(record: &JobRecord, transfer: &Transfer<'_>, moved: Moved) -> Report {
+    let sums = transfer.outflow.ledger().disks().to_vec();
+    let opened = record.spec.disk.iter().zip(&transfer.source.disks);
+    let mut disks = Vec::new();
+    for ((index, (section, opened)), sums) in opened.enumerate().zip(sums) {
+        let (source, target) = (
+            section.source.display().to_string(),
+            section.target.display().to_string(),
+        );
+        let mut disk = DiskReport::opened(&source, &target, opened);
+        if let Some(Some((_, counts))) = transfer.done.get(index) {
+            (disk.zero_bytes, disk.kept_bytes) = (counts.zero, counts.kept);
+            (disk.read_ms, disk.hash_ms) = (counts.read_ms, counts.hash_ms);
+        }
+        (disk.sent_raw_bytes, disk.wan_bytes) = (sums.sent, sums.wan);
+        disks.push(disk);
+    }
+    let mut live = LiveReport::new(&moved.outcome);
+    let ledger = transfer.outflow.ledger();
+    (live.ram_sent_bytes, live.ram_wan_bytes) = (ledger.ram().sent, ledger.ram().wan);
+    live.dirty_wan_bytes = ledger.dirty().1;
+    drop(ledger);
+    let total = transfer.outflow.sums();
+    let sum = |of: fn(&DiskReport) -> u64| disks.iter().map(of).sum();
+    let digest = moved.outcome.stream_digest.to_string();
+    let notes = transfer.source.disks.iter().flat_map(|disk| &disk.notes);
+    let notes = notes.chain(&transfer.target.notes).chain(&moved.outcome.notes);
+    Report {
+        equal: true,
+        raw_bytes: sum(|disk| disk.raw_bytes),
+        used_bytes: sum(|disk| disk.used_bytes),
+        skipped_free_bytes: sum(|disk| disk.skipped_free_bytes),
+        hole_bytes: sum(|disk| disk.hole_bytes),
+        zero_bytes: sum(|disk| disk.zero_bytes),
+        sent_raw_bytes: total.sent,
+        wan_bytes: total.wan,
+        resent_bytes: total.resent,
+        source_digest: digest.clone(),
+        target_digest: digest,
+        notes: notes.cloned().collect(),
+        hook: moved.hook,
+        live: Some(live),
         disks,
         ..Report::default()
     }

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use longhaul_common::digest::LEAF;
 use longhaul_common::extent::Extent;
-use longhaul_common::ids::Sequence;
+use longhaul_common::ids::{Round, Sequence};
 use longhaul_common::wire::batch::{BatchHeader, Content};
 use longhaul_common::wire::sequences::Sequences;
 use serde::{Deserialize, Serialize};
@@ -26,6 +26,16 @@ pub struct DiskSums {
     pub zero: u64,
     pub wan: u64,
     pub resent: u64,
+}
+
+/// Of the RAM stream, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RamSums {
+    /// The stream itself, as QEMU wrote it.
+    pub stream: u64,
+    /// Page contents and raw bytes.
+    pub sent: u64,
+    pub wan: u64,
 }
 
 /// What the journal keeps of a disk's sums, so that they are true after a restart, too. In bytes.
@@ -65,6 +75,9 @@ pub struct Ledger {
     open: HashMap<Sequence, Open>,
     /// Batches that became durable in this attempt.
     durable_batches: u64,
+    ram: RamSums,
+    /// Data and WAN bytes of rounds after the first.
+    dirty: (u64, u64),
 }
 
 impl Ledger {
@@ -129,6 +142,12 @@ impl Ledger {
 
     /// A batch has entered that was checked against its disk; `wan` bytes of it go to the peer.
     pub fn entered(&mut self, header: &BatchHeader, wan: u64) {
+        if let Some(ram) = &header.ram {
+            self.ram.stream = self.ram.stream.saturating_add(ram.len);
+            self.ram.sent = self.ram.sent.saturating_add(ram.data_len());
+            self.ram.wan = self.ram.wan.saturating_add(wan);
+            return;
+        }
         let index = usize::from(header.disk.0);
         let (Some(sums), Some(sent), Some(earlier), Some(below)) = (
             self.disks.get_mut(index),
@@ -149,7 +168,8 @@ impl Ledger {
                 Content::Zero => zero += piece.extent.len(),
                 Content::Hole | Content::Free => continue,
             }
-            if piece.content == Content::Data {
+            // Later rounds send what the guest wrote again: that is new.
+            if piece.content == Content::Data && header.round == Round(0) {
                 again += enter_leaves(&piece.extent, &earlier, sent);
                 *below = piece.extent.end().max(*below);
             }
@@ -158,6 +178,12 @@ impl Ledger {
         sums.sent = sums.sent.saturating_add(data);
         sums.wan = sums.wan.saturating_add(wan);
         sums.resent = sums.resent.saturating_add(again);
+        if header.round != Round(0) {
+            self.dirty = (
+                self.dirty.0.saturating_add(data),
+                self.dirty.1.saturating_add(wan),
+            );
+        }
         self.open.insert(
             header.sequence,
             Open {
@@ -216,6 +242,16 @@ impl Ledger {
     /// Batches that became durable in this attempt.
     pub fn durable_batches(&self) -> u64 {
         self.durable_batches
+    }
+
+    /// What the RAM stream came to.
+    pub fn ram(&self) -> RamSums {
+        self.ram
+    }
+
+    /// Data and WAN bytes of rounds after the first.
+    pub fn dirty(&self) -> (u64, u64) {
+        self.dirty
     }
 
     /// Each disk's sums.

@@ -1,4 +1,4 @@
-//! Jobs: what is asked (`spec`), how it goes (`driver`, `attempt`, `ledger`, `board`, `progress`), what came of it (`report`).
+//! Jobs: what is asked (`spec`), how it goes (`driver`, `attempt`, `live`, `ledger`, `board`, `progress`), what came of it (`report`).
 //!
 //! Owns the table of jobs that this gateway runs. Promises that a job accepted here is in the journal before anybody is told so.
 
@@ -6,6 +6,7 @@ pub mod attempt;
 pub mod board;
 pub mod driver;
 pub mod ledger;
+pub mod live;
 pub mod plan;
 pub mod progress;
 pub mod report;

@@ -45,6 +45,14 @@ pub enum Phase {
     Connect,
     Scan,
     Transfer,
+    /// A running VM: passes over what it wrote meanwhile.
+    Rounds,
+    /// A running VM: its RAM, and more passes beside it.
+    Ram,
+    /// A running VM: it is stopped and changes sides.
+    Handover,
+    /// A running VM: handed over, and nothing heard from the target since.
+    InDoubt,
     Verify,
     Commit,
     Done,
@@ -74,6 +82,24 @@ pub struct Progress {
     pub eta_seconds: Option<u64>,
     /// Why it waits or failed.
     pub message: Option<String>,
+    /// Of a VM that is moved while it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub live: Option<LiveProgress>,
+}
+
+/// How far a running VM's move is. Sizes in bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct LiveProgress {
+    /// The newest pass over the dirty bitmaps.
+    pub round: u32,
+    /// Written by the guest and yet to be sent.
+    pub disk_left_bytes: u64,
+    /// RAM yet to be sent, as QEMU counts it.
+    pub ram_left_bytes: u64,
+    pub ram_stream_bytes: u64,
+    pub ram_wan_bytes: u64,
+    /// What was decided last, and why.
+    pub decision: String,
 }
 
 /// Rates over a sliding span of time.

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use longhaul_common::digest::Digest;
-use longhaul_common::wire::session::{DiskCounts, OpenedDisk, PartReport};
+use longhaul_common::wire::session::{DiskCounts, LiveOutcome, OpenedDisk, PartReport};
 use serde::{Deserialize, Serialize};
 
 /// One finished job. All sizes in bytes.
@@ -46,8 +46,52 @@ pub struct Report {
     pub disks: Vec<DiskReport>,
     /// Why the hook at the target failed, if it did.
     pub hook: Option<String>,
+    /// Of a VM that was moved while it ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub live: Option<LiveReport>,
     /// What a person should know.
     pub notes: Vec<String>,
+}
+
+/// What moving a running VM came to. Times in milliseconds, sizes in bytes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct LiveReport {
+    /// Passes over the dirty bitmaps.
+    pub rounds: u32,
+    /// How often the RAM stream was begun.
+    pub generations: u32,
+    pub predicted_blackout_ms: u64,
+    /// From the VM's stop at the source to the word, heard there, that it runs at the target.
+    pub blackout_ms: u64,
+    /// QEMU's RAM stream.
+    pub ram_stream_bytes: u64,
+    /// Page contents and device state of it, zero pages left out.
+    pub ram_sent_bytes: u64,
+    pub ram_wan_bytes: u64,
+    /// What the guest wrote while its disks were copied, raw.
+    pub dirty_bytes: u64,
+    pub dirty_wan_bytes: u64,
+    /// Each step of the handover, in its order.
+    pub steps_ms: Vec<(String, u64)>,
+    /// Every decision on the way, in words.
+    pub decisions: Vec<String>,
+}
+
+impl LiveReport {
+    /// What the source agent knows.
+    pub fn new(outcome: &LiveOutcome) -> Self {
+        Self {
+            rounds: outcome.rounds,
+            generations: outcome.generation,
+            predicted_blackout_ms: outcome.predicted_blackout_ms,
+            blackout_ms: outcome.blackout_ms,
+            ram_stream_bytes: outcome.stream_bytes,
+            dirty_bytes: outcome.dirty_bytes.iter().sum(),
+            steps_ms: outcome.steps_ms.clone(),
+            decisions: outcome.decisions.clone(),
+            ..Self::default()
+        }
+    }
 }
 
 /// One disk of a finished job. All sizes in bytes.

@@ -3,11 +3,13 @@
 //! Owns its keys, defaults and the checks that need no agent; `configs/move.toml` shows them all. Leaves paths to the agents, which
 //! alone know what they may touch.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use longhaul_common::ids::Attempt;
 use longhaul_common::ids::JobId;
-use longhaul_common::wire::session::{DISKS_MAX, SourceDisk, SourceOpen};
+use longhaul_common::units::{ByteSize, Span};
+use longhaul_common::wire::session::{DISKS_MAX, LivePolicy, SourceDisk, SourceOpen, SourceVm, TargetVm};
 use longhaul_common::wire::words::{cleaned, is_plain};
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +28,9 @@ pub struct JobSpec {
     pub filter: bool,
     pub source: SourceSection,
     pub target: TargetSection,
+    /// How a running VM is moved; for kind "live" only.
+    #[serde(default, skip_serializing_if = "LiveSection::is_default")]
+    pub live: LiveSection,
     /// The VM's disks, one `[[disk]]` each.
     pub disk: Vec<DiskSection>,
 }
@@ -36,6 +41,8 @@ pub struct JobSpec {
 pub enum Kind {
     /// One powered-off VM to another site.
     Move,
+    /// One running VM to another site: disks, RAM and devices.
+    Live,
 }
 
 /// `[source]`.
@@ -44,6 +51,14 @@ pub enum Kind {
 pub struct SourceSection {
     /// The agent's name, as in its certificate.
     pub agent: String,
+    /// Kind "live": socket of a QMP monitor of the VM's QEMU, below the agent's `paths.qmp`.
+    #[schema(value_type = Option<String>)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qmp: Option<PathBuf>,
+    /// Kind "live": socket of the VM's guest agent channel, to freeze its file systems for an instant.
+    #[schema(value_type = Option<String>)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_agent: Option<PathBuf>,
 }
 
 /// `[target]`.
@@ -60,13 +75,93 @@ pub struct TargetSection {
     /// Reserve the full size instead of making sparse files.
     #[serde(default)]
     pub preallocate: bool,
+    /// Kind "live": QMP socket of a QEMU that waits for the VM already (`-S -incoming defer`). Without it the agent starts one by its
+    /// template.
+    #[schema(value_type = Option<String>)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qmp: Option<PathBuf>,
 }
+
+/// `[live]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct LiveSection {
+    /// Longest blackout that is aimed at.
+    #[schema(value_type = String)]
+    pub blackout: Span,
+    /// Let QEMU slow the guest's CPUs down where it writes faster than the link carries.
+    pub auto_converge: bool,
+    /// Slow the guest's disk writes down where they outrun the link.
+    pub io_throttle: bool,
+    /// How long a VM that does not converge is kept in sync before the job gives up; for ever without it.
+    #[schema(value_type = Option<String>)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub give_up: Option<Span>,
+    /// How long a broken link may hold the RAM stream, while the VM runs on, before that stream is given up and begun anew.
+    #[schema(value_type = String)]
+    pub hold: Span,
+    /// What one bit of a dirty bitmap stands for: a power of two from 4 KiB to 1 MiB.
+    #[schema(value_type = String)]
+    pub granularity: ByteSize,
+    /// A block that is free in the guest's journal and was not written for so long counts as free; never without it.
+    #[schema(value_type = Option<String>)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub free_proof_age: Option<Span>,
+}
+
+impl Default for LiveSection {
+    fn default() -> Self {
+        Self {
+            blackout: Span(Duration::from_millis(300)),
+            auto_converge: false,
+            io_throttle: false,
+            give_up: None,
+            hold: Span(Duration::from_secs(60)),
+            granularity: ByteSize(64 << 10),
+            free_proof_age: Some(Span(Duration::from_secs(900))),
+        }
+    }
+}
+
+impl LiveSection {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    fn policy(&self) -> LivePolicy {
+        let ms = |span: &Span| span.0.as_millis() as u64;
+        LivePolicy {
+            blackout_ms: ms(&self.blackout),
+            auto_converge: self.auto_converge,
+            io_throttle: self.io_throttle,
+            give_up_ms: self.give_up.as_ref().map(ms),
+            hold_ms: ms(&self.hold),
+            granularity: self.granularity.0 as u32,
+            free_proof_age_ms: self.free_proof_age.as_ref().map(ms),
+        }
+    }
+
+    fn check(&self) -> Result<(), SpecError> {
+        if self.blackout.0 < BLACKOUT_MIN || self.blackout.0 > BLACKOUT_MAX {
+            return Err(SpecError::Blackout);
+        }
+        if !self.granularity.0.is_power_of_two() || !(4096..=1 << 20).contains(&self.granularity.0) {
+            return Err(SpecError::Granularity);
+        }
+        Ok(())
+    }
+}
+
+/// Shorter is not possible with any link.
+const BLACKOUT_MIN: Duration = Duration::from_millis(10);
+/// Longer is no live migration.
+const BLACKOUT_MAX: Duration = Duration::from_secs(600);
 
 /// `[[disk]]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DiskSection {
-    /// Image or block device on the source host.
+    /// Image or block device on the source host; with kind "live" the disk's device id or node name in QEMU.
     #[schema(value_type = String)]
     pub source: PathBuf,
     /// "raw", "qcow2", "vmdk" ...; recognised without it. State it where a guest may have written the image's first bytes.
@@ -115,6 +210,14 @@ pub enum SpecError {
     NotPlain { key: String },
     #[error("disk {index}: target_format '{format}' is not \"raw\" or \"qcow2\"")]
     TargetFormat { index: usize, format: String },
+    #[error("kind \"live\" needs source.qmp, the absolute path of the VM's QMP socket on the source host")]
+    NoQmp,
+    #[error("{key} is for kind \"live\" only; remove it, or write kind = \"live\"")]
+    NotLive { key: &'static str },
+    #[error("live.blackout must lie between 10 ms and 10 min")]
+    Blackout,
+    #[error("live.granularity must be a power of two from 4 KiB to 1 MiB")]
+    Granularity,
     #[error("disks {first} and {second} have the same {key}")]
     Twice {
         first: usize,
@@ -152,13 +255,57 @@ impl JobSpec {
         if self.disk.is_empty() || self.disk.len() > DISKS_MAX {
             return Err(SpecError::Disks(self.disk.len()));
         }
+        self.check_live()?;
         (0..self.disk.len()).try_for_each(|index| self.check_disk(index))
+    }
+
+    fn check_live(&self) -> Result<(), SpecError> {
+        let sockets = [
+            ("source.qmp", &self.source.qmp),
+            ("source.guest_agent", &self.source.guest_agent),
+            ("target.qmp", &self.target.qmp),
+        ];
+        for (key, path) in sockets
+            .iter()
+            .filter_map(|(key, path)| Some((*key, path.as_ref()?)))
+        {
+            if self.kind != Kind::Live {
+                return Err(SpecError::NotLive { key });
+            }
+            if !is_shown(&path.to_string_lossy()) {
+                let key = key.to_owned();
+                return Err(SpecError::NotPlain { key });
+            }
+        }
+        match self.kind {
+            Kind::Move if !self.live.is_default() => Err(SpecError::NotLive { key: "[live]" }),
+            Kind::Move => Ok(()),
+            Kind::Live if self.source.qmp.as_deref().is_none_or(Path::is_relative) => Err(SpecError::NoQmp),
+            Kind::Live => self.live.check(),
+        }
+    }
+
+    /// The running VM at the source, for kind "live".
+    fn source_vm(&self) -> Option<SourceVm> {
+        let qmp = self.source.qmp.clone().filter(|_| self.kind == Kind::Live)?;
+        Some(SourceVm {
+            qmp,
+            guest_agent: self.source.guest_agent.clone(),
+            policy: self.live.policy(),
+        })
+    }
+
+    /// What is to arrive running, for kind "live".
+    pub fn target_vm(&self) -> Option<TargetVm> {
+        let qmp = self.target.qmp.clone();
+        (self.kind == Kind::Live).then_some(TargetVm { qmp })
     }
 
     fn check_disk(&self, index: usize) -> Result<(), SpecError> {
         let disk = &self.disk[index];
         for (key, path) in [("source", &disk.source), ("target", &disk.target)] {
-            if !path.is_absolute() {
+            // A running VM's disks are named as its QEMU does.
+            if !path.is_absolute() && !(key == "source" && self.kind == Kind::Live) {
                 return Err(SpecError::Relative {
                     index,
                     key,
@@ -210,7 +357,7 @@ impl JobSpec {
             disks,
             definition: self.definition.clone(),
             filter: self.filter,
-            live: None,
+            live: self.source_vm(),
         }
     }
 }
@@ -238,6 +385,21 @@ pub(crate) mod tests {
         let spec = parsed(GOOD);
         spec.check().unwrap();
         assert!(spec.filter && spec.disk[0].target_format == "raw");
+    }
+
+    #[test]
+    fn a_running_vm_needs_a_few_lines_more() {
+        let live = GOOD.replace("'move'", "'live'").replace("'/a.img'", "'disk0'");
+        assert_eq!(parsed(&live).check(), Err(SpecError::NoQmp));
+        let live = live.replace("[target]", "source.qmp = '/run/web.qmp'\n[target]");
+        let spec = parsed(&live);
+        spec.check().unwrap();
+        let vm = spec.source_open(JobId::random(), Attempt(1)).live.unwrap();
+        assert_eq!((vm.policy.blackout_ms, vm.policy.granularity), (300, 65536));
+        let cold = parsed(&live.replace("'live'", "'move'"));
+        assert_eq!(cold.check(), Err(SpecError::NotLive { key: "source.qmp" }));
+        let fine = live.replace("[[disk]]", "[live]\ngranularity = '5 KiB'\n[[disk]]");
+        assert_eq!(parsed(&fine).check(), Err(SpecError::Granularity));
     }
 
     #[test]

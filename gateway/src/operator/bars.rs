@@ -76,6 +76,25 @@ impl Bars {
     }
 }
 
+/// A running VM's move, past its first round.
+fn live(what: &str, progress: &Progress) -> String {
+    let live = progress.live.clone().unwrap_or_default();
+    let (disk, ram) = (
+        show::bytes(live.disk_left_bytes),
+        show::bytes(live.ram_left_bytes),
+    );
+    let left = match live.ram_left_bytes {
+        0 => format!("{disk} of disk left"),
+        _ => format!("{disk} of disk and {ram} of RAM left"),
+    };
+    let rate = Rate(progress.wan_bit_per_s / 100_000 * 100_000);
+    let why = match live.decision.as_str() {
+        "" => String::new(),
+        decision => format!("; {decision}"),
+    };
+    format!("{what}: round {}, {left}, WAN {rate}{why}", live.round)
+}
+
 /// The line beside the bar.
 fn words(state: JobState, progress: &Progress) -> String {
     if let Some(message) = &progress.message {
@@ -86,6 +105,10 @@ fn words(state: JobState, progress: &Progress) -> String {
         (_, Phase::Connect) => return "connects both sides".to_owned(),
         (_, Phase::Scan) => return "scans the disks".to_owned(),
         (_, Phase::Transfer) => "moves",
+        (_, Phase::Rounds) => return live("follows the guest's writes", progress),
+        (_, Phase::Ram) => return live("moves RAM", progress),
+        (_, Phase::Handover) => return "the VM changes sides".to_owned(),
+        (_, Phase::InDoubt) => return "handed over, waits for the target's word".to_owned(),
         (_, Phase::Verify) => return format!("reads back {}", show::bytes(progress.verified_bytes)),
         (_, Phase::Commit) => return "commits".to_owned(),
         (_, Phase::Done) => return "done".to_owned(),

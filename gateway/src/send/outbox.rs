@@ -8,15 +8,42 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use longhaul_common::ids::{Attempt, JobId, Sequence};
+use longhaul_common::ids::{Attempt, JobId, Round, Sequence};
+use longhaul_common::wire::batch::BatchHeader;
 use longhaul_common::wire::sequences::Sequences;
 use tokio::sync::OwnedSemaphorePermit;
 
 /// Priority classes, highest first. Control messages have streams of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Lane {
+    /// A VM is stopped and waits for it.
+    Handover,
+    /// A VM's RAM stream.
+    Ram,
+    /// A disk's rounds after the first.
+    Dirty,
     /// A disk's first round.
     Bulk,
+}
+
+/// How many lanes there are.
+const LANES: usize = 4;
+
+impl Lane {
+    /// The lane that a batch belongs to.
+    pub fn of(header: &BatchHeader) -> Self {
+        match (header.urgent, &header.ram, header.round) {
+            (true, ..) => Self::Handover,
+            (false, Some(_), _) => Self::Ram,
+            (false, None, Round(0)) => Self::Bulk,
+            (false, None, _) => Self::Dirty,
+        }
+    }
+
+    /// As QUIC wants it for a stream: higher goes first.
+    pub fn priority(self) -> i32 {
+        LANES as i32 - 1 - self as i32
+    }
 }
 
 /// One of the connections to the peer, for as long as it lives.
@@ -66,7 +93,8 @@ struct FlowQueue {
 pub struct Outbox {
     lanes: BTreeMap<Lane, BTreeMap<Flow, FlowQueue>>,
     in_flight: HashMap<(Flow, Sequence), (ConnectionId, Ready)>,
-    on_connection: HashMap<ConnectionId, u64>,
+    /// Bytes in flight by lane.
+    on_connection: HashMap<ConnectionId, [u64; LANES]>,
     again: HashMap<Flow, SentAgain>,
 }
 
@@ -102,15 +130,17 @@ impl Outbox {
             .any(|flow| !flow.waiting.is_empty())
     }
 
-    /// The payload to send next on `connection`, unless its `window` (bytes) is full; one payload may always be in flight.
+    /// The payload to send next on `connection`, unless its `window` (bytes) is full; one payload may always be in flight. Lower lanes
+    /// do not fill the window of higher ones: what they have in flight gives way on the connection itself.
     pub fn take(&mut self, connection: ConnectionId, window: u64) -> Option<Ready> {
-        let on_connection = self.on_connection.get(&connection).copied().unwrap_or(0);
-        if on_connection >= window && on_connection > 0 {
+        let on_connection = self.on_connection.entry(connection).or_default();
+        let mut lanes = self.lanes.iter_mut();
+        let (lane, flows) = lanes.find(|(_, lane)| lane.values().any(|flow| !flow.waiting.is_empty()))?;
+        let ahead: u64 = on_connection[..=*lane as usize].iter().sum();
+        if ahead >= window && ahead > 0 {
             return None;
         }
-        let mut lanes = self.lanes.values_mut();
-        let lane = lanes.find(|lane| lane.values().any(|flow| !flow.waiting.is_empty()))?;
-        let flow = lane
+        let flow = flows
             .values_mut()
             .filter(|flow| !flow.waiting.is_empty())
             .min_by_key(|flow| flow.taken)?;
@@ -121,7 +151,7 @@ impl Outbox {
             counted.raw += ready.raw;
             counted.wan += ready.len();
         }
-        *self.on_connection.entry(connection).or_default() += ready.len();
+        on_connection[ready.lane as usize] += ready.len();
         self.in_flight
             .insert((ready.flow, ready.sequence), (connection, ready.clone()));
         Some(ready)
@@ -130,7 +160,7 @@ impl Outbox {
     /// The peer has restored this one: it is forgotten. `None` where it was not in flight.
     pub fn accepted(&mut self, flow: Flow, sequence: Sequence) -> Option<Ready> {
         let (connection, ready) = self.in_flight.remove(&(flow, sequence))?;
-        self.release(connection, ready.len());
+        self.release(connection, ready.lane, ready.len());
         Some(ready)
     }
 
@@ -142,9 +172,10 @@ impl Outbox {
         }
     }
 
-    fn release(&mut self, connection: ConnectionId, bytes: u64) {
+    fn release(&mut self, connection: ConnectionId, lane: Lane, bytes: u64) {
         if let Some(on_connection) = self.on_connection.get_mut(&connection) {
-            *on_connection = on_connection.saturating_sub(bytes);
+            let in_lane = &mut on_connection[lane as usize];
+            *in_lane = in_lane.saturating_sub(bytes);
         }
     }
 
@@ -210,7 +241,7 @@ impl Outbox {
 
     /// Bytes in flight on all connections.
     pub fn in_flight(&self) -> u64 {
-        self.on_connection.values().sum()
+        self.on_connection.values().flatten().sum()
     }
 }
 
@@ -271,6 +302,27 @@ mod tests {
             outbox.take(ConnectionId(1), 10).is_some(),
             "another connection has its own window"
         );
+    }
+
+    #[test]
+    fn a_full_window_of_bulk_does_not_hold_up_a_handover() {
+        let job = flow();
+        let mut outbox = Outbox::default();
+        for n in 0..4 {
+            outbox.push(ready(job, n, 500));
+        }
+        while outbox.take(ConnectionId(0), 1000).is_some() {}
+        outbox.push(Ready {
+            lane: Lane::Ram,
+            ..ready(job, 8, 500)
+        });
+        outbox.push(Ready {
+            lane: Lane::Handover,
+            ..ready(job, 9, 500)
+        });
+        let mut taken = || outbox.take(ConnectionId(0), 1000).map(|next| next.sequence.0);
+        assert_eq!((taken(), taken(), taken()), (Some(9), Some(8), None));
+        assert!(Lane::Handover.priority() > Lane::Ram.priority() && Lane::Bulk.priority() == 0);
     }
 
     proptest! {

@@ -253,6 +253,8 @@ impl Peer {
 
 async fn write(link: &Link, ready: Ready) -> Result<(), String> {
     let mut stream = link.open_uni().await.map_err(|error| error.to_string())?;
+    // Fails only where the peer refused the stream already.
+    let _ = stream.set_priority(ready.lane.priority());
     for part in ready.parts {
         stream
             .write_chunk(part)

@@ -1,0 +1,141 @@
+//! A running VM's move, as the source's gateway sees it: the agents drive, this carries their words.
+//!
+//! Owns the relay between both agents during one attempt, and giving up on the operator's word. Leaves every decision about the VM
+//! to the agents, and counting to `ledger`. Promises that words pass in both directions for as long as both agents are there,
+//! that a cancel reaches the source agent also while the target is away, and that a move counts as done only when both agents said so.
+
+use std::time::Duration;
+
+use longhaul_common::wire::session::{
+    FromSource, FromTarget, LiveOutcome, LiveStage, Refusal, RefusalKind, ToSource, ToTarget,
+};
+
+use super::attempt::{Source, Transfer, out_of_turn};
+use super::progress::Phase;
+
+/// How long the source agent may take to bring the VM back after a cancel.
+const CANCEL_TIME: Duration = Duration::from_secs(60);
+/// Between two looks at the counts while nothing is said.
+const COUNT_EVERY: Duration = Duration::from_millis(250);
+
+/// What a running VM's move came to.
+pub struct Moved {
+    pub outcome: Box<LiveOutcome>,
+    /// Why the hook at the target failed, if it did.
+    pub hook: Option<String>,
+}
+
+/// What an end said about its part being over.
+#[derive(Default)]
+struct Ends {
+    source: Option<Box<LiveOutcome>>,
+    /// With why its hook failed, if it did.
+    target: Option<Option<String>>,
+}
+
+impl Ends {
+    fn both(&mut self) -> Option<Moved> {
+        if self.source.is_none() || self.target.is_none() {
+            return None;
+        }
+        let (outcome, hook) = (self.source.take()?, self.target.take()?);
+        Some(Moved { outcome, hook })
+    }
+}
+
+impl Transfer<'_> {
+    /// Carries words and batches until the VM runs at the target and both agents have settled it.
+    pub async fn move_live(&mut self) -> Result<Moved, Refusal> {
+        let mut ends = Ends {
+            source: self.source.moved.take(),
+            target: None,
+        };
+        if ends.source.is_none() {
+            self.board.phase(Phase::Transfer);
+            self.context.ingest.open(std::sync::Arc::clone(&self.outflow));
+            self.source.tell(&ToSource::Start).await?;
+        }
+        let mut count = tokio::time::interval(COUNT_EVERY);
+        loop {
+            if let Some(moved) = ends.both() {
+                return Ok(moved);
+            }
+            tokio::select! {
+                // What a settled source does to its stream does not matter any more.
+                message = self.source.heard.next(), if ends.source.is_none() => {
+                    ends.source = self.on_live_source(message?).await?;
+                }
+                message = self.target.heard.next(), if ends.target.is_none() => {
+                    ends.target = self.on_live_target(message?).await?;
+                }
+                reason = self.outflow.refused() => return Err(Refusal::new(RefusalKind::Protocol, reason)),
+                _ = count.tick() => self.board.count(&self.outflow),
+            }
+        }
+    }
+
+    async fn on_live_source(&mut self, message: FromSource) -> Result<Option<Box<LiveOutcome>>, Refusal> {
+        match message {
+            FromSource::Say(word) => self.target.tell(&ToTarget::Say(word)).await?,
+            FromSource::Live(state) => self.board.live(&state),
+            FromSource::Moved(outcome) => return Ok(Some(outcome)),
+            message @ FromSource::DiskDone { .. } => self.on_source(message)?,
+            FromSource::Failed(refusal) => return Err(refusal),
+            other => return Err(out_of_turn("the source agent", &other)),
+        }
+        Ok(None)
+    }
+
+    /// Gives the arrival once it is said.
+    async fn on_live_target(&mut self, message: FromTarget) -> Result<Option<Option<String>>, Refusal> {
+        match message {
+            FromTarget::Say(word) => self.source.tell(&ToSource::Say(word)).await?,
+            FromTarget::Committed { hook, .. } => return Ok(Some(hook)),
+            message => self.on_target(message).await?,
+        }
+        Ok(None)
+    }
+}
+
+/// How a cancel of a running VM's move ended.
+pub enum Cancelled {
+    /// The VM runs on at the source.
+    RunsOn,
+    /// Too late: it runs at the target.
+    Moved,
+    /// It was handed over; only the target knows.
+    InDoubt,
+}
+
+/// Has the source agent bring its VM back.
+pub async fn cancel(mut source: Source, why: &Refusal) -> Result<Cancelled, Refusal> {
+    if source.moved.is_some() {
+        return Ok(Cancelled::Moved);
+    }
+    source.tell(&ToSource::Cancel(why.clone())).await?;
+    let answer = async {
+        loop {
+            match source.heard.next().await? {
+                FromSource::Failed(refusal) if refusal.kind == RefusalKind::Cancelled => {
+                    return Ok(Cancelled::RunsOn);
+                }
+                FromSource::Failed(refusal) => return Err(refusal),
+                FromSource::Moved(_) => return Ok(Cancelled::Moved),
+                FromSource::Live(state) if state.stage == LiveStage::InDoubt => {
+                    return Ok(Cancelled::InDoubt);
+                }
+                // Words for a target that is not there, progress.
+                _ => {}
+            }
+        }
+    };
+    let late = || {
+        Refusal::new(
+            RefusalKind::Lost,
+            "the source agent did not say within 60 s that the VM runs on; see its log",
+        )
+    };
+    tokio::time::timeout(CANCEL_TIME, answer)
+        .await
+        .unwrap_or_else(|_| Err(late()))
+}

@@ -193,9 +193,28 @@ impl Board {
 
     /// The first leaf that nobody has written completely.
     pub(crate) fn first_unclaimed(&self) -> Option<u64> {
+        self.first_unclaimed_but(|_| false)
+    }
+
+    /// The first leaf that nobody has written completely, those aside that `known` knows.
+    pub(crate) fn first_unclaimed_but(&self, known: impl Fn(u64) -> bool) -> Option<u64> {
         let state = self.lock();
-        let mut runs = state.leaves.runs(0..state.leaves.leaves);
-        runs.find(|(_, leaf)| !leaf.claimed()).map(|(run, _)| run.start)
+        let runs = state.leaves.runs(0..state.leaves.leaves);
+        let unclaimed = runs.filter(|(_, leaf)| !leaf.claimed());
+        unclaimed.flat_map(|(run, _)| run).find(|leaf| !known(*leaf))
+    }
+
+    /// The newest version that a leaf holds.
+    pub(crate) fn version(&self, leaf: u64) -> Version {
+        self.lock().leaves.get(leaf).version()
+    }
+
+    /// The log speaks of this leaf again.
+    pub(crate) fn claim(&self, leaf: u64) {
+        let mut state = self.lock();
+        let known = state.leaves.get(leaf);
+        let claimed = LeafState::new(known.version(), true, known.touched());
+        state.leaves.set(leaf..leaf + 1, claimed);
     }
 }
 
@@ -220,6 +239,11 @@ impl Entered<'_> {
         self.admitted = without(&self.admitted, &self.repeated);
         self.claimed = without(&self.claimed, &self.repeated);
         self.touched = without(&self.touched, &self.repeated);
+    }
+
+    /// The same leaves, each as if it may hold something but zeros. The holder stays the holder.
+    pub(crate) fn touch_all(&mut self) {
+        self.touched = self.admitted.clone();
     }
 
     /// Before the first byte: these leaves hold neither the old nor yet the new content. `data` are those that get some.

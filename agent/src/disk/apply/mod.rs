@@ -24,8 +24,10 @@ mod file_store;
 mod hostile;
 mod image_lock;
 mod open;
+mod patch;
 mod pending;
 mod place;
+mod placed;
 mod progress_log;
 mod qcow2_server;
 mod qcow2_store;
@@ -44,6 +46,7 @@ use longhaul_common::ids::{DiskIndex, JobId};
 
 pub use error::TargetError;
 pub use hostile::{example_log, replay_log};
+pub use placed::{Placed, promote_after_crash, unlink_after_crash};
 pub use replay::{Durable, Have};
 pub use space::check_space;
 pub use target::{Applied, Flushed, Target, Ticket};

@@ -114,6 +114,7 @@ fn finish(options: &TargetOptions, size: u64, opened: Opened) -> Result<(Target,
         log: Mutex::new(log),
         failed: AtomicBool::new(false),
         notes,
+        patched: Mutex::default(),
     };
     Ok((target, have))
 }

@@ -13,13 +13,30 @@ pub(crate) struct Pending {
     records: Vec<Record>,
     tickets: u64,
     bytes: u64,
+    /// Something was written since the last flush, recorded or not.
+    unsynced: bool,
+}
+
+/// What a flush is for.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Taken {
+    pub(crate) records: Vec<Record>,
+    /// The newest ticket.
+    pub(crate) through: u64,
+    pub(crate) unsynced: bool,
 }
 
 impl Pending {
     /// Takes a completed batch of `bytes` bytes of data; its ticket, from 1.
     pub(crate) fn push(&mut self, records: impl IntoIterator<Item = Record>, bytes: u64) -> u64 {
         self.records.extend(records);
+        self.push_patch(bytes)
+    }
+
+    /// Takes a batch of which no record is to be made.
+    pub(crate) fn push_patch(&mut self, bytes: u64) -> u64 {
         self.bytes = self.bytes.saturating_add(bytes);
+        self.unsynced = true;
         self.tickets += 1;
         self.tickets
     }
@@ -30,13 +47,18 @@ impl Pending {
     }
 
     /// Everything that waits, and the newest ticket.
-    pub(crate) fn take(&mut self) -> (Vec<Record>, u64) {
+    pub(crate) fn take(&mut self) -> Taken {
         self.bytes = 0;
-        (std::mem::take(&mut self.records), self.tickets)
+        Taken {
+            records: std::mem::take(&mut self.records),
+            through: self.tickets,
+            unsynced: std::mem::take(&mut self.unsynced),
+        }
     }
 
     /// Returns what was taken but could not be logged.
     pub(crate) fn put_back(&mut self, mut records: Vec<Record>) {
+        self.unsynced = true;
         records.append(&mut self.records);
         self.records = records;
     }
@@ -128,14 +150,21 @@ mod tests {
         assert_eq!(pending.push([record(10..12, &[10])], 1), 2);
         pending.strip(&[5..6, 9..11]);
         assert_eq!(pending.waiting(), (4, 3));
-        let (records, ticket) = pending.take();
+        let taken = pending.take();
         assert_eq!(
-            records,
+            taken.records,
             [record(0..5, &[0]), record(6..9, &[]), record(11..12, &[])]
         );
-        assert_eq!((ticket, pending.waiting()), (2, (0, 0)));
-        pending.put_back(records);
+        assert_eq!(
+            (taken.through, taken.unsynced, pending.waiting()),
+            (2, true, (0, 0))
+        );
+        assert!(!pending.take().unsynced);
+        pending.put_back(taken.records);
         assert_eq!(pending.waiting().1, 3);
+        assert!(pending.take().unsynced);
+        assert_eq!(pending.push_patch(7), 3);
+        assert!(pending.take().unsynced, "a patch needs a flush, too");
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -158,6 +159,9 @@ impl Place {
     /// Refuses a final name that is taken, or whose file may be replaced but is in use.
     pub(crate) fn check_final(&self, overwrite: bool) -> Result<(), TargetError> {
         let path = self.path();
+        if self.is_linked()? {
+            return Ok(());
+        }
         if !overwrite && rustix::fs::statat(&self.dir.fd, &self.file_name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
         {
             return Err(TargetError::Exists { path });
@@ -169,6 +173,36 @@ impl Place {
             return Err(TargetError::in_use(&path, "a QEMU process holds its image lock"));
         }
         Ok(())
+    }
+
+    /// Lets the final name lead to the partial copy, for a QEMU that opens it before it is complete: when the copy takes its name, QEMU's
+    /// own idea of its file stays true. Refused where the name is taken, also where it might be replaced: the old file stays until
+    /// the new one is complete, and both cannot have the name.
+    pub(crate) fn link(&self) -> Result<(), TargetError> {
+        if self.is_linked()? {
+            return Ok(());
+        }
+        match rustix::fs::symlinkat(&self.partial_name, &self.dir.fd, &self.file_name) {
+            Err(Errno::EXIST) => Err(TargetError::Exists { path: self.path() }),
+            done => done.map_err(TargetError::during("link", &self.path())),
+        }
+    }
+
+    /// Takes that link away, if it is there.
+    pub(crate) fn unlink(&self) -> Result<(), TargetError> {
+        match self.is_linked()? {
+            true => self.dir.remove(&self.file_name),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether the final name is our own link to the partial copy.
+    pub(crate) fn is_linked(&self) -> Result<bool, TargetError> {
+        match rustix::fs::readlinkat(&self.dir.fd, &self.file_name, Vec::new()) {
+            Ok(to) => Ok(OsStr::from_bytes(to.as_bytes()) == self.partial_name),
+            Err(Errno::NOENT | Errno::INVAL) => Ok(false),
+            Err(error) => Err(TargetError::during("examine", &self.path())(error)),
+        }
     }
 
     /// A new, empty partial copy that only this user may read.
@@ -193,7 +227,7 @@ impl Place {
     fn rename(&self, overwrite: bool) -> Result<(), TargetError> {
         let (dir, partial, name) = (&self.dir.fd, &self.partial_name, &self.file_name);
         let path = self.path();
-        let renamed = if overwrite {
+        let renamed = if overwrite || self.is_linked()? {
             rustix::fs::renameat(dir, partial, dir, name)
         } else {
             rustix::fs::renameat_with(dir, partial, dir, name, RenameFlags::NOREPLACE)

@@ -4,6 +4,7 @@
 //! is made void first where it says anything, then it is written, then recorded as pending. A flush takes what is pending, syncs the
 //! data, and only then logs it. Leaves opening to `open`, reading back to `verify`.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -18,7 +19,7 @@ use longhaul_common::ids::{Attempt, Round};
 use super::batch;
 use super::board::{Board, Entered};
 use super::compact;
-use super::pending::{self, Pending};
+use super::pending::{self, Pending, Taken};
 use super::place::Place;
 use super::progress_log::ProgressLog;
 use super::record::{ENTRY, HEAD, Kind, Record, Version};
@@ -67,6 +68,8 @@ pub struct Target {
     /// A flush or the log failed: nothing unflushed can be believed any more.
     pub(crate) failed: AtomicBool,
     pub(crate) notes: Vec<String>,
+    /// Leaves that are whole, but whose digest no log states: a later round wrote parts of them.
+    pub(crate) patched: Mutex<BTreeSet<u64>>,
 }
 
 /// Neither the pending list nor the log is left half changed by a panic: both change in one step each.
@@ -157,6 +160,10 @@ impl Target {
 
     /// Leaves that the log speaks of, or will, are about to change: first the log must say so.
     fn make_void(&self, entered: &Entered<'_>, version: Version) -> Result<(), TargetError> {
+        self.make_void_all(&entered.claimed, version)
+    }
+
+    pub(crate) fn make_void_all(&self, claimed: &[Range<u64>], version: Version) -> Result<(), TargetError> {
         let mut log = lock(&self.log);
         self.require_sound()?;
         let void = |leaves: &Range<u64>| Record {
@@ -165,18 +172,18 @@ impl Target {
             leaves: leaves.clone(),
             digests: Vec::new(),
         };
-        let records: Vec<_> = entered.claimed.iter().map(void).collect();
+        let records: Vec<_> = claimed.iter().map(void).collect();
         self.append(&mut log, &records)?;
-        let leaves: u64 = entered.claimed.iter().map(|run| run.end - run.start).sum();
+        let leaves: u64 = claimed.iter().map(|run| run.end - run.start).sum();
         let dead = leaves
             .saturating_mul(ENTRY as u64)
             .saturating_add((records.len() * (HEAD + 4)) as u64);
         log.dead = log.dead.saturating_add(dead).min(log.len);
-        lock(&self.pending).strip(&entered.claimed);
+        lock(&self.pending).strip(claimed);
         Ok(())
     }
 
-    fn require_sound(&self) -> Result<(), TargetError> {
+    pub(crate) fn require_sound(&self) -> Result<(), TargetError> {
         match self.failed.load(Ordering::Acquire) {
             true => Err(TargetError::Failed {
                 path: self.options.path.clone(),
@@ -235,7 +242,7 @@ impl Target {
             && parts.all(|part| self.reads_as(&ZEROS[..part.len() as usize], part.offset()))
     }
 
-    fn write(&self, pieces: &[Piece<'_>], entered: &Entered<'_>) -> io::Result<()> {
+    pub(crate) fn write(&self, pieces: &[Piece<'_>], entered: &Entered<'_>) -> io::Result<()> {
         let mut run = WriteRun {
             store: &*self.store,
             parts: Vec::new(),
@@ -293,17 +300,24 @@ impl Target {
     pub fn flush(&self) -> Result<Flushed, TargetError> {
         let mut log = lock(&self.log);
         self.require_sound()?;
-        let (records, through) = lock(&self.pending).take();
+        let Taken {
+            records,
+            through,
+            unsynced,
+        } = lock(&self.pending).take();
         let flushed = Flushed {
             through: Ticket(through),
         };
-        if records.is_empty() {
+        if !unsynced {
             return Ok(flushed);
         }
         if let Err(error) = self.store.flush() {
             // The system tells of a failed write once and forgets the data: nothing unflushed can be believed from now on.
             self.failed.store(true, Ordering::Release);
             return Err(TargetError::during("sync", &self.options.path)(error));
+        }
+        if records.is_empty() {
+            return Ok(flushed);
         }
         let records = pending::joined(records);
         if let Err(error) = self.append(&mut log, &records) {
@@ -348,7 +362,7 @@ impl Target {
     }
 
     /// The file under the temporary name must be the one that was written, at its full size.
-    fn require_same(&self, file: &File, path: &Path) -> Result<(), TargetError> {
+    pub(crate) fn require_same(&self, file: &File, path: &Path) -> Result<(), TargetError> {
         if open::header_for(&self.options, self.size, file, path)? != lock(&self.log).header {
             return Err(TargetError::refused(
                 path,
@@ -372,7 +386,7 @@ impl Target {
         self.remove_log()
     }
 
-    fn remove_log(&self) -> Result<(), TargetError> {
+    pub(crate) fn remove_log(&self) -> Result<(), TargetError> {
         let log = lock(&self.log);
         log.dir.remove(log.name.as_ref())?;
         log.dir.sync()
@@ -384,7 +398,7 @@ fn is_in(runs: &[Range<u64>], leaf: u64) -> bool {
     runs.get(at).is_some_and(|run| run.start <= leaf)
 }
 
-fn data_bytes(pieces: &[Piece<'_>]) -> u64 {
+pub(crate) fn data_bytes(pieces: &[Piece<'_>]) -> u64 {
     let data = pieces.iter().filter(|piece| matches!(piece, Piece::Data { .. }));
     data.map(|piece| piece.extent().len()).sum()
 }

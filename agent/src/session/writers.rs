@@ -50,6 +50,8 @@ struct Shared {
     say: mpsc::Sender<FromTarget>,
     stop: AtomicBool,
     flush_due: Sender<()>,
+    /// From so many bytes on a writer flushes by itself before it takes more: bounds what a crash costs.
+    unflushed_max: u64,
     /// How many threads find a disk full right now.
     full: Mutex<usize>,
 }
@@ -75,6 +77,7 @@ impl Writers {
             say,
             stop: AtomicBool::new(false),
             flush_due,
+            unflushed_max: limits.flush_bytes.0.saturating_mul(2),
             full: Mutex::default(),
         });
         let inbox = Arc::new(Mutex::new(inbox));
@@ -192,7 +195,11 @@ impl Shared {
         metrics::counter!(TARGET_RAW).increment(data.len() as u64);
         let mut tickets = disk.tickets.lock().unwrap_or_else(PoisonError::into_inner);
         tickets.insert(applied.ticket, header.sequence);
-        if applied.flush_due {
+        drop(tickets);
+        if applied.unflushed >= self.unflushed_max {
+            // An error stays: the flusher meets it, too, and knows what to do.
+            let _ = self.flush(header.disk, disk);
+        } else if applied.flush_due {
             let _ = self.flush_due.try_send(());
         }
         Ok(())

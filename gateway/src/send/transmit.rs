@@ -21,9 +21,10 @@ use super::outbox::{ConnectionId, Flow, Outbox, Ready, SentAgain, window};
 use crate::metrics::SENT_AGAIN;
 use crate::settings::PeerSection;
 
-/// So long a dead connection's payloads rest before they are sent on another one: where the peer itself died, the other connections
-/// and the job's attempt end meanwhile, and what they would have carried again is not sent in vain.
+/// So long a dead connection's payloads rest at least: what the peer sent before it died, if it did, has arrived by then.
 const REST: Duration = Duration::from_millis(250);
+/// And no longer than this.
+const REST_MAX: Duration = Duration::from_secs(5);
 /// The congestion window may have grown meanwhile: look again.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// A call that is not answered by then (plus some round trips) is made anew: after a cut, QUIC's own repetitions come ever later.
@@ -226,12 +227,35 @@ impl Peer {
             links.lost_packets += stats.lost_packets;
             links.problem = Some(reason.clone());
         }
-        tokio::time::sleep(REST).await;
+        self.rest().await;
         let again = self.outbox().connection_lost(id);
         metrics::counter!(SENT_AGAIN).increment(again);
         self.changed.notify_waiters();
         tracing::warn!(peer = %self.settings.site, connection = id.0, again, "a connection to the peer ended: {reason}");
         link.close(link::code::DONE, "the connection failed");
+    }
+
+    /// Waits until another connection has heard from the peer: where the peer itself died, the others are dead as well and only do not
+    /// know it yet. What they would carry again would be sent in vain; the job's attempt ends meanwhile instead.
+    async fn rest(&self) {
+        tokio::time::sleep(REST).await;
+        let heard = |links: &Links| -> BTreeMap<ConnectionId, u64> {
+            let received = |link: &Link| link.stats().received_packets;
+            links.live.iter().map(|(id, link)| (*id, received(link))).collect()
+        };
+        let before = heard(&self.links());
+        let alive = async {
+            loop {
+                tokio::time::sleep(LOOK_AGAIN).await;
+                // One that is new was answered by the peer just now.
+                let now = heard(&self.links());
+                if now.iter().any(|(id, received)| before.get(id).is_none_or(|known| known < received)) {
+                    return;
+                }
+            }
+        };
+        // Where nothing is heard for so long, the payloads wait in the outbox for whoever comes.
+        let _ = tokio::time::timeout(REST_MAX, alive).await;
     }
 
     /// Writes payloads on one connection until it fails; gives the reason.

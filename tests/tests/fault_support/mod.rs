@@ -25,8 +25,7 @@ pub(crate) mod images;
 pub(crate) const JOB_MEMORY: u64 = 8 << 20;
 pub(crate) const FLUSH_BYTES: u64 = 2 << 20;
 /// Most that one fault can cost: what credit allows, and what is written but not flushed (one flush under way, one due).
-// Twice the credit: where the target gateway dies, connections that notice late may carry a part of it a second time.
-pub(crate) const IN_FLIGHT_MAX: u64 = 2 * JOB_MEMORY + 2 * FLUSH_BYTES;
+pub(crate) const IN_FLIGHT_MAX: u64 = JOB_MEMORY + 2 * FLUSH_BYTES;
 
 const PATIENCE: Duration = Duration::from_secs(100);
 

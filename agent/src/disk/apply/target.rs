@@ -39,7 +39,9 @@ pub struct Applied {
     pub ticket: Ticket,
     /// Leaves that were left as they are, because they hold something newer.
     pub stale_leaves: u64,
-    /// `flush_bytes` bytes or more wait for a flush.
+    /// Bytes of data that wait for a flush.
+    pub unflushed: u64,
+    /// That is `flush_bytes` or more.
     pub flush_due: bool,
 }
 
@@ -154,6 +156,7 @@ impl Target {
         Ok(Applied {
             ticket,
             stale_leaves: leaves.count - admitted,
+            unflushed: waiting.0,
             flush_due,
         })
     }

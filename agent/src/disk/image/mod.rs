@@ -12,6 +12,8 @@
 //!    `chain`), then served read-only by `qemu-nbd` on a unix socket (`server`, `served`) and read with our
 //!    own client (`nbd`).
 //!
+//! The disks of a running VM are not opened at all but read through its own QEMU (`live`).
+//!
 //! Promises: `unchanged` right after the last read says whether what was read is one consistent state; a
 //! guest or tenant who forges an image's header cannot make this host read another file.
 
@@ -21,6 +23,7 @@ mod format;
 pub mod header;
 mod held;
 mod holders;
+mod live;
 mod locks;
 pub mod nbd;
 mod program;
@@ -35,6 +38,7 @@ use longhaul_common::extent::Extent;
 
 pub use self::error::ImageError;
 pub use self::format::{Format, UnknownFormat};
+pub use self::live::LiveImage;
 pub use self::server::end_stale_servers;
 
 use self::chain::Chain;

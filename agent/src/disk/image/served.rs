@@ -1,18 +1,18 @@
-//! Reading an image through a server: a small pool of NBD connections that any number of threads share.
+//! Reading an image through a server of our own, with connections that any number of threads share.
 //!
-//! Owns the pool. Leaves alone the protocol (`nbd`) and the process (`server`). Promises: a connection that
-//! saw an error is dropped and replaced by the next reader; a failure says which program serves the image and
-//! what it said last.
+//! Leaves alone the protocol and the pool of connections (`nbd`) and the process (`server`). Promises: a failure says
+//! which program serves the image and what it said last.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use longhaul_common::extent::Extent;
 use serde_json::Value;
 
 use super::error::ImageError;
-use super::nbd::{BASE_ALLOCATION, ConnectOptions, Connection, NbdError, STATE_HOLE, STATE_ZERO, StatusRun};
+use super::nbd::{
+    BASE_ALLOCATION, ConnectOptions, Connection, NbdError, Pool, STATE_HOLE, STATE_ZERO, StatusRun,
+};
 use super::server::{Programs, Server};
 use super::{Allocation, Run, Runs};
 
@@ -25,23 +25,14 @@ const FORGET_STEP: u64 = 256 << 20;
 #[derive(Debug)]
 pub(super) struct ServedImage {
     // Fields are dropped in this order: clients first, then the server.
-    pool: Mutex<Pool>,
-    returned: Condvar,
+    pool: Pool,
     /// Never used for requests: keeps the server from leaving while the pool replaces its connections.
     anchor: Connection,
     server: Server,
-    limit: usize,
     connect: ConnectOptions,
     size: u64,
     has_allocation: bool,
     read: AtomicU64,
-}
-
-#[derive(Debug, Default)]
-struct Pool {
-    idle: Vec<Connection>,
-    /// Connections that exist or are being made, idle or in use.
-    open: usize,
 }
 
 impl ServedImage {
@@ -61,11 +52,9 @@ impl ServedImage {
             .any(|context| context.name == BASE_ALLOCATION);
         let size = export.size;
         Ok(Self {
-            pool: Mutex::default(),
-            returned: Condvar::new(),
+            pool: Pool::new(limit),
             anchor,
             server,
-            limit,
             connect,
             size,
             has_allocation,
@@ -109,54 +98,14 @@ impl ServedImage {
 
     /// Says goodbye and waits for the server's end.
     pub(super) fn finish(self) {
-        let pool = self.pool.into_inner().unwrap_or_else(PoisonError::into_inner);
-        for connection in pool.idle {
-            let _ = connection.disconnect(); // The server is going away in any case.
-        }
-        let _ = self.anchor.disconnect();
+        self.pool.finish();
+        let _ = self.anchor.disconnect(); // The server is going away in any case.
         self.server.finish();
     }
 
     fn with_connection<R>(&self, ask: impl FnOnce(&mut Connection) -> Result<R, NbdError>) -> io::Result<R> {
-        let mut lease = self.lease().map_err(|error| self.failed(&error))?;
-        let result = match &mut lease.connection {
-            Some(connection) => ask(connection),
-            None => Err(NbdError::Broken),
-        };
-        if result.is_err() {
-            lease.connection = None; // Dropped, not returned.
-        }
-        result.map_err(|error| self.failed(&error))
-    }
-
-    /// Takes a connection that nobody uses, makes one, or waits for one.
-    fn lease(&self) -> Result<Lease<'_>, NbdError> {
-        let mut pool = self.pool();
-        loop {
-            if let Some(connection) = pool.idle.pop() {
-                return Ok(Lease {
-                    image: self,
-                    connection: Some(connection),
-                });
-            }
-            if pool.open < self.limit {
-                pool.open += 1;
-                drop(pool);
-                // From here on the lease gives the place back, whatever happens.
-                let mut lease = Lease {
-                    image: self,
-                    connection: None,
-                };
-                lease.connection = Some(self.server.connect(&self.connect)?);
-                return Ok(lease);
-            }
-            // Every lease ends within its request's deadline.
-            pool = self.returned.wait(pool).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    fn pool(&self) -> MutexGuard<'_, Pool> {
-        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+        let connect = || self.server.connect(&self.connect);
+        self.pool.with(connect, ask).map_err(|error| self.failed(&error))
     }
 
     fn failed(&self, error: &NbdError) -> io::Error {
@@ -164,26 +113,8 @@ impl ServedImage {
     }
 }
 
-/// The right to use one connection of the pool, or to fill its place.
-struct Lease<'a> {
-    image: &'a ServedImage,
-    connection: Option<Connection>,
-}
-
-impl Drop for Lease<'_> {
-    fn drop(&mut self) {
-        let mut pool = self.image.pool();
-        match self.connection.take() {
-            Some(connection) => pool.idle.push(connection),
-            None => pool.open -= 1,
-        }
-        drop(pool);
-        self.image.returned.notify_one();
-    }
-}
-
 /// What a copy may make of `base:allocation`. A hole that is not said to read as zero has to be read.
-const fn state(flags: u64) -> Allocation {
+pub(super) const fn state(flags: u64) -> Allocation {
     match (flags & STATE_ZERO != 0, flags & STATE_HOLE != 0) {
         (true, true) => Allocation::Hole,
         (true, false) => Allocation::Zero,
@@ -223,6 +154,6 @@ mod tests {
                 "{error}"
             );
         }
-        assert_eq!(served.pool().open, 0);
+        assert_eq!(served.pool.open(), 0);
     }
 }

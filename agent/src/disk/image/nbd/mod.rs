@@ -17,6 +17,7 @@ pub mod decode;
 mod exchange;
 mod export;
 mod handshake;
+mod pool;
 mod replay;
 mod request;
 mod transport;
@@ -27,6 +28,7 @@ use std::time::Duration;
 pub use connection::{Connection, StatusRun};
 pub use decode::{ServerError, WireError};
 pub use export::{BlockSizes, Context, Export, ExportFlags, Headers};
+pub(super) use pool::Pool;
 pub use replay::replay;
 pub use transport::{Timed, Timeouts, UnixTransport};
 

@@ -1,0 +1,202 @@
+//! Reading a disk of a running VM through its own QEMU: an NBD export that somebody else added.
+//!
+//! Owns the connections to one export. Leaves alone exports, bitmaps and rounds (`vm::rounds`) and the protocol (`nbd`).
+//! All calls block; any number of threads may read at once. Promises: read-only; the peer is not trusted; what is told of
+//! dirty and stored extents is bounded, and covers exactly what was asked for.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use longhaul_common::extent::Extent;
+
+use super::nbd::{BASE_ALLOCATION, ConnectOptions, Connection, NbdError, Pool, STATE_DIRTY, StatusRun};
+use super::{Run, Runs, served};
+use crate::disk::ReadAt;
+
+/// How much is asked about at once.
+const STATUS_STEP: u64 = 1 << 30;
+
+/// A disk of a running VM, as one export shows it: always its current content.
+#[derive(Debug)]
+pub struct LiveImage {
+    pool: Pool,
+    socket: PathBuf,
+    export: String,
+    options: ConnectOptions,
+    size: u64,
+    has_allocation: bool,
+    /// The bitmap's metadata context, where one was asked for.
+    dirty: Option<String>,
+}
+
+impl LiveImage {
+    /// Connects to `export` of the NBD server at `socket`, with up to `connections` (1 to 64) at a time. With `bitmap`,
+    /// [`Self::dirty`] tells what it holds.
+    ///
+    /// # Errors
+    /// What the server refused, or [`NbdError::Unusable`] where it does not give the bitmap.
+    pub fn connect(
+        socket: &Path,
+        export: &str,
+        bitmap: Option<&str>,
+        connections: usize,
+    ) -> Result<Self, NbdError> {
+        let dirty = bitmap.map(|name| format!("qemu:dirty-bitmap:{name}"));
+        let mut options = ConnectOptions::default();
+        options.contexts.extend(dirty.clone());
+        let first = Connection::connect_with(socket, export, &options)?;
+        let told = first.export();
+        let has = |name: &str| told.contexts.iter().any(|context| context.name == name);
+        if let Some(missing) = dirty.as_deref().filter(|name| !has(name)) {
+            return Err(NbdError::Unusable(format!(
+                "the export {export:?} does not give {missing:?}; was it added with its bitmap?"
+            )));
+        }
+        let image = Self {
+            has_allocation: has(BASE_ALLOCATION),
+            size: told.size,
+            pool: Pool::new(connections.clamp(1, 64)),
+            socket: socket.to_owned(),
+            export: export.to_owned(),
+            options,
+            dirty,
+        };
+        image.pool.with(|| Ok(first), |_| Ok(()))?;
+        Ok(image)
+    }
+
+    /// Size of the disk in bytes, as its guest sees it.
+    pub const fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The export it reads.
+    pub fn export(&self) -> &str {
+        &self.export
+    }
+
+    /// What is stored of `range` now: runs in order that cover it exactly, neighbours in different states.
+    ///
+    /// Best asked for in ranges of some GiB: after 1 Mi runs, the rest is given as data.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` where the range reaches beyond the disk; else what the server said.
+    pub fn allocation(&self, range: Extent) -> io::Result<Vec<Run>> {
+        self.check_range(range.offset(), range.len())?;
+        let mut runs = Runs::new(range);
+        while !runs.is_complete() {
+            let step = step(runs.end(), range.end());
+            if !self.has_allocation {
+                runs.push_until(step.end(), super::Allocation::Data);
+                continue;
+            }
+            for run in self.ask(BASE_ALLOCATION, step)? {
+                runs.push_until(run.extent.end(), served::state(run.flags));
+            }
+        }
+        Ok(runs.finish())
+    }
+
+    /// The extents of `range` that the bitmap holds, in order, apart from each other, cut to `range`.
+    ///
+    /// Asked for in ranges of at most 64 GiB the answer is bounded by what one range can hold: with bits for 4 KiB at worst
+    /// 8 Mi extents. Best asked for in ranges of a GiB.
+    ///
+    /// # Errors
+    /// `InvalidInput` where it was connected without a bitmap; else as [`Self::allocation`].
+    pub fn dirty(&self, range: Extent) -> io::Result<Vec<Extent>> {
+        let Some(context) = &self.dirty else {
+            let what = "this export was opened without a dirty bitmap";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        };
+        self.check_range(range.offset(), range.len())?;
+        let mut extents: Vec<Extent> = Vec::new();
+        let mut at = range.offset();
+        while at < range.end() {
+            let step = step(at, range.end());
+            let told = self.ask(context, step)?;
+            for run in told.iter().filter(|run| run.flags & STATE_DIRTY != 0) {
+                push(&mut extents, run.extent);
+            }
+            at = step.end();
+        }
+        Ok(extents)
+    }
+
+    /// Calls `take` with the dirty extents of the whole disk, GiB by GiB, so that little of them is in memory at a time.
+    ///
+    /// # Errors
+    /// As [`Self::dirty`].
+    pub fn each_dirty(&self, mut take: impl FnMut(Vec<Extent>)) -> io::Result<()> {
+        let mut at = 0;
+        while at < self.size {
+            let step = step(at, self.size);
+            let extents = self.dirty(step)?;
+            if !extents.is_empty() {
+                take(extents);
+            }
+            at = step.end();
+        }
+        Ok(())
+    }
+
+    /// Says goodbye on all connections.
+    pub fn close(self) {
+        self.pool.finish();
+    }
+
+    fn ask(&self, context: &str, range: Extent) -> io::Result<Vec<StatusRun>> {
+        self.with_connection(|connection| connection.block_status(context, range))
+    }
+
+    fn with_connection<R>(&self, ask: impl FnOnce(&mut Connection) -> Result<R, NbdError>) -> io::Result<R> {
+        let connect = || {
+            let connection = Connection::connect_with(&self.socket, &self.export, &self.options)?;
+            if connection.export().size == self.size {
+                return Ok(connection);
+            }
+            let now = connection.export().size;
+            Err(NbdError::Unusable(format!(
+                "the disk's size changed from {} to {now} bytes while it was read",
+                self.size
+            )))
+        };
+        self.pool.with(connect, ask).map_err(|error| {
+            let what = format!("{error}; the VM's QEMU serves it as {:?}", self.export);
+            io::Error::new(error.kind(), what)
+        })
+    }
+
+    fn check_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        if offset.checked_add(len).is_some_and(|end| end <= self.size) {
+            return Ok(());
+        }
+        let what = format!(
+            "the disk ends at {} bytes, before the end of {len} bytes at {offset}",
+            self.size
+        );
+        Err(io::Error::new(io::ErrorKind::UnexpectedEof, what))
+    }
+}
+
+impl ReadAt for LiveImage {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.check_range(offset, buf.len() as u64)?;
+        self.with_connection(|connection| connection.read(buf, offset))
+    }
+}
+
+fn step(at: u64, end: u64) -> Extent {
+    Extent::between(at, at.saturating_add(STATUS_STEP).min(end))
+}
+
+fn push(extents: &mut Vec<Extent>, next: Extent) {
+    match extents.last_mut() {
+        Some(last) if last.end() == next.offset() => *last = Extent::between(last.offset(), next.end()),
+        _ => extents.push(next),
+    }
+}

@@ -1,0 +1,22 @@
+//! A running VM: how it is spoken with, what it is, and how it is moved without stopping it for long.
+//!
+//! Owns everything that concerns a running QEMU. `qmp` is the language; `attach` and `facts` say what a VM is and what
+//! keeps it from moving; `rounds` reads its disks while they change; `outgoing` and `incoming` are the two ends of
+//! QEMU's own migration; `guest_agent` speaks with the program inside the guest.
+//!
+//! Leaves alone the wire between the sites and who owns the VM when (`session`). Everything that Longhaul adds to a QEMU
+//! is named `longhaul-...`, so that it is found and removed after a crash.
+
+pub mod attach;
+pub mod facts;
+pub mod guest_agent;
+pub mod incoming;
+pub mod outgoing;
+pub mod qmp;
+pub mod rounds;
+// ram
+// handover
+// converge
+
+/// What the names of everything begin with that Longhaul adds to a QEMU.
+pub const PREFIX: &str = "longhaul-";

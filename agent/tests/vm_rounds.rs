@@ -1,0 +1,189 @@
+//! Rounds on a real QEMU: what a bitmap holds, what its export shows, and that nothing is left behind.
+
+mod vm_qemu;
+
+use std::path::PathBuf;
+
+use longhaul_agent::disk::ReadAt;
+use longhaul_agent::disk::image::LiveImage;
+use longhaul_agent::vm::qmp::Qmp;
+use longhaul_agent::vm::rounds::{
+    GRANULARITY, RoundExport, Rounds, RoundsError, RoundsOptions, bitmaps, exports, sweep,
+};
+use longhaul_common::extent::Extent;
+use serde_json::{Value, json};
+use vm_qemu::{DISK, Qemu, write};
+
+async fn nodes(qmp: &Qmp) -> Vec<String> {
+    let blocks: Vec<Value> = qmp.query("query-block").await.unwrap();
+    let node = |block: &Value| block["inserted"]["node-name"].as_str().map(str::to_owned);
+    let of = |device: &str| {
+        blocks
+            .iter()
+            .find(|block| block["device"] == device)
+            .and_then(node)
+    };
+    vec![of("d0").unwrap(), of("d1").unwrap()]
+}
+
+async fn options(qemu: &Qemu, qmp: &Qmp) -> RoundsOptions {
+    RoundsOptions {
+        job: "0a1b2c3d".into(),
+        nodes: nodes(qmp).await,
+        granularity: GRANULARITY,
+        socket: qemu.path("nbd.sock"),
+        foreign_socket: None,
+    }
+}
+
+/// Reads on a thread: a `LiveImage` blocks.
+async fn with_image<R: Send + 'static>(
+    export: &RoundExport,
+    look: impl FnOnce(LiveImage) -> R + Send + 'static,
+) -> R {
+    let export = export.clone();
+    let reading = tokio::task::spawn_blocking(move || {
+        let bitmap = export.bitmap.as_deref();
+        look(LiveImage::connect(&export.socket, &export.export, bitmap, 4).unwrap())
+    });
+    reading.await.unwrap()
+}
+
+async fn dirty(export: &RoundExport) -> Vec<(u64, u64)> {
+    with_image(export, |image| {
+        let mut all = Vec::new();
+        let add = |extents: Vec<Extent>| all.extend(extents.iter().map(|e| (e.offset(), e.end())));
+        image.each_dirty(add).unwrap();
+        all
+    })
+    .await
+}
+
+#[tokio::test]
+async fn rounds_hold_what_was_written_and_leave_nothing() {
+    let qemu = Qemu::start();
+    let qmp = qemu.qmp().await;
+    let mut rounds = Rounds::start(&qmp, options(&qemu, &qmp).await).await.unwrap();
+    write(&qmp, "d0", 0x11, 1 << 20, 65536).await;
+    write(&qmp, "d1", 0x22, 5 << 20, 4096).await;
+    assert_eq!(rounds.round(), 0);
+    let base = rounds.exports().to_vec();
+    let first = with_image(&base[0], |image| {
+        assert_eq!(image.size(), DISK);
+        let threads: Vec<u8> = std::thread::scope(|scope| {
+            let readers: Vec<_> = (0..8)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let mut buf = vec![0; 65536];
+                        image.read_exact_at(&mut buf, 1 << 20).unwrap();
+                        buf[65535]
+                    })
+                })
+                .collect();
+            readers.into_iter().map(|reader| reader.join().unwrap()).collect()
+        });
+        assert_eq!(threads, vec![0x11; 8]);
+        let runs = image.allocation(Extent::between(0, DISK)).unwrap();
+        assert!(image.dirty(Extent::between(0, 4096)).is_err());
+        runs.len()
+    })
+    .await;
+    assert_eq!(first, 3, "hole, data, hole");
+    assert_eq!(rounds.dirty_bytes().await.unwrap(), [65536, 65536]);
+    assert!(matches!(rounds.next().await, Err(RoundsError::RoundOpen(0))));
+    rounds.finish().await.unwrap();
+
+    assert_eq!(
+        rounds.next().await.unwrap(),
+        0,
+        "what was written during round 0 is its own bitmap's"
+    );
+    let round = rounds.exports().to_vec();
+    write(&qmp, "d0", 0x33, 2 << 20, 65536 * 2).await;
+    assert_eq!(dirty(&round[0]).await, [(1 << 20, (1 << 20) + 65536)]);
+    assert_eq!(dirty(&round[1]).await, [(5 << 20, (5 << 20) + 65536)]);
+    assert_eq!(rounds.dirty_bytes().await.unwrap(), [131_072, 0]);
+    rounds.give_back().await.unwrap();
+    assert_eq!(rounds.dirty_bytes().await.unwrap(), [196_608, 65536]);
+
+    rounds.next().await.unwrap();
+    let round = rounds.exports().to_vec();
+    let both = [(1 << 20, (1 << 20) + 65536), (2 << 20, (2 << 20) + 131_072)];
+    assert_eq!(dirty(&round[0]).await, both);
+    rounds.finish().await.unwrap();
+    rounds.remove().await.unwrap();
+    nothing_left(&qmp).await;
+    assert!(!qemu.path("nbd.sock").exists());
+}
+
+async fn nothing_left(qmp: &Qmp) {
+    assert_eq!(bitmaps(qmp).await.unwrap(), []);
+    assert_eq!(exports(qmp).await.unwrap(), []);
+    let stopped = qmp.execute("nbd-server-stop", json!({})).await;
+    assert!(stopped.is_err(), "the NBD server still runs");
+}
+
+#[tokio::test]
+async fn what_a_crash_left_is_swept() {
+    let qemu = Qemu::start();
+    let qmp = qemu.qmp().await;
+    let options = options(&qemu, &qmp).await;
+    let mut rounds = Rounds::start(&qmp, options.clone()).await.unwrap();
+    rounds.finish().await.unwrap();
+    rounds.next().await.unwrap();
+    let export = rounds.exports()[0].clone();
+    // A reader that is still connected does not hold the sweep up.
+    let (image, ended) = with_image(&export, |image| (image, ())).await;
+    drop((rounds, qmp));
+    let _: () = ended;
+
+    let qmp = qemu.qmp().await;
+    let other = json!({ "node": options.nodes[0], "name": "someone-elses" });
+    qmp.execute("block-dirty-bitmap-add", other).await.unwrap();
+    let swept = sweep(&qmp, &options.socket, |_| false).await.unwrap();
+    assert_eq!(
+        (swept.exports.len(), swept.bitmaps.len(), swept.server),
+        (2, 4, true)
+    );
+    let left: Vec<_> = bitmaps(&qmp).await.unwrap().into_iter().map(|b| b.name).collect();
+    assert_eq!(left, ["someone-elses"]);
+    assert!(sweep(&qmp, &options.socket, |_| false).await.unwrap().is_empty());
+    let mut buf = [0; 512];
+    assert!(
+        tokio::task::spawn_blocking(move || image.read_exact_at(&mut buf, 0))
+            .await
+            .unwrap()
+            .is_err()
+    );
+    // And a new job can begin.
+    Rounds::start(&qmp, options)
+        .await
+        .unwrap()
+        .remove()
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn somebody_elses_nbd_server_is_used_or_refused_and_never_stopped() {
+    let qemu = Qemu::start();
+    let qmp = qemu.qmp().await;
+    let foreign: PathBuf = qemu.path("foreign.sock");
+    let addr = json!({ "type": "unix", "data": { "path": foreign.to_str().unwrap() } });
+    qmp.execute("nbd-server-start", json!({ "addr": addr }))
+        .await
+        .unwrap();
+    let mut options = options(&qemu, &qmp).await;
+    let refused = Rounds::start(&qmp, options.clone()).await.unwrap_err();
+    assert!(matches!(refused, RoundsError::ServerTaken), "{refused}");
+    options.foreign_socket = Some(qemu.path("qmp.sock"));
+    let refused = Rounds::start(&qmp, options.clone()).await.unwrap_err();
+    assert!(matches!(refused, RoundsError::NotItsServer(_)), "{refused}");
+    options.foreign_socket = Some(foreign);
+    let rounds = Rounds::start(&qmp, options.clone()).await.unwrap();
+    assert_eq!(with_image(&rounds.exports()[1], |image| image.size()).await, DISK);
+    rounds.remove().await.unwrap();
+    assert_eq!(exports(&qmp).await.unwrap(), []);
+    assert!(sweep(&qmp, &options.socket, |_| false).await.unwrap().is_empty());
+    qmp.execute("nbd-server-stop", json!({})).await.unwrap();
+}

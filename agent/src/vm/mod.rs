@@ -1,0 +1,6 @@
+//! A running VM: when it may be handed over, and who may run it then.
+//!
+//! Owns decisions and their journal. Leaves sockets, clocks and QEMU itself to the session.
+
+pub mod handover;
+pub mod journal;

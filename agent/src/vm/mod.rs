@@ -10,12 +10,13 @@
 pub mod attach;
 pub mod facts;
 pub mod guest_agent;
+pub mod handover;
 pub mod incoming;
+pub mod journal;
 pub mod outgoing;
 pub mod qmp;
 pub mod rounds;
 // ram
-// handover
 // converge
 
 /// What the names of everything begin with that Longhaul adds to a QEMU.

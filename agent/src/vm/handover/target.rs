@@ -1,0 +1,563 @@
+//! The target's machine: it owns the VM from the moment RUNNING is durable, and never if ABORTED is.
+//!
+//! Owns the decision between the two, made once for a generation. Leaves words for people to `effect`, limits to `watch`.
+//! Promises: RUNNING is written only with the source's COMMIT, an equal stream that QEMU loaded, and all disk batches durable
+//! (or on the operator's word); a loaded QEMU without COMMIT is kept until ABORT or `resolve`, however long that takes.
+
+use super::{By, Contradiction, Effect, Facts, Generation, Note, Reason, Record, Resolve, Stream, Word};
+
+/// What the target's QEMU answers to `query-migrate` and `query-status`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TargetQemu {
+    /// Waits for its stream or reads it (inmigrate).
+    Loading,
+    /// completed, and the guest stands.
+    Loaded,
+    Running,
+    /// The load failed, or there is no such process.
+    Gone,
+}
+
+/// What happened at the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TargetEvent {
+    /// Start a QEMU for this generation.
+    Prepare(Generation),
+    Qemu(TargetQemu),
+    /// The source's stream ended, and all of it was written to QEMU.
+    StreamWritten(Stream),
+    /// So many distinct disk batches and extents of the job are applied and flushed by now; counts as `Facts::disk_batches`.
+    DisksDurable(u64),
+    Heard(Word),
+    /// Give it up if that can still be: the operator's cancel, a failed disk, a watchdog.
+    Stop(Reason),
+    Resolve(Resolve),
+    Remind,
+    /// This effect failed, and those behind it were dropped.
+    Failed(Effect),
+}
+
+/// Where the target is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TargetState {
+    /// Nothing was prepared.
+    Fresh,
+    /// Neither RUNNING nor ABORTED.
+    Waiting,
+    /// The target owns the VM. `boot`: from its disks. `started`: it was seen running.
+    Running {
+        by: By,
+        boot: bool,
+        started: bool,
+    },
+    Aborted {
+        reason: Reason,
+    },
+}
+
+/// The target's side of one job's handover.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct TargetOwner {
+    generation: Generation,
+    state: TargetState,
+    /// The state's record is not known to be durable: silence until it is.
+    unwritten: bool,
+    /// QEMU was seen loaded by this process.
+    loaded: bool,
+    stream: Option<Stream>,
+    disk_batches: u64,
+    commit: Option<Facts>,
+    /// The agent restarted before the stream's hash was noted: this generation cannot be proven any more.
+    lost: bool,
+    /// The proof is in the journal.
+    noted: bool,
+}
+
+impl Default for TargetOwner {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl TargetOwner {
+    pub fn new() -> Self {
+        Self {
+            generation: Generation(0),
+            state: TargetState::Fresh,
+            unwritten: false,
+            loaded: false,
+            stream: None,
+            disk_batches: 0,
+            commit: None,
+            lost: false,
+            noted: false,
+        }
+    }
+
+    /// The machine after a crash, and what has to be done first.
+    ///
+    /// # Errors
+    /// Records that no run of this machine could have written in this order.
+    pub fn restore(records: &[Record]) -> Result<(Self, Vec<Effect>), Contradiction> {
+        let mut owner = Self::new();
+        for record in records {
+            owner.replay(record)?;
+        }
+        owner.lost = owner.state == TargetState::Waiting && owner.stream.is_none();
+        let effects = owner.duties();
+        Ok((owner, effects))
+    }
+
+    fn replay(&mut self, record: &Record) -> Result<(), Contradiction> {
+        use TargetState as T;
+        match (*record, self.state) {
+            (Record::Prepared { generation }, T::Fresh | T::Waiting | T::Aborted { .. })
+                if generation > self.generation =>
+            {
+                *self = Self {
+                    generation,
+                    state: T::Waiting,
+                    ..Self::new()
+                };
+            }
+            (
+                Record::Loaded {
+                    generation,
+                    stream,
+                    disk_batches,
+                },
+                T::Waiting,
+            ) if generation == self.generation => {
+                self.stream = Some(stream);
+                self.disk_batches = disk_batches;
+                self.noted = true;
+            }
+            (Record::Running { generation, by, boot }, T::Waiting | T::Fresh) if self.fits(generation) => {
+                self.generation = generation;
+                self.state = T::Running {
+                    by,
+                    boot,
+                    started: false,
+                };
+            }
+            (Record::Started { generation }, T::Running { by, boot, .. })
+                if generation == self.generation =>
+            {
+                self.state = T::Running {
+                    by,
+                    boot,
+                    started: true,
+                };
+            }
+            (Record::Aborted { generation, reason }, T::Waiting | T::Fresh) if self.fits(generation) => {
+                self.generation = generation;
+                self.state = T::Aborted { reason };
+            }
+            // A record that was written again after a failed sync.
+            (record, _) if self.record() == Some(record) => {}
+            (record, _) => {
+                return Err(Contradiction {
+                    record,
+                    state: self.words(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn fits(&self, generation: Generation) -> bool {
+        match self.state {
+            TargetState::Fresh => generation > self.generation,
+            _ => generation == self.generation,
+        }
+    }
+
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    pub fn state(&self) -> &TargetState {
+        &self.state
+    }
+
+    /// Whether nothing is left to do or to wait for, so that a restarted agent may forget it.
+    pub fn is_settled(&self) -> bool {
+        let over = matches!(
+            self.state,
+            TargetState::Fresh | TargetState::Aborted { .. } | TargetState::Running { started: true, .. }
+        );
+        over && !self.unwritten
+    }
+
+    /// Whether the target may run the VM.
+    pub fn owns(&self) -> bool {
+        matches!(self.state, TargetState::Running { .. }) && !self.unwritten
+    }
+
+    /// Whether QEMU holds the whole VM and nobody has decided yet.
+    pub fn is_loaded(&self) -> bool {
+        self.state == TargetState::Waiting && self.loaded
+    }
+
+    /// Whether all of the source's stream was written to QEMU.
+    pub fn has_stream(&self) -> bool {
+        self.stream.is_some()
+    }
+
+    /// The source's COMMIT, once it was heard.
+    pub fn commit(&self) -> Option<&Facts> {
+        self.commit.as_ref()
+    }
+
+    /// The fewest records that restore this state: for a compacted journal.
+    pub fn snapshot(&self) -> Vec<Record> {
+        let generation = self.generation;
+        let mut records: Vec<_> = self.record().into_iter().collect();
+        match (self.state, self.stream) {
+            (TargetState::Waiting, Some(stream)) if self.noted => {
+                records.push(Record::Loaded {
+                    generation,
+                    stream,
+                    disk_batches: self.disk_batches,
+                });
+            }
+            (TargetState::Running { started: true, .. }, _) => records.push(Record::Started { generation }),
+            _ => {}
+        }
+        records
+    }
+
+    /// The record that stands for the state.
+    fn record(&self) -> Option<Record> {
+        let generation = self.generation;
+        match self.state {
+            TargetState::Fresh => None,
+            TargetState::Waiting => Some(Record::Prepared { generation }),
+            TargetState::Running { by, boot, .. } => Some(Record::Running { generation, by, boot }),
+            TargetState::Aborted { reason } => Some(Record::Aborted { generation, reason }),
+        }
+    }
+
+    /// What the state asks for, as often as anyone likes.
+    fn duties(&self) -> Vec<Effect> {
+        let generation = self.generation;
+        match self.state {
+            TargetState::Fresh | TargetState::Running { started: true, .. } => Vec::new(),
+            TargetState::Waiting if self.commit.is_none() && (self.loaded || self.lost || self.noted) => {
+                vec![Effect::Look, Effect::Send(Word::Ask { generation })]
+            }
+            TargetState::Waiting => vec![Effect::Look],
+            // QEMU may be gone or running already: what it says decides between `cont` and a boot.
+            TargetState::Running { boot: false, .. } => vec![Effect::Look],
+            TargetState::Running { boot: true, .. } => {
+                vec![
+                    Effect::KillIncoming,
+                    Effect::BootFromDisks,
+                    Effect::Send(Word::Ack { generation }),
+                    Effect::Look,
+                ]
+            }
+            TargetState::Aborted { reason } => {
+                vec![
+                    Effect::KillIncoming,
+                    Effect::Send(Word::Aborted { generation, reason }),
+                ]
+            }
+        }
+    }
+
+    /// Takes an event; the effects are to be done in order.
+    pub fn on(&mut self, event: TargetEvent) -> Vec<Effect> {
+        if self.unwritten {
+            return self.on_unwritten(event);
+        }
+        match event {
+            TargetEvent::Prepare(generation) => self.prepare(generation),
+            TargetEvent::Qemu(qemu) => self.qemu(qemu),
+            TargetEvent::StreamWritten(stream) => {
+                if self.state == TargetState::Waiting && !self.lost && self.stream.is_none() {
+                    self.stream = Some(stream);
+                }
+                self.decide()
+            }
+            TargetEvent::DisksDurable(batches) => {
+                self.disk_batches = self.disk_batches.max(batches);
+                self.decide()
+            }
+            TargetEvent::Heard(word) => self.heard(word),
+            TargetEvent::Stop(reason) => match self.state {
+                TargetState::Waiting => self.abort(reason),
+                _ => Vec::new(),
+            },
+            TargetEvent::Resolve(resolve) => self.resolve(resolve),
+            TargetEvent::Remind => self.duties(),
+            TargetEvent::Failed(effect) => self.failed(effect),
+        }
+    }
+
+    /// An agent whose journal fails is as good as dead: it says nothing and tries again.
+    fn on_unwritten(&mut self, event: TargetEvent) -> Vec<Effect> {
+        match event {
+            TargetEvent::DisksDurable(batches) => self.disk_batches = self.disk_batches.max(batches),
+            TargetEvent::Remind => {
+                self.unwritten = false;
+                return self.enter();
+            }
+            _ => {}
+        }
+        Vec::new()
+    }
+
+    fn enter(&self) -> Vec<Effect> {
+        let generation = self.generation;
+        let mut effects: Vec<_> = self.record().map(Effect::Journal).into_iter().collect();
+        match self.state {
+            TargetState::Fresh => {}
+            TargetState::Waiting => effects.extend([Effect::KillIncoming, Effect::StartIncoming]),
+            TargetState::Running { boot: false, .. } => {
+                let ack = Effect::Send(Word::Ack { generation });
+                effects.extend([Effect::Cont, ack, Effect::Report(Note::Running), Effect::Look]);
+            }
+            TargetState::Running { boot: true, .. } => {
+                effects.extend(self.duties());
+                effects.push(Effect::Report(Note::Boot));
+            }
+            TargetState::Aborted { reason } => {
+                effects.extend(self.duties());
+                effects.push(Effect::Report(Note::Aborted(reason)));
+            }
+        }
+        effects
+    }
+
+    fn prepare(&mut self, generation: Generation) -> Vec<Effect> {
+        if generation <= self.generation {
+            return Vec::new();
+        }
+        if let TargetState::Running { .. } = self.state {
+            return refused("the VM belongs to this host already");
+        }
+        let disk_batches = self.disk_batches;
+        *self = Self {
+            generation,
+            disk_batches,
+            state: TargetState::Waiting,
+            ..Self::new()
+        };
+        self.enter()
+    }
+
+    fn qemu(&mut self, qemu: TargetQemu) -> Vec<Effect> {
+        use TargetQemu as Q;
+        use TargetState as T;
+        match (self.state, qemu) {
+            (T::Waiting, Q::Loaded) => {
+                self.loaded = true;
+                self.decide()
+            }
+            (T::Waiting, Q::Gone) => self.abort(Reason::LoadFailed),
+            (T::Waiting, Q::Running) => self.abort(Reason::RanUnasked),
+            // The rest of its stream died with the agent that wrote it.
+            (T::Waiting, Q::Loading) if self.lost || self.noted => self.abort(Reason::ProofLost),
+            (T::Running { started: false, .. }, Q::Loaded) => vec![Effect::Cont, Effect::Look],
+            (
+                T::Running {
+                    started: false,
+                    by,
+                    boot,
+                },
+                Q::Running,
+            ) => {
+                self.state = T::Running {
+                    by,
+                    boot,
+                    started: true,
+                };
+                vec![Effect::Journal(Record::Started {
+                    generation: self.generation,
+                })]
+            }
+            // What QEMU held is lost, but all disks are whole: it boots as after a power failure.
+            (
+                T::Running {
+                    started: false,
+                    boot: false,
+                    by,
+                },
+                Q::Gone | Q::Loading,
+            ) => {
+                self.state = T::Running {
+                    by,
+                    boot: true,
+                    started: false,
+                };
+                let mut effects = self.duties();
+                effects.push(Effect::Report(Note::Boot));
+                effects
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// RUNNING or ABORTED, as soon as it is clear which.
+    fn decide(&mut self) -> Vec<Effect> {
+        if self.state != TargetState::Waiting {
+            return Vec::new();
+        }
+        let Some(commit) = self.commit else {
+            return self.note();
+        };
+        let Some(stream) = self.stream else {
+            return if self.lost {
+                self.abort(Reason::ProofLost)
+            } else {
+                Vec::new()
+            };
+        };
+        if stream != commit.stream {
+            return self.abort(Reason::StreamDiffers);
+        }
+        if self.disk_batches > commit.disk_batches {
+            return self.abort(Reason::DisksDiffer);
+        }
+        if !self.loaded || self.disk_batches < commit.disk_batches {
+            return Vec::new();
+        }
+        self.run(By::Protocol, false)
+    }
+
+    /// Writes the proof down while there is nothing to do but wait for COMMIT.
+    fn note(&mut self) -> Vec<Effect> {
+        match self.stream {
+            Some(stream) if self.loaded && !self.noted => {
+                self.noted = true;
+                let (generation, disk_batches) = (self.generation, self.disk_batches);
+                vec![Effect::Journal(Record::Loaded {
+                    generation,
+                    stream,
+                    disk_batches,
+                })]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn run(&mut self, by: By, boot: bool) -> Vec<Effect> {
+        self.state = TargetState::Running {
+            by,
+            boot,
+            started: false,
+        };
+        self.enter()
+    }
+
+    fn abort(&mut self, reason: Reason) -> Vec<Effect> {
+        self.state = TargetState::Aborted { reason };
+        self.enter()
+    }
+
+    fn heard(&mut self, word: Word) -> Vec<Effect> {
+        let generation = word.generation();
+        let asks = matches!(word, Word::Commit { .. } | Word::Abort { .. } | Word::Ask { .. });
+        if generation > self.generation || self.state == TargetState::Fresh {
+            return if asks {
+                vec![Effect::Send(Word::Unknown { generation })]
+            } else {
+                Vec::new()
+            };
+        }
+        if generation < self.generation {
+            // PREPARED of a higher one is durable, and bars it.
+            let aborted = Word::Aborted {
+                generation,
+                reason: Reason::Replaced,
+            };
+            return if asks {
+                vec![Effect::Send(aborted)]
+            } else {
+                Vec::new()
+            };
+        }
+        match (word, self.state) {
+            (Word::Unknown { .. }, TargetState::Waiting) => vec![Effect::Report(Note::Forgotten)],
+            (Word::Ack { .. } | Word::Aborted { .. } | Word::Undecided { .. } | Word::Unknown { .. }, _) => {
+                Vec::new()
+            }
+            (_, TargetState::Running { .. }) => vec![Effect::Send(Word::Ack { generation })],
+            (_, TargetState::Aborted { reason }) => vec![Effect::Send(Word::Aborted { generation, reason })],
+            (Word::Abort { reason, .. }, _) => self.abort(reason),
+            (Word::Ask { .. }, _) => vec![Effect::Send(Word::Undecided { generation })],
+            (Word::Commit { facts, .. }, _) if self.commit.is_some_and(|known| known != facts) => {
+                self.abort(Reason::Contradicted)
+            }
+            (Word::Commit { facts, .. }, _) => {
+                self.commit = Some(facts);
+                self.decide()
+            }
+        }
+    }
+
+    fn resolve(&mut self, resolve: Resolve) -> Vec<Effect> {
+        use TargetState as T;
+        match (resolve, self.state) {
+            (Resolve::Source, T::Waiting) => self.abort(Reason::Operator),
+            (Resolve::Target, T::Waiting) => self.run(By::Operator, !self.loaded),
+            (Resolve::Source, T::Running { .. }) => refused("the VM runs on this host: move it back instead"),
+            (Resolve::Target, T::Aborted { .. }) => {
+                refused("this host has given the VM up for good: resolve it in favour of the source")
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn failed(&mut self, effect: Effect) -> Vec<Effect> {
+        match (effect, self.state) {
+            (Effect::Journal(Record::Loaded { .. }), _) => {
+                self.noted = false;
+                Vec::new()
+            }
+            (Effect::Journal(Record::Started { .. }), TargetState::Running { by, boot, .. }) => {
+                self.state = TargetState::Running {
+                    by,
+                    boot,
+                    started: false,
+                };
+                Vec::new()
+            }
+            (Effect::Journal(_), _) => {
+                self.unwritten = true;
+                Vec::new()
+            }
+            (Effect::StartIncoming | Effect::KillIncoming, TargetState::Waiting) => {
+                self.abort(Reason::LoadFailed)
+            }
+            (Effect::Cont, TargetState::Running { .. }) => vec![Effect::Look],
+            _ => Vec::new(),
+        }
+    }
+
+    /// The state in words for people.
+    pub fn words(&self) -> &'static str {
+        match self.state {
+            TargetState::Fresh => "nothing was prepared",
+            TargetState::Waiting if self.lost => {
+                "the VM is loaded but cannot be proven whole: waits for the source or `resolve`"
+            }
+            TargetState::Waiting if self.commit.is_some() => {
+                "the source has handed over, the rest is arriving"
+            }
+            TargetState::Waiting if self.loaded => {
+                "the VM is loaded and stands: waits for the source's commit"
+            }
+            TargetState::Waiting => "the VM's memory is arriving",
+            TargetState::Running { started: true, .. } => "the VM runs here",
+            TargetState::Running { boot: false, .. } => "the VM belongs here and is being started",
+            TargetState::Running { .. } => "the VM belongs here and has to boot from its disks",
+            TargetState::Aborted { .. } => "the VM was given up here and stays at the source",
+        }
+    }
+}
+
+fn refused(why: &'static str) -> Vec<Effect> {
+    vec![Effect::Report(Note::Refused(why))]
+}

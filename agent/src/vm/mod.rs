@@ -2,5 +2,6 @@
 //!
 //! Owns decisions and their journal. Leaves sockets, clocks and QEMU itself to the session.
 
+pub mod converge;
 pub mod handover;
 pub mod journal;

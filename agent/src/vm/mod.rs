@@ -2,12 +2,14 @@
 //!
 //! Owns everything that concerns a running QEMU. `qmp` is the language; `attach` and `facts` say what a VM is and what
 //! keeps it from moving; `rounds` reads its disks while they change; `outgoing` and `incoming` are the two ends of
-//! QEMU's own migration; `guest_agent` speaks with the program inside the guest.
+//! QEMU's own migration; `ram` is its stream; `converge` decides when to hand the VM over, `handover` and its `journal` who may
+//! run it then; `guest_agent` speaks with the program inside the guest.
 //!
-//! Leaves alone the wire between the sites and who owns the VM when (`session`). Everything that Longhaul adds to a QEMU
+//! Leaves alone the wire between the sites (`session`). Everything that Longhaul adds to a QEMU
 //! is named `longhaul-...`, so that it is found and removed after a crash.
 
 pub mod attach;
+pub mod converge;
 pub mod facts;
 pub mod guest_agent;
 pub mod handover;
@@ -16,8 +18,6 @@ pub mod journal;
 pub mod outgoing;
 pub mod qmp;
 pub mod rounds;
-// ram
-// converge
 
 /// What the names of everything begin with that Longhaul adds to a QEMU.
 pub const PREFIX: &str = "longhaul-";

@@ -1,0 +1,1 @@
+//! Convergence against a simulated guest and link.

@@ -44,6 +44,22 @@ impl fmt::Debug for Digest {
     }
 }
 
+/// The digest of what was seen so far of bytes that pass by.
+#[derive(Clone, Debug, Default)]
+pub struct Running(blake3::Hasher);
+
+impl Running {
+    /// The next bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// Equals [`Digest::of`] of all bytes so far, however they were cut.
+    pub fn digest(&self) -> Digest {
+        Digest(*self.0.finalize().as_bytes())
+    }
+}
+
 fn key(name: &str) -> [u8; 32] {
     blake3::derive_key("longhaul disk digest v1", name.as_bytes())
 }

@@ -17,6 +17,7 @@ pub mod incoming;
 pub mod journal;
 pub mod outgoing;
 pub mod qmp;
+pub mod ram;
 pub mod rounds;
 
 /// What the names of everything begin with that Longhaul adds to a QEMU.

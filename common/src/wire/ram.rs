@@ -36,7 +36,8 @@ pub struct RamPart {
 pub enum Token {
     /// So many bytes, verbatim.
     Raw(u32),
-    /// From now on `index` stands for the RAM block of this name; adds nothing to the stream.
+    /// `index` stands for the RAM block of this name; adds nothing to the stream. A part names each block itself before the first
+    /// record that is not `continued`, so that it can be checked alone; an index means the same block in all parts of a generation.
     Block {
         index: u16,
         /// As QEMU writes it, byte for byte.

@@ -1,0 +1,498 @@
+//! The grammar of QEMU's migration stream, version 3: which bytes come next and what they are.
+//!
+//! Owns the envelope (magic, configuration, commands, section headers and footers) and which section it is in; RAM records and dirty
+//! bitmaps have files of their own. Leaves the bytes alone: it only looks at heads, each a few hundred bytes at most, and says how
+//! many bytes of body follow. Promises to give up (`Found::Opaque`) at the first thing it does not know.
+//!
+//! ```text
+//! Magic -> Section <-> Configuration subsections
+//!             |  START, PART, END of ram           -> Ram   -> (EOS) -> Footer -> Section
+//!             |  START, PART, END of dirty-bitmap  -> Dirty -> (EOS) -> Footer -> Section
+//!             `  footer of ram's END               -> the tail: device state, not described by itself
+//! ```
+
+use std::collections::HashMap;
+
+use longhaul_common::wire::ram::BLOCKS_MAX;
+
+use super::{dirty, records};
+
+/// How far the stream is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Before the first pages.
+    Header,
+    /// QEMU sends pages while the VM may run.
+    Iterating,
+    /// The VM is stopped for good: last pages and device state. Every byte is waited for.
+    Tail,
+    /// Something unknown came; the rest passes through as it is.
+    Opaque,
+}
+
+/// Why the rest of a stream is not looked into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OpaqueReason {
+    #[error("the stream does not begin as QEMU's migration stream, version 3")]
+    NotQemu,
+    #[error("the stream's configuration has a subsection or capability that is not known")]
+    Configuration,
+    #[error("the stream has a command that is not known, or one of postcopy or COLO")]
+    Command,
+    #[error("the stream has a section of a device that sends state before the VM stops, which is not known")]
+    Section,
+    #[error("a section ends otherwise than it began")]
+    Footer,
+    #[error("the list of RAM blocks has a form that is not known")]
+    BlockList,
+    #[error("the RAM has a record that is not known")]
+    Record,
+    #[error("a dirty bitmap has a chunk that is not known")]
+    DirtyBitmap,
+    #[error("the stream ends before its RAM does")]
+    EarlyEnd,
+}
+
+/// A RAM block, as the stream's header names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// As QEMU writes it.
+    pub name: Vec<u8>,
+    /// In bytes.
+    pub used_length: u64,
+}
+
+/// A page's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) block: u16,
+    /// In pages from the block's start.
+    pub(super) page: u64,
+    /// The record does not name its block.
+    pub(super) continued: bool,
+}
+
+/// What stands at the front of the bytes that were shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Found {
+    /// Cannot be said before so many bytes are there.
+    Need(usize),
+    /// A head of so many bytes, and the body behind it: none of them a token.
+    Raw { head: usize, body: u64 },
+    /// The head of a page record; 4 KiB follow.
+    Page { head: usize, place: Place },
+    /// A whole record of a zero page.
+    Zero { head: usize, place: Place },
+    /// From here on nothing is looked at.
+    Opaque,
+}
+
+/// An error of the grammar ends it.
+pub(super) type Next = Result<Found, OpaqueReason>;
+
+/// What is expected next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Expect {
+    Magic,
+    /// Behind the configuration's name: its subsections, or a section.
+    Configuration,
+    Capability {
+        left: u32,
+    },
+    Section,
+    Block {
+        /// Bytes of RAM that are still to be named.
+        left: u64,
+    },
+    /// Either the page size of the block before, or what comes behind it.
+    PageSize {
+        left: u64,
+    },
+    Record,
+    Chunk,
+    Footer,
+    /// Nothing: all is opaque.
+    Nothing,
+}
+
+/// A section that is open, or closed by its footer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Section {
+    id: u32,
+    kind: Kind,
+    ends: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Ram,
+    Dirty,
+}
+
+/// The parser's state.
+pub(super) struct Grammar {
+    expect: Expect,
+    phase: Phase,
+    reason: Option<OpaqueReason>,
+    ram: Option<u32>,
+    dirty: Option<u32>,
+    open: Option<Section>,
+    /// RAM blocks carry their guest address (x-ignore-shared).
+    addresses: bool,
+    /// RAM blocks may carry their page size (postcopy-ram with huge pages).
+    page_sizes: bool,
+    pub(super) blocks: Vec<Block>,
+    pub(super) names: HashMap<Vec<u8>, u16>,
+    /// Which block CONTINUE means; `None` where it is not known.
+    pub(super) current: Option<u16>,
+}
+
+pub(super) const PAGE: u64 = 4096;
+
+impl Grammar {
+    pub(super) fn new() -> Self {
+        Self {
+            expect: Expect::Magic,
+            phase: Phase::Header,
+            reason: None,
+            ram: None,
+            dirty: None,
+            open: None,
+            addresses: false,
+            page_sizes: false,
+            blocks: Vec::new(),
+            names: HashMap::new(),
+            current: None,
+        }
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    pub(super) fn reason(&self) -> Option<OpaqueReason> {
+        self.reason
+    }
+
+    /// What stands at the front of `head`. Moves on where it is not `Need`; the caller consumes exactly what was found.
+    pub(super) fn next(&mut self, head: &[u8]) -> Found {
+        let found = match self.expect {
+            Expect::Record => self.record(head),
+            Expect::Magic => self.magic(head),
+            Expect::Configuration => self.configuration(head),
+            Expect::Capability { left } => self.capability(head, left),
+            Expect::Section => self.section(head),
+            Expect::Block { left } => self.block(head, left),
+            Expect::PageSize { left } => self.page_size(head, left),
+            Expect::Chunk => self.chunk(head),
+            Expect::Footer => self.footer(head),
+            Expect::Nothing => Ok(Found::Opaque),
+        };
+        found.unwrap_or_else(|reason| {
+            (self.expect, self.phase, self.reason) = (Expect::Nothing, Phase::Opaque, Some(reason));
+            Found::Opaque
+        })
+    }
+
+    fn magic(&mut self, head: &[u8]) -> Next {
+        let Some(magic) = be64(head, 0) else {
+            return Ok(Found::Need(8));
+        };
+        if magic != 0x5145_564d_0000_0003 {
+            return Err(OpaqueReason::NotQemu);
+        }
+        self.expect = Expect::Section;
+        Ok(raw(8))
+    }
+
+    /// Behind the machine's name: a subsection follows where the next byte says so.
+    fn configuration(&mut self, head: &[u8]) -> Next {
+        match head.first() {
+            None => return Ok(Found::Need(1)),
+            Some(5) => {}
+            Some(_) => {
+                self.expect = Expect::Section;
+                return self.section(head);
+            }
+        }
+        let Some((name, at)) = str8(head, 1) else {
+            return Ok(Found::Need(str8_need(head, 1)));
+        };
+        // The version is not looked at: QEMU refuses one that it does not know.
+        let at = at + 4;
+        let value = be32(head, at);
+        match name {
+            b"configuration/uuid" if head.len() >= at + 16 => Ok(raw(at + 16)),
+            b"configuration/uuid" => Ok(Found::Need(at + 16)),
+            b"configuration/target-page-bits" => match value {
+                None => Ok(Found::Need(at + 4)),
+                Some(12) => Ok(raw(at + 4)),
+                Some(_) => Err(OpaqueReason::Configuration),
+            },
+            b"configuration/capabilities" => match value {
+                None => Ok(Found::Need(at + 4)),
+                Some(0) => Ok(raw(at + 4)),
+                Some(left) => {
+                    self.expect = Expect::Capability { left };
+                    Ok(raw(at + 4))
+                }
+            },
+            _ => Err(OpaqueReason::Configuration),
+        }
+    }
+
+    fn capability(&mut self, head: &[u8], left: u32) -> Next {
+        let Some((name, at)) = str8(head, 0) else {
+            return Ok(Found::Need(str8_need(head, 0)));
+        };
+        match name {
+            b"x-ignore-shared" => self.addresses = true,
+            _ => return Err(OpaqueReason::Configuration),
+        }
+        self.expect = match left - 1 {
+            0 => Expect::Configuration,
+            left => Expect::Capability { left },
+        };
+        Ok(raw(at))
+    }
+
+    fn section(&mut self, head: &[u8]) -> Next {
+        match head.first() {
+            None => Ok(Found::Need(1)),
+            Some(7) => match be32(head, 1) {
+                None => Ok(Found::Need(5)),
+                // A machine type's name; QEMU's own are shorter than 64 bytes.
+                Some(len) if len <= 4096 && self.ram.is_none() => {
+                    self.expect = Expect::Configuration;
+                    Ok(Found::Raw {
+                        head: 5,
+                        body: u64::from(len),
+                    })
+                }
+                Some(_) => Err(OpaqueReason::Configuration),
+            },
+            Some(8) => self.command(head),
+            Some(1) => self.start(head),
+            Some(kind @ (2 | 3)) => self.part(head, *kind == 3),
+            Some(0) => Err(OpaqueReason::EarlyEnd),
+            Some(_) => Err(OpaqueReason::Section),
+        }
+    }
+
+    fn command(&mut self, head: &[u8]) -> Next {
+        let (Some(command), Some(len)) = (be16(head, 1), be16(head, 3)) else {
+            return Ok(Found::Need(5));
+        };
+        let whole = 5 + usize::from(len);
+        match (command, len) {
+            (1 | 11, 0) | (2, 4) | (3, 0 | 16) if head.len() < whole => return Ok(Found::Need(whole)),
+            // Page sizes of all blocks, or-ed.
+            (3, 16) => self.page_sizes = be64(head, 5) != Some(PAGE),
+            (1, 0) | (2, 4) | (3, 0) => {}
+            // Sent when the VM has stopped (QEMU 10).
+            (11, 0) => self.phase = Phase::Tail,
+            _ => return Err(OpaqueReason::Command),
+        }
+        Ok(raw(whole))
+    }
+
+    /// A device that sends state while the VM runs introduces itself.
+    fn start(&mut self, head: &[u8]) -> Next {
+        let Some((name, at)) = str8(head, 5) else {
+            return Ok(Found::Need(str8_need(head, 5)));
+        };
+        let (Some(id), Some(instance), Some(version)) = (be32(head, 1), be32(head, at), be32(head, at + 4))
+        else {
+            return Ok(Found::Need(at + 8));
+        };
+        let kind = match (name, instance, version) {
+            (b"ram", 0, 4) if self.ram.is_none() => Kind::Ram,
+            (b"dirty-bitmap", _, 1) if self.dirty.is_none() => Kind::Dirty,
+            _ => return Err(OpaqueReason::Section),
+        };
+        match kind {
+            Kind::Ram => self.ram = Some(id),
+            Kind::Dirty => self.dirty = Some(id),
+        }
+        self.enter(Section {
+            id,
+            kind,
+            ends: false,
+        });
+        Ok(raw(at + 8))
+    }
+
+    fn part(&mut self, head: &[u8], ends: bool) -> Next {
+        let Some(id) = be32(head, 1) else {
+            return Ok(Found::Need(5));
+        };
+        let kind = match Some(id) {
+            id if id == self.ram => Kind::Ram,
+            id if id == self.dirty => Kind::Dirty,
+            _ => return Err(OpaqueReason::Section),
+        };
+        if ends {
+            self.phase = Phase::Tail;
+        } else if self.phase == Phase::Header {
+            self.phase = Phase::Iterating;
+        }
+        self.enter(Section { id, kind, ends });
+        Ok(raw(5))
+    }
+
+    fn enter(&mut self, section: Section) {
+        self.open = Some(section);
+        self.expect = match section.kind {
+            Kind::Ram => Expect::Record,
+            Kind::Dirty => Expect::Chunk,
+        };
+    }
+
+    /// The section's own end was seen.
+    fn leave(&mut self) {
+        self.expect = Expect::Footer;
+    }
+
+    fn footer(&mut self, head: &[u8]) -> Next {
+        let Some(kind) = head.first() else {
+            return Ok(Found::Need(1));
+        };
+        let open = self.open.ok_or(OpaqueReason::Footer)?;
+        self.expect = match (open.kind, open.ends) {
+            (Kind::Ram, true) => Expect::Nothing,
+            _ => Expect::Section,
+        };
+        if *kind != 0x7e {
+            // A machine type without footers.
+            self.open = None;
+            return if self.expect == Expect::Nothing {
+                Ok(Found::Opaque)
+            } else {
+                self.section(head)
+            };
+        }
+        match be32(head, 1) {
+            None => {
+                self.expect = Expect::Footer;
+                Ok(Found::Need(5))
+            }
+            Some(id) if id == open.id => {
+                self.open = None;
+                Ok(raw(5))
+            }
+            Some(_) => Err(OpaqueReason::Footer),
+        }
+    }
+
+    fn record(&mut self, head: &[u8]) -> Next {
+        match records::record(self, head)? {
+            records::Record::Plain(found) => Ok(found),
+            records::Record::EndOfSection => {
+                self.leave();
+                Ok(raw(8))
+            }
+            records::Record::BlockList { total } => {
+                // Only the START section lists blocks, once.
+                if self.phase != Phase::Header || !self.blocks.is_empty() {
+                    return Err(OpaqueReason::Record);
+                }
+                self.expect = after_block(total, false);
+                Ok(raw(8))
+            }
+        }
+    }
+
+    fn block(&mut self, head: &[u8], left: u64) -> Next {
+        let Some((name, at)) = str8(head, 0) else {
+            return Ok(Found::Need(str8_need(head, 0)));
+        };
+        let whole = at + 8 + if self.addresses { 8 } else { 0 };
+        if head.len() < whole {
+            return Ok(Found::Need(whole));
+        }
+        let used_length = be64(head, at).ok_or(OpaqueReason::BlockList)?;
+        let left = left.checked_sub(used_length).ok_or(OpaqueReason::BlockList)?;
+        // With both, page size and address cannot be told apart.
+        if name.is_empty() || (self.addresses && self.page_sizes) {
+            return Err(OpaqueReason::BlockList);
+        }
+        self.learn(name, used_length);
+        self.expect = after_block(left, self.page_sizes);
+        Ok(raw(whole))
+    }
+
+    /// Pages of a block that is not learned stay raw.
+    fn learn(&mut self, name: &[u8], used_length: u64) {
+        let index = self.blocks.len() as u16;
+        if index >= BLOCKS_MAX || self.names.contains_key(name) {
+            return;
+        }
+        self.names.insert(name.to_vec(), index);
+        self.blocks.push(Block {
+            name: name.to_vec(),
+            used_length,
+        });
+    }
+
+    /// A page size begins with a zero byte, a name never does; behind the last block a record of flags follows instead.
+    fn page_size(&mut self, head: &[u8], left: u64) -> Next {
+        if left > 0 && head.first().is_some_and(|first| *first != 0) {
+            self.expect = Expect::Block { left };
+            return self.block(head, left);
+        }
+        let Some(word) = be64(head, 0) else {
+            return Ok(Found::Need(8));
+        };
+        let is_size = word.is_power_of_two() && word >= 2 * PAGE;
+        self.expect = after_block(left, false);
+        match (is_size, left) {
+            (true, _) => Ok(raw(8)),
+            (false, 0) => self.record(head),
+            (false, _) => Err(OpaqueReason::BlockList),
+        }
+    }
+
+    fn chunk(&mut self, head: &[u8]) -> Next {
+        let chunk = dirty::chunk(head)?;
+        if chunk.ends {
+            self.leave();
+        }
+        Ok(chunk.found)
+    }
+}
+
+fn after_block(left: u64, page_sizes: bool) -> Expect {
+    match (page_sizes, left) {
+        (true, left) => Expect::PageSize { left },
+        (false, 0) => Expect::Record,
+        (false, left) => Expect::Block { left },
+    }
+}
+
+/// A head without a body.
+pub(super) fn raw(head: usize) -> Found {
+    Found::Raw { head, body: 0 }
+}
+
+pub(super) fn be16(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+pub(super) fn be32(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+pub(super) fn be64(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+/// A string with its length in one byte before it, at `at`; and where it ends.
+pub(super) fn str8(bytes: &[u8], at: usize) -> Option<(&[u8], usize)> {
+    let end = at + 1 + usize::from(*bytes.get(at)?);
+    Some((bytes.get(at + 1..end)?, end))
+}
+
+/// How many bytes must be there before [`str8`] can say more.
+pub(super) fn str8_need(bytes: &[u8], at: usize) -> usize {
+    bytes.get(at).map_or(at + 1, |len| at + 1 + usize::from(*len))
+}

@@ -113,13 +113,10 @@ impl Rounds {
         self.open.as_ref().map_or(&[], |open| &open.exports)
     }
 
-    /// The round that is open, or else will be next: 0 until the first swap.
+    /// The round that is open, or was last: 0 until the first [`Self::next`]. Round n reads what was written between the
+    /// beginnings of rounds n-1 and n.
     pub const fn round(&self) -> u32 {
-        match &self.open {
-            Some(Open { bitmap: None, .. }) => 0,
-            Some(_) => self.recording - 1, // A bitmap is open only after a swap.
-            None => self.recording,
-        }
+        self.recording
     }
 
     /// Begins the next round: one transaction switches all disks to new bitmaps; the old ones, now still, are exported.

@@ -234,7 +234,7 @@ fn difference(files: &Files, found: &BTreeMap<String, Vec<u8>>, next: Option<&St
 
 /// Says what is wrong, as seen from the last acknowledged step.
 fn blame(files: &Files, found: &BTreeMap<String, Vec<u8>>, newest: u64, records: &mut Records) {
-    let before = (records.lost, records.torn);
+    let before = records.lost;
     for (name, expected) in files.listing() {
         let held: Vec<u64> = found.get(&name).map(|bytes| numbers(bytes)).unwrap_or_default();
         let missing = expected
@@ -244,17 +244,20 @@ fn blame(files: &Files, found: &BTreeMap<String, Vec<u8>>, newest: u64, records:
         // A file may be gone rightly, by a step after the last acknowledged one; then this is not the worst.
         if missing > 0 {
             records.lost += missing;
-            let torn = found.get(&name).is_some_and(|bytes| {
-                bytes.len() > files.content(&expected[..held.len().min(expected.len())]).len()
-            });
-            records.torn += u64::from(torn);
             records.problem(format!(
                 "{name}: {missing} of {} records are missing or changed",
                 expected.len()
             ));
         }
     }
-    if (records.lost, records.torn) == before {
+    for (name, bytes) in found {
+        let whole = whole_bytes(bytes);
+        if whole < bytes.len() {
+            records.torn += 1;
+            records.problem(format!("{name}: from byte {whole} on there is no whole record"));
+        }
+    }
+    if records.lost == before {
         records.lost += 1;
         let which = difference(files, found, None).unwrap_or_default();
         records.problem(format!(
@@ -272,6 +275,15 @@ fn numbers(bytes: &[u8]) -> Vec<u64> {
         at += length;
     }
     numbers
+}
+
+/// Bytes of the whole records at the start of a file.
+fn whole_bytes(bytes: &[u8]) -> usize {
+    let mut at = 0;
+    while let Some((_, _, length)) = decode(&bytes[at..]) {
+        at += length;
+    }
+    at
 }
 
 fn read_files(path: &Path) -> io::Result<BTreeMap<String, Vec<u8>>> {

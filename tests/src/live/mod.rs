@@ -6,11 +6,19 @@
 //! a job file and the operator program's lines. Promises that each verdict rests on what guest, disk and QEMU
 //! themselves show.
 
+pub mod args;
 pub mod check;
 pub mod console;
+pub mod faults;
 pub mod hearing;
 pub mod machine;
 pub mod monitor;
+pub mod page;
 pub mod pause;
 pub mod plain;
+pub mod rival;
+pub mod run;
+pub mod settings;
+pub mod stage;
+pub mod verdict;
 pub mod vm;

@@ -36,16 +36,16 @@ pub fn migrate(
     capabilities(source, &["events", "pause-before-switchover"])?;
     source.execute("migrate-set-parameters", json!({"max-bandwidth": 0}))?;
     source.execute("migrate", json!({"uri": uri}))?;
-    wait_status(source, "pre-switchover")?;
+    wait_status(source, "pre-switchover", LIMIT)?;
     copy_disks()?;
     source.execute("migrate-continue", json!({"state": "pre-switchover"}))?;
-    wait_status(source, "completed")?;
-    wait_status(target, "completed")?;
+    wait_status(source, "completed", LIMIT)?;
+    wait_status(target, "completed", LIMIT)?;
     target.execute("cont", Value::Null)?;
     Ok(())
 }
 
-fn capabilities(monitor: &Monitor, names: &[&str]) -> io::Result<()> {
+pub(super) fn capabilities(monitor: &Monitor, names: &[&str]) -> io::Result<()> {
     let list: Vec<_> = names
         .iter()
         .map(|name| json!({"capability": name, "state": true}))
@@ -55,8 +55,8 @@ fn capabilities(monitor: &Monitor, names: &[&str]) -> io::Result<()> {
         .map(|_| ())
 }
 
-fn wait_status(monitor: &Monitor, wanted: &str) -> io::Result<()> {
-    let reached = wait_until(LIMIT, || {
+pub(super) fn wait_status(monitor: &Monitor, wanted: &str, limit: Duration) -> io::Result<()> {
+    let reached = wait_until(limit, || {
         let info = monitor.execute("query-migrate", Value::Null);
         match info.map(|info| (info["status"].as_str().unwrap_or_default().to_owned(), info)) {
             Err(error) => Some(Err(error)),

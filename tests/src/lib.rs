@@ -12,6 +12,7 @@ pub mod guest;
 pub mod hostile;
 pub mod janitor;
 pub mod lab;
+pub mod live;
 pub mod move_disk;
 pub mod namespace;
 pub mod page;

@@ -9,6 +9,7 @@ use longhaul_common::units::Span;
 use longhaul_lab::demo::{self, BOOT_LIMIT, DemoArgs, Live};
 use longhaul_lab::guest::{self, Kind};
 use longhaul_lab::janitor;
+use longhaul_lab::live::args::LiveArgs;
 use longhaul_lab::move_disk::{self, Moment, MoveArgs};
 use longhaul_lab::namespace::{SOURCE_ADDRESS, Site, TARGET_ADDRESS};
 use longhaul_lab::page::{Paint, page};
@@ -30,6 +31,8 @@ enum Part {
     Move(Box<Move>),
     /// Make a guest's disk, move it, boot the copy, and show it all
     Demo(Box<Demo>),
+    /// Migrate a running guest between two sites through real programs, prove it whole, and print the report
+    Live(Box<LivePart>),
     /// Make the disk of a guest that proves itself when booted
     Image(Image),
     /// Boot a disk made by `lab image` and let it prove itself
@@ -57,6 +60,15 @@ struct Wan {
 struct Move {
     #[command(flatten)]
     args: MoveArgs,
+    /// Print the report as one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args, Debug)]
+struct LivePart {
+    #[command(flatten)]
+    args: LiveArgs,
     /// Print the report as one JSON object
     #[arg(long)]
     json: bool,
@@ -95,6 +107,7 @@ fn main() -> ExitCode {
     let outcome = match Line::parse().part {
         Part::Move(part) => move_disk(&part),
         Part::Demo(part) => demo::run(&part.demo, plain_job(part.link)).map(verdict),
+        Part::Live(part) => migrate(&part),
         Part::Image(image) => make_image(&image).map(|()| ExitCode::SUCCESS),
         Part::Boot(boot) => boot_image(&boot),
         Part::Wan(wan) => emulate(wan).map(|()| ExitCode::SUCCESS),
@@ -115,13 +128,29 @@ fn verdict(well: bool) -> ExitCode {
     }
 }
 
-fn move_disk(part: &Move) -> std::io::Result<ExitCode> {
-    let mut live = Live::new();
-    let mut watch = |moment: Moment| match (part.json, moment) {
+/// Shows what happens: for people on the page, for programs beside the report.
+fn show(live: &mut Live, json: bool, moment: Moment) {
+    match (json, moment) {
         (false, moment) => live.show(&moment),
         (true, Moment::Step(step)) => eprintln!("{step} ..."),
         (true, Moment::Progress(_)) => {}
-    };
+    }
+}
+
+fn migrate(part: &LivePart) -> std::io::Result<ExitCode> {
+    let mut live = Live::new();
+    let report = longhaul_lab::live::run::run(&part.args, &mut |moment| show(&mut live, part.json, moment))?;
+    if part.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        print!("{}", longhaul_lab::live::page::page(&report));
+    }
+    Ok(verdict(report.report.ok))
+}
+
+fn move_disk(part: &Move) -> std::io::Result<ExitCode> {
+    let mut live = Live::new();
+    let mut watch = |moment: Moment| show(&mut live, part.json, moment);
     let report = move_disk::run(&part.args, &mut watch, &mut |_| Ok(()))?;
     if part.json {
         println!("{}", serde_json::to_string(&report)?);

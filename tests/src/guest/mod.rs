@@ -5,6 +5,8 @@
 //! two labs never build the same disk at once, and that a half-made disk is never found in the cache.
 
 pub mod boot;
+pub mod load;
+pub mod workload;
 
 use std::fs::{self, File};
 use std::io;
@@ -16,6 +18,7 @@ use clap::ValueEnum;
 const KERNEL_RECIPE: &str = include_str!("kernel.sh");
 const ROOT_RECIPE: &str = include_str!("root.sh");
 const DISK_RECIPE: &str = include_str!("disk.sh");
+const TINY_RECIPE: &str = include_str!("tiny.sh");
 
 /// What a recipe mounts goes away with it, however it ends: a cache is never cleared through a mount.
 const PRIVATE_MOUNTS: [&str; 4] = ["unshare", "--mount", "--propagation", "private"];
@@ -23,6 +26,9 @@ const PRIVATE_MOUNTS: [&str; 4] = ["unshare", "--mount", "--propagation", "priva
 /// Which disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Kind {
+    /// 1 GiB with 60 MB of files and 250 MB of deleted ones and no system: for guests that only run a
+    /// workload
+    Tiny,
     /// 1 GiB with a minimal Debian and about 500 MB of deleted files
     Small,
     /// 4 GiB with python3, redis, git and perl, 1.1 GB of deleted files and duplicates: the disk of the
@@ -33,20 +39,21 @@ pub enum Kind {
 impl Kind {
     fn packages(self) -> &'static str {
         match self {
-            Self::Small => "",
+            Self::Tiny | Self::Small => "",
             Self::Standard => "python3,redis-server,git,perl",
         }
     }
 
     fn size_mib(self) -> u32 {
         match self {
-            Self::Small => 1024,
+            Self::Tiny | Self::Small => 1024,
             Self::Standard => 4096,
         }
     }
 
     fn deleted_copies(self) -> u32 {
         match self {
+            Self::Tiny => 0,
             Self::Small => 4,
             Self::Standard => 5,
         }
@@ -65,6 +72,9 @@ pub struct Kernel {
 /// # Errors
 /// A sentence with the last words of the recipe that failed.
 pub fn disk(kind: Kind, say: &dyn Fn(&str)) -> io::Result<PathBuf> {
+    if kind == Kind::Tiny {
+        return tiny(say);
+    }
     let packages = kind.packages();
     let root = cached(
         "root.tar",
@@ -89,6 +99,21 @@ pub fn disk(kind: Kind, say: &dyn Fn(&str)) -> io::Result<PathBuf> {
             recipe(
                 &words,
                 &[out, work, root.as_os_str(), size.as_ref(), copies.as_ref()],
+            )
+        },
+    )
+}
+
+fn tiny(say: &dyn Fn(&str)) -> io::Result<PathBuf> {
+    cached(
+        "tiny.raw",
+        &key(&[TINY_RECIPE]),
+        say,
+        "a tiny disk with files written and deleted",
+        |out, work| {
+            recipe(
+                &["sh", "-c", TINY_RECIPE, "tiny.sh"],
+                &[out.as_os_str(), work.as_os_str()],
             )
         },
     )

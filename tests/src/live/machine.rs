@@ -1,0 +1,236 @@
+//! QEMU's command line for a lab guest.
+//!
+//! Owns the words, for a machine that starts now and for the template from which an agent starts the target.
+//! Leaves alone sockets and guests. Promises that source and template differ in nothing that a migration
+//! compares: machine type, CPU, memory, devices and their order.
+
+use std::path::Path;
+
+use crate::guest::Kernel;
+use crate::guest::workload::{Workload, command_line};
+
+/// Known by QEMU 7.2 and all later versions of this machine type.
+pub const MACHINE_TYPE: &str = "pc-q35-7.2";
+
+/// A disk of the machine; its device is called `disk0`, `disk1`, and so on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// A path, or a placeholder of a template.
+    pub path: String,
+    pub format: String,
+}
+
+/// A machine. Paths are strings, because in a template they are placeholders.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    pub program: String,
+    pub name: String,
+    pub uuid: String,
+    pub ram_mib: u64,
+    pub cpus: u32,
+    pub disks: Vec<Disk>,
+    pub vmlinuz: String,
+    pub initrd: String,
+    /// The kernel's command line.
+    pub append: String,
+    /// Socket on which the lab listens for the serial console.
+    pub console: String,
+    /// Socket on which the lab listens for its own QMP connection.
+    pub lab_qmp: String,
+    /// Socket on which QEMU listens for Longhaul.
+    pub qmp: String,
+    pub pidfile: String,
+    /// Socket on which QEMU listens for those who talk to the guest agent.
+    pub guest_agent: Option<String>,
+    /// The one core that all of it runs on.
+    pub core: Option<u32>,
+    /// Stopped, and waiting for a migration.
+    pub incoming: bool,
+}
+
+impl Machine {
+    /// A guest with one disk and a workload; its sockets lie in `directory`.
+    pub fn new(directory: &Path, kernel: &Kernel, disk: Disk, workload: Workload, seed: u64) -> Self {
+        let place = |name: &str| directory.join(name).display().to_string();
+        Self {
+            program: std::env::var("LONGHAUL_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned()),
+            name: "web".to_owned(),
+            uuid: "5e0a1c2f-7c56-4a1b-9d43-3a4f6b1c8e21".to_owned(),
+            ram_mib: 128,
+            cpus: 1,
+            disks: vec![disk],
+            vmlinuz: kernel.vmlinuz.display().to_string(),
+            initrd: kernel.initrd.display().to_string(),
+            append: command_line("/dev/vda", workload, seed),
+            console: place("console.sock"),
+            lab_qmp: place("lab-qmp.sock"),
+            qmp: place("qmp.sock"),
+            pidfile: place("qemu.pid"),
+            guest_agent: None,
+            core: None,
+            incoming: false,
+        }
+    }
+
+    /// The template of the same machine at the target: placeholders for what the agent decides, the lab's own
+    /// sockets as given.
+    pub fn template(&self, console: &Path, lab_qmp: &Path) -> Self {
+        let disks = self.disks.iter().enumerate().map(|(number, disk)| Disk {
+            path: format!("{{disk{number}}}"),
+            format: disk.format.clone(),
+        });
+        Self {
+            name: "{name}".to_owned(),
+            disks: disks.collect(),
+            console: console.display().to_string(),
+            lab_qmp: lab_qmp.display().to_string(),
+            qmp: "{qmp}".to_owned(),
+            pidfile: "{pidfile}".to_owned(),
+            incoming: true,
+            ..self.clone()
+        }
+    }
+
+    /// Program and arguments.
+    pub fn words(&self) -> Vec<String> {
+        let mut words = Vec::new();
+        if let Some(core) = self.core {
+            words.extend(["taskset", "-c", &core.to_string()].map(str::to_owned));
+        }
+        words.push(self.program.clone());
+        words.extend(self.base());
+        for (number, disk) in self.disks.iter().enumerate() {
+            words.extend(disk.words(number));
+        }
+        if let Some(socket) = &self.guest_agent {
+            words.extend([
+                "-device".to_owned(),
+                "virtio-serial-pci,id=serial0".to_owned(),
+                "-chardev".to_owned(),
+                format!("socket,id=agent,path={},server=on,wait=off", quoted(socket)),
+                "-device".to_owned(),
+                "virtserialport,chardev=agent,name=org.qemu.guest_agent.0".to_owned(),
+            ]);
+        }
+        if self.incoming {
+            words.extend(["-S", "-incoming", "defer"].map(str::to_owned));
+        }
+        words
+    }
+
+    fn base(&self) -> Vec<String> {
+        let accelerator = std::env::var("LONGHAUL_ACCEL").unwrap_or_else(|_| "tcg".to_owned());
+        let accelerator = if accelerator == "tcg" {
+            "tcg,thread=multi".to_owned()
+        } else {
+            accelerator
+        };
+        let chardev = |id: &str, path: &str| format!("socket,id={id},path={}", quoted(path));
+        let pairs = [
+            ("-name", self.name.clone()),
+            ("-uuid", self.uuid.clone()),
+            ("-machine", MACHINE_TYPE.to_owned()),
+            ("-accel", accelerator),
+            ("-cpu", "max".to_owned()),
+            ("-smp", self.cpus.to_string()),
+            ("-m", self.ram_mib.to_string()),
+            ("-display", "none".to_owned()),
+            ("-kernel", self.vmlinuz.clone()),
+            ("-initrd", self.initrd.clone()),
+            ("-append", self.append.clone()),
+            ("-chardev", chardev("console", &self.console)),
+            ("-serial", "chardev:console".to_owned()),
+            ("-chardev", chardev("lab", &self.lab_qmp)),
+            ("-mon", "chardev=lab,mode=control".to_owned()),
+            ("-qmp", format!("unix:{},server=on,wait=off", quoted(&self.qmp))),
+            ("-pidfile", self.pidfile.clone()),
+        ];
+        let flags = ["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned);
+        let pairs = pairs
+            .into_iter()
+            .flat_map(|(name, value)| [name.to_owned(), value]);
+        flags.into_iter().chain(pairs).collect()
+    }
+}
+
+impl Disk {
+    fn words(&self, number: usize) -> [String; 6] {
+        [
+            "-blockdev".to_owned(),
+            format!(
+                "driver=file,node-name=file{number},discard=unmap,filename={}",
+                quoted(&self.path)
+            ),
+            "-blockdev".to_owned(),
+            format!(
+                "driver={},node-name=node{number},discard=unmap,file=file{number}",
+                self.format
+            ),
+            "-device".to_owned(),
+            format!("virtio-blk-pci,id=disk{number},drive=node{number}"),
+        ]
+    }
+}
+
+/// A comma separates QEMU's options; doubled, it is part of a value.
+fn quoted(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    fn machine() -> Machine {
+        let kernel = Kernel {
+            vmlinuz: PathBuf::from("/k/vmlinuz"),
+            initrd: PathBuf::from("/k/initrd"),
+        };
+        let disk = Disk {
+            path: "/d/a,b.qcow2".to_owned(),
+            format: "qcow2".to_owned(),
+        };
+        Machine::new(Path::new("/lab"), &kernel, disk, Workload::Fsync, 9)
+    }
+
+    #[test]
+    fn the_template_differs_only_in_names_and_places() {
+        let machine = machine();
+        let template = machine.template(Path::new("/t/console"), Path::new("/t/lab"));
+        let (source, target) = (machine.words(), template.words());
+        assert_eq!(target[source.len()..], ["-S", "-incoming", "defer"]);
+        let changed: Vec<_> = source
+            .iter()
+            .zip(&target)
+            .filter(|(one, two)| one != two)
+            .map(|(_, two)| two.as_str())
+            .collect();
+        assert_eq!(
+            changed,
+            [
+                "{name}",
+                "socket,id=console,path=/t/console",
+                "socket,id=lab,path=/t/lab",
+                "unix:{qmp},server=on,wait=off",
+                "{pidfile}",
+                "driver=file,node-name=file0,discard=unmap,filename={disk0}",
+            ]
+        );
+    }
+
+    #[test]
+    fn commas_in_names_are_kept_and_more_disks_have_a_place() {
+        let mut machine = machine();
+        machine.disks.push(Disk {
+            path: "/d/two".to_owned(),
+            format: "raw".to_owned(),
+        });
+        machine.guest_agent = Some("/lab/agent".to_owned());
+        let words = machine.words().join(" ");
+        assert!(words.contains("filename=/d/a,,b.qcow2"));
+        assert!(words.contains("id=disk1,drive=node1"));
+        assert!(words.contains("name=org.qemu.guest_agent.0"));
+    }
+}

@@ -1,0 +1,143 @@
+//! The report of a live migration as a page for people.
+//!
+//! Owns words and columns. Leaves alone every figure: it shows what the report says.
+
+use std::fmt::Write as _;
+
+use super::verdict::LiveReport;
+use crate::page::{bits, size, span};
+
+/// The whole page.
+pub fn page(live: &LiveReport) -> String {
+    let mut page = String::new();
+    let report = &live.report;
+    let row = |page: &mut String, name: &str, value: String| {
+        let _ = writeln!(page, "  {name:<26}{value}");
+    };
+    heading(&mut page, "The guest");
+    let beat = ms(live.heartbeat_before_ms);
+    row(
+        &mut page,
+        "workload",
+        format!(
+            "{}, {} MiB of memory, seed {}",
+            live.workload, live.ram_mib, live.seed
+        ),
+    );
+    row(
+        &mut page,
+        "its own longest silence",
+        format!("{beat} before the migration"),
+    );
+    heading(&mut page, "What its users noticed");
+    row(&mut page, "longest silence", ms(live.blackout_heartbeat_ms));
+    row(&mut page, "stopped, as QEMU says", ms(live.blackout_qmp_ms));
+    if live.predicted_blackout_ms.is_some() {
+        row(&mut page, "forecast just before", ms(live.predicted_blackout_ms));
+    }
+    for interruption in &live.interruptions_ms {
+        row(&mut page, "a handover given up", format!("{interruption:.0} ms"));
+    }
+    row(&mut page, "speed of its work", speed(live));
+    heading(&mut page, "How it went");
+    row(&mut page, "time", span(report.seconds));
+    if let Some(link) = &report.link {
+        let rate = bits(link.rate_bit_per_s as f64);
+        let loss = if link.loss > 0.0 {
+            format!(", {} % loss", link.loss * 100.0)
+        } else {
+            String::new()
+        };
+        row(
+            &mut page,
+            "link",
+            format!("{rate}, {:.0} ms round trip{loss}", link.rtt_ms),
+        );
+    }
+    if let Some((forth, back)) = live.link_bytes {
+        row(
+            &mut page,
+            "on the link",
+            format!("{}, and {} back", size(forth), size(back)),
+        );
+    }
+    if let Some(rounds) = live.rounds {
+        row(&mut page, "rounds", rounds.to_string());
+    }
+    for (phase, ms) in &live.phases_ms {
+        row(&mut page, &format!("  {phase}"), format!("{:>9.0} ms", ms));
+    }
+    heading(&mut page, "What it took");
+    for (name, part) in &report.programs {
+        let memory = size(part.usage.peak_rss_bytes);
+        let cpu = part.usage.cpu_seconds;
+        let ends = if part.kills + part.deaths > 0 {
+            format!("   killed {}, died {}", part.kills, part.deaths)
+        } else {
+            String::new()
+        };
+        row(
+            &mut page,
+            name,
+            format!("{memory:>10}  memory at most {cpu:>7.1} s CPU{ends}"),
+        );
+    }
+    heading(&mut page, "Proof");
+    proof(&mut page, live);
+    page
+}
+
+fn proof(page: &mut String, live: &LiveReport) {
+    let report = &live.report;
+    let _ = writeln!(page, "  the guest is run by       {}", live.owner);
+    let memory = live.guest_memory.as_deref().unwrap_or("nobody could be asked");
+    let _ = writeln!(page, "  its memory                {memory}");
+    let records = &live.records;
+    let _ = writeln!(
+        page,
+        "  records                   {} acknowledged, {} lost, {} torn; file system {}",
+        records.acknowledged,
+        records.lost,
+        records.torn,
+        if records.clean { "clean" } else { "NOT clean" }
+    );
+    for problem in &records.problems {
+        let _ = writeln!(page, "    {problem}");
+    }
+    for missing in &report.faults_missed {
+        let _ = writeln!(page, "  did not happen            {missing}");
+    }
+    let verdict = match (report.ok, live.safe) {
+        (true, _) => "The guest is at the other site, and nothing is missing.".to_owned(),
+        (false, true) => format!(
+            "Not moved, but safe: {}",
+            report.cause.as_deref().unwrap_or("no reason was given")
+        ),
+        _ => format!(
+            "FAILED: {}",
+            report.cause.as_deref().unwrap_or("no reason was given")
+        ),
+    };
+    let _ = writeln!(page, "\n{verdict}");
+}
+
+fn heading(page: &mut String, text: &str) {
+    let _ = writeln!(page, "\n{text}");
+}
+
+fn ms(value: Option<f64>) -> String {
+    value.map_or_else(|| "not seen".to_owned(), |value| format!("{value:.0} ms"))
+}
+
+fn speed(live: &LiveReport) -> String {
+    let rate = |rate: Option<f64>| rate.map_or_else(|| "?".to_owned(), |rate| format!("{rate:.0}"));
+    let share = live
+        .guest_throughput_ratio
+        .map_or_else(String::new, |ratio| format!(" ({:.0} %)", ratio * 100.0));
+    format!(
+        "{} a second before, {} during{share}, {} after",
+        rate(live.guest_before_per_s),
+        rate(live.guest_during_per_s),
+        rate(live.guest_after_per_s)
+    )
+}

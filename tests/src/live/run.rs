@@ -1,0 +1,443 @@
+//! `lab live`: one live migration through real processes with a real guest, and the proof of it.
+//!
+//! Owns the order of a run: stage, steady state, job with its faults, the look at who owns the guest, the
+//! guest's own verification, its end, and the offline check of its disk. Leaves alone how each is done.
+//! Promises a report in every case in which the lab itself worked, also when the job fails, a program dies or
+//! the guest is lost.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde_json::Value;
+
+use super::args::{By, LiveArgs};
+use super::check::{Ended, check};
+use super::faults::{Faults, Kill, Phases, SOURCE_QEMU, TARGET_QEMU};
+use super::pause;
+use super::rival::Rival;
+use super::stage::Stage;
+use super::verdict::LiveReport;
+use crate::compare;
+use crate::lab::End;
+use crate::move_disk::Moment;
+use crate::programs::{self, Line, Programs};
+use crate::report::{LinkReport, ProgramReport};
+use crate::usage::{usage, wait_until};
+
+/// How often the lab looks around while the job runs: faults in a short phase need a short step.
+const TICK: Duration = Duration::from_millis(10);
+/// After the job, how long it may take until exactly one machine runs the guest.
+const SETTLE_LIMIT: Duration = Duration::from_secs(30);
+/// How long the guest may take to look at its memory, and to power off.
+const VERIFY_LIMIT: Duration = Duration::from_secs(240);
+
+/// Runs it; `watch` hears what happens.
+///
+/// # Errors
+/// When the lab itself cannot work: no programs, no guest, no directory.
+pub fn run(args: &LiveArgs, watch: &mut dyn FnMut(Moment)) -> io::Result<LiveReport> {
+    let programs = match args.by {
+        By::Longhaul => {
+            watch(Moment::Step("building the programs".to_owned()));
+            Some(Programs::find()?)
+        }
+        By::Qemu => None,
+    };
+    let stage = Stage::build(args, programs.as_ref(), &mut |step| watch(Moment::Step(step)))?;
+    let mut report = LiveReport {
+        workload: args.workload.name().to_owned(),
+        ram_mib: args.ram_mib(),
+        seed: args.link.seed,
+        by: match args.by {
+            By::Longhaul => "longhaul",
+            By::Qemu => "qemu",
+        }
+        .to_owned(),
+        ..LiveReport::default()
+    };
+    report.report.emulated = stage.lab.not_emulated().is_empty();
+    report.report.not_emulated = stage.lab.not_emulated().to_vec();
+    let mut run = Run {
+        args,
+        stage,
+        report,
+        phases: Phases::default(),
+        percent: 0.0,
+        clock: unix_now(),
+    };
+    run.play(programs.as_ref(), watch)?;
+    if args.keep {
+        watch(Moment::Step(format!(
+            "kept in {}",
+            run.stage.lab.directory().display()
+        )));
+    }
+    Ok(run.report)
+}
+
+struct Run<'a> {
+    args: &'a LiveArgs,
+    stage: Stage,
+    report: LiveReport,
+    phases: Phases,
+    percent: f64,
+    /// When the job began, in seconds since 1970: events before are no part of it.
+    clock: f64,
+}
+
+/// Somebody who migrates, and the lines in which it tells.
+enum Mover {
+    Operator(Child),
+    Qemu,
+}
+
+impl Run<'_> {
+    fn play(&mut self, programs: Option<&Programs>, watch: &mut dyn FnMut(Moment)) -> io::Result<()> {
+        watch(Moment::Step(format!(
+            "the guest is up; watching it for {}",
+            self.args.before
+        )));
+        let up = self.stage.consoles.now();
+        self.idle(self.args.before.0)?;
+        let began = self.stage.consoles.now();
+        self.clock = unix_now();
+        let link_began = self.link_stats()?;
+        watch(Moment::Step("migrating".to_owned()));
+        if let Err(error) = self.migrate(programs, watch) {
+            self.report.report.cause = Some(error.to_string());
+        }
+        let ended = self.stage.consoles.now();
+        self.report.report.seconds = (ended - began).as_secs_f64();
+        let link_ended = self.link_stats()?;
+        if let (Some(one), Some(two)) = (&link_began, &link_ended) {
+            let forth = two.forth.delivered_bytes - one.forth.delivered_bytes;
+            self.report.link_bytes = Some((forth, two.back.delivered_bytes - one.back.delivered_bytes));
+        }
+        watch(Moment::Step("looking who runs the guest".to_owned()));
+        self.settle()?;
+        self.idle(self.args.after.0)?;
+        self.measure(up, began, ended);
+        self.prove(watch)?;
+        self.put_away(link_began.map_or(0.0, |stats| stats.seconds))?;
+        self.report.conclude();
+        Ok(())
+    }
+
+    fn link_stats(&mut self) -> io::Result<Option<crate::wan::control::Stats>> {
+        self.stage.lab.link().map(|link| link.stats()).transpose()
+    }
+
+    /// Lets time pass and looks after everything.
+    fn idle(&mut self, span: Duration) -> io::Result<()> {
+        let start = Instant::now();
+        while start.elapsed() < span {
+            std::thread::sleep(TICK);
+            self.stage.tend()?;
+        }
+        Ok(())
+    }
+
+    fn migrate(&mut self, programs: Option<&Programs>, watch: &mut dyn FnMut(Moment)) -> io::Result<()> {
+        if let Some(link) = self.stage.lab.link() {
+            let mut cuts = self.args.cut.iter();
+            cuts.try_for_each(|window| link.cut_between(*window))?;
+        }
+        let (lines, mut mover) = match programs {
+            Some(programs) => self.operator(programs)?,
+            None => (self.rival(), Mover::Qemu),
+        };
+        let outcome = self.follow(&lines, &mover, watch);
+        if let Mover::Operator(operator) = &mut mover {
+            let _ = operator.kill();
+            operator.wait()?;
+        }
+        outcome
+    }
+
+    fn operator(&mut self, programs: &Programs) -> io::Result<(Receiver<String>, Mover)> {
+        let log = File::create(self.stage.lab.directory().join("longhaul.log"))?;
+        let mut operator = programs
+            .run_job(&self.stage.lab)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .process_group(0)
+            .spawn()?;
+        self.stage.lab.adopt(operator.id())?;
+        let stdout = operator
+            .stdout
+            .take()
+            .ok_or_else(|| io::Error::other("longhaul has no output"))?;
+        let (sender, lines) = mpsc::sync_channel(64);
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok((lines, Mover::Operator(operator)))
+    }
+
+    fn rival(&self) -> Receiver<String> {
+        let (sender, lines) = mpsc::sync_channel(64);
+        let rival = Rival {
+            source: self.stage.monitor(End::Source).clone(),
+            target: self.stage.monitor(End::Target).clone(),
+            address: self.stage.lab.address(End::Target),
+            disks: self.stage.machine.disks.len(),
+            ram_mib: self.args.ram_mib(),
+            mode: self.args.qemu_ram,
+            downtime_ms: self.args.blackout.map_or(300, |span| span.0.as_millis() as u64),
+            limit: self.args.limit.0,
+        };
+        std::thread::spawn(move || rival.run(&sender));
+        lines
+    }
+
+    /// Follows the lines until the report, and lets happen what is to happen.
+    fn follow(
+        &mut self,
+        lines: &Receiver<String>,
+        mover: &Mover,
+        watch: &mut dyn FnMut(Moment),
+    ) -> io::Result<()> {
+        let start = Instant::now();
+        let mut faults = Faults::new(&self.args.kill);
+        let outcome = loop {
+            match lines.recv_timeout(TICK) {
+                Ok(line) => {
+                    if self.hear(&line, watch) {
+                        break Ok(());
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break Err(self.without_report()),
+            }
+            if let Mover::Operator(operator) = mover
+                && let Some(used) = usage(operator.id())
+            {
+                let part = self.report.report.programs.entry("longhaul".to_owned());
+                part.or_default().usage = used;
+            }
+            self.look_at_qemu();
+            for kill in faults.due(self.stage.consoles.now(), self.percent, &self.phases) {
+                watch(Moment::Step(format!("killing {} ({kill})", kill.who)));
+                self.strike(&kill)?;
+            }
+            self.stage.tend()?;
+            if start.elapsed() > self.args.limit.0 {
+                break Err(io::Error::other(format!(
+                    "the job was given up after {}",
+                    self.args.limit
+                )));
+            }
+        };
+        self.report.report.faults_missed = faults.waiting().iter().map(ToString::to_string).collect();
+        let phases = self.phases.lengths_ms(self.stage.consoles.now());
+        if self.report.phases_ms.is_empty() {
+            self.report.phases_ms = phases;
+        }
+        outcome
+    }
+
+    /// Takes a line; gives whether it was the report.
+    fn hear(&mut self, line: &str, watch: &mut dyn FnMut(Moment)) -> bool {
+        let value: Value = serde_json::from_str(line).unwrap_or_default();
+        if let Some(phase) = value["progress"]["phase"].as_str() {
+            self.phases.see(phase, self.stage.consoles.now());
+        }
+        match programs::read_line(line) {
+            Line::Report(job) => {
+                self.report.read_job(job);
+                return true;
+            }
+            Line::Progress(percent) => {
+                self.percent = percent;
+                watch(Moment::Progress(percent));
+            }
+            Line::Other => {}
+        }
+        false
+    }
+
+    /// Phases that QEMU itself names: states of the migration at the source, and the guest's stop and start.
+    fn look_at_qemu(&mut self) {
+        let now = self.stage.consoles.now();
+        for (end, guest) in [
+            (End::Source, ("STOP", "stop")),
+            (End::Target, ("RESUME", "resume")),
+        ] {
+            for event in self.stage.monitor(end).events() {
+                if event.time < self.clock {
+                    continue;
+                }
+                if event.name == guest.0 {
+                    self.phases.see(guest.1, now);
+                } else if let (End::Source, "MIGRATION", Some(status)) =
+                    (end, event.name.as_str(), event.data["status"].as_str())
+                {
+                    self.phases.see(status, now);
+                }
+            }
+        }
+    }
+
+    fn strike(&mut self, kill: &Kill) -> io::Result<()> {
+        match kill.who.as_str() {
+            SOURCE_QEMU => self.stage.source.kill(),
+            TARGET_QEMU => {
+                let pid = self.stage.monitor(End::Target).pid();
+                if let Some(pid) = pid.and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed())) {
+                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+                }
+            }
+            who => {
+                let mut running = self.stage.running.iter_mut();
+                running
+                    .by_ref()
+                    .filter(|process| process.name() == who)
+                    .try_for_each(|process| process.kill(Instant::now()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until exactly one machine runs the guest: after a kill, the programs may still be settling.
+    fn settle(&mut self) -> io::Result<()> {
+        let start = Instant::now();
+        let mut owners = self.stage.owners();
+        while owners.len() != 1 && start.elapsed() < SETTLE_LIMIT {
+            self.idle(TICK * 10)?;
+            owners = self.stage.owners();
+        }
+        self.report.owner = match owners[..] {
+            [end] => end.name(),
+            [] => "nobody",
+            _ => "both",
+        }
+        .to_owned();
+        Ok(())
+    }
+
+    fn measure(&mut self, up: Duration, began: Duration, ended: Duration) {
+        let now = self.stage.consoles.now();
+        let (source, target) = (
+            self.stage.monitor(End::Source).events(),
+            self.stage.monitor(End::Target).events(),
+        );
+        let report = &mut self.report;
+        report.blackout_qmp_ms = pause::pause(&source, &target, self.clock).map(pause::Pause::ms);
+        report.interruptions_ms = pause::interruptions(&source, self.clock);
+        let hearing = self.stage.consoles.hearing();
+        let gap = |from, until| {
+            let gap = hearing.longest_gap(from, until);
+            gap.map(|gap| gap.length.as_secs_f64() * 1e3)
+        };
+        report.heartbeat_before_ms = gap(up, began);
+        report.blackout_heartbeat_ms = gap(began.saturating_sub(TICK * 10), now);
+        report.irregular_heartbeats = hearing.irregular_beats();
+        report.guest_before_per_s = hearing.throughput(up, began);
+        let slack = Duration::from_millis(1100);
+        report.guest_during_per_s = hearing.throughput(began.saturating_sub(slack), ended + slack);
+        report.guest_after_per_s = hearing.throughput(ended, now);
+    }
+
+    /// The guest looks at its memory and goes off; then its disk is looked at.
+    fn prove(&mut self, watch: &mut dyn FnMut(Moment)) -> io::Result<()> {
+        let end = match self.report.owner.as_str() {
+            "source" => End::Source,
+            "target" => End::Target,
+            _ => return Ok(()),
+        };
+        watch(Moment::Step(format!(
+            "the guest at the {} looks at its memory and goes off",
+            end.name()
+        )));
+        let from = self.stage.consoles.now();
+        let consoles = &self.stage.consoles;
+        consoles.say(end, "verify")?;
+        let said = consoles
+            .wait_for("LONGHAUL-GUEST-RAM", from, VERIFY_LIMIT)
+            .and_then(|said| {
+                consoles.wait_for("LONGHAUL-GUEST-VERIFIED", from, VERIFY_LIMIT)?;
+                Ok(said)
+            });
+        self.report.guest_memory = Some(said.unwrap_or_else(|error| format!("bad: {error}")));
+        consoles.say(end, "stop")?;
+        let stopped = consoles.wait_for("LONGHAUL-GUEST-STOPPED", from, VERIFY_LIMIT);
+        let monitor = self.stage.monitor(end);
+        let off = wait_until(VERIFY_LIMIT, || (!monitor.is_connected()).then_some(()));
+        if stopped.is_err() || off.is_none() {
+            self.report.report.cause = Some("the guest did not go off".to_owned());
+        }
+        watch(Moment::Step(
+            "looking for every acknowledged record on its disk".to_owned(),
+        ));
+        let work = tempfile::tempdir_in(self.stage.lab.directory())?;
+        let raw = compare::as_raw(&self.stage.disk(end), &self.args.format, &work.path().join("raw"))?;
+        let acknowledged = self.stage.consoles.hearing().acknowledged().clone();
+        let ended = if off.is_some() {
+            Ended::Cleanly
+        } else {
+            Ended::PowerLoss
+        };
+        let seed = self.args.link.seed;
+        let records = check(&raw, work.path(), seed, &acknowledged, ended);
+        match records {
+            Ok(records) => self.report.records = records,
+            Err(error) => self.report.records.problems.push(error.to_string()),
+        }
+        Ok(())
+    }
+
+    /// Ends everything in order and takes the counts.
+    fn put_away(&mut self, link_began: f64) -> io::Result<()> {
+        let programs = &mut self.report.report.programs;
+        for process in &mut self.stage.running {
+            process.stop()?;
+            let (kills, deaths) = process.ends();
+            let part = ProgramReport {
+                usage: process.usage(),
+                kills,
+                deaths,
+            };
+            programs.insert(process.name().to_owned(), part);
+        }
+        let machines = [
+            (SOURCE_QEMU, Some(self.stage.source.usage())),
+            (TARGET_QEMU, self.stage.target_usage()),
+        ];
+        for (name, used) in machines {
+            if let Some(usage) = used {
+                let part = ProgramReport {
+                    usage,
+                    ..ProgramReport::default()
+                };
+                programs.insert(name.to_owned(), part);
+            }
+        }
+        if let Some(link) = self.stage.lab.take_link() {
+            let stats = link.stop()?;
+            let until = link_began + self.report.report.seconds;
+            let link = LinkReport::new(&self.args.link, stats, link_began, until);
+            self.report.report.link = Some(link);
+        }
+        Ok(())
+    }
+
+    fn without_report(&self) -> io::Error {
+        let log =
+            std::fs::read_to_string(self.stage.lab.directory().join("longhaul.log")).unwrap_or_default();
+        io::Error::other(format!("longhaul ended without a report: {}", log.trim()))
+    }
+}
+
+fn unix_now() -> f64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0.0, |now| now.as_secs_f64())
+}

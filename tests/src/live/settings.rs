@@ -1,0 +1,97 @@
+//! What a live migration needs in the programs' settings beyond a cold move: the one place that knows.
+//!
+//! Owns the text that is added to the agents' files and the job file. Leaves alone everything else in them
+//! (`programs`). Promises that a change of these keys touches this file only.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::machine::Machine;
+use crate::lab::End;
+
+/// Folder of an agent for the QMP sockets of its machines.
+pub fn qmp_folder(directory: &Path, end: End) -> PathBuf {
+    directory.join(format!("{}-agent", end.name())).join("run")
+}
+
+/// Where the source's disks and, at the target, the copies lie.
+pub fn disk(directory: &Path, end: End, number: usize) -> PathBuf {
+    let folder = directory.join(format!("{}-agent", end.name())).join("disks");
+    folder.join(format!("disk{number}.img"))
+}
+
+/// Adds the folder of QMP sockets to both agents' files, and the command template to the target's.
+///
+/// # Errors
+/// When a file cannot be read or written, or has no paths to add to.
+pub fn extend(directory: &Path, template: &Machine) -> io::Result<()> {
+    for end in [End::Source, End::Target] {
+        let file = directory.join(format!("{}-agent.toml", end.name()));
+        let text = fs::read_to_string(&file)?;
+        let Some((before, after)) = text.split_once("[paths]\n") else {
+            return Err(io::Error::other(format!("{} has no [paths]", file.display())));
+        };
+        let folder = qmp_folder(directory, end);
+        let mut text = format!("{before}[paths]\nqmp = [\"{}\"]\n{after}", folder.display());
+        if end == End::Target {
+            let _ = writeln!(text, "[vm]\ncommand = {}", array(&template.words()));
+        }
+        fs::write(file, text)?;
+    }
+    Ok(())
+}
+
+/// Writes the job file.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write_job(directory: &Path, machine: &Machine, blackout: Option<&str>) -> io::Result<()> {
+    let mut job = format!(
+        "kind = \"live\"\nname = \"{}\"\n[source]\nagent = \"source-agent\"\nqmp = \"{}\"\n\
+         [target]\nsite = \"target\"\nagent = \"target-agent\"\n",
+        machine.name, machine.qmp
+    );
+    if let Some(blackout) = blackout {
+        let _ = writeln!(job, "[live]\nblackout = \"{blackout}\"");
+    }
+    for (number, disk) in machine.disks.iter().enumerate() {
+        let target = self::disk(directory, End::Target, number);
+        let _ = write!(
+            job,
+            "[[disk]]\nsource = \"disk{number}\"\ntarget = \"{}\"\ntarget_format = \"{}\"\n",
+            target.display(),
+            disk.format
+        );
+    }
+    fs::write(directory.join("job.toml"), job)
+}
+
+/// A TOML array of strings.
+fn array(words: &[String]) -> String {
+    let quoted: Vec<_> = words
+        .iter()
+        .map(|word| format!("\"{}\"", word.replace('\\', "\\\\").replace('"', "\\\"")))
+        .collect();
+    format!("[{}]", quoted.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_survive_in_a_toml_array() {
+        let words = ["a b", "say \"x\"", "back\\slash"].map(str::to_owned);
+        let text = format!("command = {}", array(&words));
+        let table: toml::Table = text.parse().unwrap();
+        let read: Vec<_> = table["command"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(|word| word.as_str())
+            .collect();
+        assert_eq!(read, words);
+    }
+}

@@ -1,0 +1,246 @@
+//! Everything of a live lab that runs: two sites, their programs, the guest's QEMU, ears at both ends.
+//!
+//! Owns the order in which it is built, and who owns the guest. Leaves alone the job and the judgement.
+//! Promises that the ears are there before QEMU is, that the target's QEMU, which an agent starts, ends with
+//! the lab, and that nothing outlives the lab.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use super::args::LiveArgs;
+use super::console::Consoles;
+use super::machine::{Disk, Machine};
+use super::monitor::Monitor;
+use super::vm::Vm;
+use super::{rival, settings};
+use crate::guest;
+use crate::guest::workload::workload_kernel;
+use crate::lab::{End, Lab};
+use crate::process::Process;
+use crate::programs::{Job, Programs};
+use crate::usage::{Usage, usage};
+
+/// How long a guest under software emulation may take until its workload runs: redis loads its documents.
+const READY_LIMIT: Duration = Duration::from_secs(420);
+
+/// A running lab. The order of the fields is the order in which they end.
+#[derive(Debug)]
+pub struct Stage {
+    pub running: Vec<Process>,
+    pub source: Vm,
+    /// The target's QEMU, if the lab itself started it.
+    pub target: Option<Vm>,
+    pub monitors: [Monitor; 2],
+    pub consoles: Consoles,
+    pub machine: Machine,
+    pub lab: Lab,
+    adopted: Option<u32>,
+    target_used: Option<Usage>,
+}
+
+impl Stage {
+    /// Builds it and waits until the guest's workload is in its steady state.
+    ///
+    /// # Errors
+    /// When a part cannot be made or the guest does not come up.
+    pub fn build(
+        args: &LiveArgs,
+        programs: Option<&Programs>,
+        say: &mut dyn FnMut(String),
+    ) -> io::Result<Self> {
+        let parent = args.directory.clone().unwrap_or_else(std::env::temp_dir);
+        let mut lab = Lab::start(&args.link, &parent, args.keep)?;
+        let directory = lab.directory().to_owned();
+        for missing in lab.not_emulated() {
+            say(format!("not emulated: {missing}"));
+        }
+        let image = settings::disk(&directory, End::Source, 0);
+        let job = Job {
+            image: image.clone(),
+            format: args.format.clone(),
+            target_format: args.format.clone(),
+            connections: args.connections,
+        };
+        if let Some(programs) = programs {
+            programs.prepare(&lab, &args.link, &job)?;
+        }
+        for end in [End::Source, End::Target] {
+            fs::create_dir_all(settings::qmp_folder(&directory, end))?;
+            if let Some(folder) = settings::disk(&directory, end, 0).parent() {
+                fs::create_dir_all(folder)?;
+            }
+        }
+        say("making the guest's disk".to_owned());
+        make_disk(args, &image, &|step| eprintln!("{step} ..."))?;
+        let consoles = Consoles::listen(&directory)?;
+        let socket = |end: End| directory.join(format!("{}-lab.sock", end.name()));
+        let monitors = [
+            Monitor::listen(&socket(End::Source))?,
+            Monitor::listen(&socket(End::Target))?,
+        ];
+        let machine = machine(args, &directory, &consoles, &monitors)?;
+        let template = machine.template(&consoles.socket(End::Target), monitors[1].socket());
+        if programs.is_some() {
+            settings::extend(&directory, &template)?;
+            let blackout = args.blackout.map(|span| format!("{} ms", span.0.as_millis()));
+            settings::write_job(&directory, &machine, blackout.as_deref())?;
+        }
+        say("starting the guest at the source".to_owned());
+        let log = directory.join("source-qemu.log");
+        let source = Vm::start(
+            &machine,
+            &monitors[0],
+            |program| lab.command(End::Source, program),
+            &log,
+        )?;
+        lab.adopt(source.pid())?;
+        let mut running = Vec::new();
+        if let Some(programs) = programs {
+            for launch in programs.launches(&lab) {
+                running.push(Process::start(&mut lab, launch)?);
+            }
+            programs.wait_ready(&lab)?;
+        }
+        let mut stage = Self {
+            running,
+            source,
+            target: None,
+            monitors,
+            consoles,
+            machine,
+            lab,
+            adopted: None,
+            target_used: None,
+        };
+        stage
+            .consoles
+            .wait_for("LONGHAUL-GUEST-READY", Duration::ZERO, READY_LIMIT)?;
+        if programs.is_none() {
+            stage.start_target(&template)?;
+        }
+        Ok(stage)
+    }
+
+    /// Starts the target's QEMU as an agent would.
+    fn start_target(&mut self, template: &Machine) -> io::Result<()> {
+        let directory = self.lab.directory();
+        let mut machine = template.clone();
+        for (number, disk) in machine.disks.iter_mut().enumerate() {
+            let image = settings::disk(directory, End::Target, number);
+            rival::make_image(Path::new(&self.machine.disks[number].path), &image, &disk.format)?;
+            disk.path = image.display().to_string();
+        }
+        machine.name.clone_from(&self.machine.name);
+        machine.qmp = directory.join("target.qmp").display().to_string();
+        machine.pidfile = directory.join("target.pid").display().to_string();
+        let log = directory.join("target-qemu.log");
+        let lab = &self.lab;
+        let target = Vm::start(
+            &machine,
+            &self.monitors[1],
+            |program| lab.command(End::Target, program),
+            &log,
+        )?;
+        self.lab.adopt(target.pid())?;
+        self.target = Some(target);
+        Ok(())
+    }
+
+    /// Looks after the programs, and has the target's QEMU, as soon as it is there, end with the lab.
+    ///
+    /// # Errors
+    /// When a program keeps dying.
+    pub fn tend(&mut self) -> io::Result<()> {
+        let _ = self.source.usage();
+        if let Some(target) = &mut self.target {
+            let _ = target.usage();
+        }
+        let pid = self.monitors[1].pid();
+        if pid != self.adopted && self.target.is_none() {
+            self.adopted = pid;
+            pid.map_or(Ok(()), |pid| self.lab.adopt(pid))?;
+        }
+        if let Some(used) = pid.and_then(usage) {
+            self.target_used = Some(self.target_used.unwrap_or_default().max(used));
+        }
+        let lab = &mut self.lab;
+        self.running
+            .iter_mut()
+            .try_for_each(|process| process.tend(lab, Instant::now()))
+    }
+
+    /// The lab's QMP connection at an end.
+    pub fn monitor(&self, end: End) -> &Monitor {
+        match end {
+            End::Source => &self.monitors[0],
+            End::Target => &self.monitors[1],
+        }
+    }
+
+    /// Who runs the guest now, by QEMU's own word.
+    pub fn owners(&self) -> Vec<End> {
+        let runs = |end: &End| self.monitor(*end).run_state().as_deref() == Some("running");
+        [End::Source, End::Target].into_iter().filter(runs).collect()
+    }
+
+    /// Where the disk lies at an end.
+    pub fn disk(&self, end: End) -> PathBuf {
+        settings::disk(self.lab.directory(), end, 0)
+    }
+
+    /// What the target's QEMU has used.
+    pub fn target_usage(&mut self) -> Option<Usage> {
+        match &mut self.target {
+            Some(target) => Some(target.usage()),
+            None => self.target_used,
+        }
+    }
+}
+
+fn make_disk(args: &LiveArgs, image: &Path, say: &dyn Fn(&str)) -> io::Result<()> {
+    let raw = match &args.disk {
+        Some(disk) => disk.clone(),
+        None => guest::disk(args.kind, say)?,
+    };
+    if args.format == "raw" {
+        return guest::copy(&raw, image);
+    }
+    let made = Command::new("qemu-img")
+        .args(["convert", "-O", &args.format])
+        .args([&raw, image])
+        .status()?;
+    made.success().then_some(()).ok_or_else(|| {
+        io::Error::other(format!(
+            "qemu-img cannot make {} of {}",
+            args.format,
+            raw.display()
+        ))
+    })
+}
+
+fn machine(
+    args: &LiveArgs,
+    directory: &Path,
+    consoles: &Consoles,
+    monitors: &[Monitor; 2],
+) -> io::Result<Machine> {
+    let kernel = workload_kernel(&|step| eprintln!("{step} ..."))?;
+    let disk = Disk {
+        path: settings::disk(directory, End::Source, 0).display().to_string(),
+        format: args.format.clone(),
+    };
+    let mut machine = Machine::new(directory, &kernel, disk, args.workload, args.link.seed);
+    machine.console = consoles.socket(End::Source).display().to_string();
+    machine.lab_qmp = monitors[0].socket().display().to_string();
+    let folder = settings::qmp_folder(directory, End::Source);
+    machine.qmp = folder.join("web.qmp").display().to_string();
+    machine.ram_mib = args.ram_mib();
+    machine.core = args.core;
+    if let Some(qemu) = &args.qemu {
+        machine.program = qemu.display().to_string();
+    }
+    Ok(machine)
+}

@@ -34,6 +34,8 @@ pub struct AgentSettings {
     #[serde(default)]
     pub programs: ProgramsSection,
     #[serde(default)]
+    pub vm: VmSection,
+    #[serde(default)]
     pub link: LinkSection,
     #[serde(default)]
     pub log: LogSettings,
@@ -61,6 +63,9 @@ pub struct PathsSection {
     /// Folders (and block devices) that a target image may lie in.
     #[serde(default)]
     pub write: Vec<PathBuf>,
+    /// Folders in which QMP sockets of running VMs may lie.
+    #[serde(default)]
+    pub qmp: Vec<PathBuf>,
     /// Sockets of helper programs; emptied by a reboot.
     pub run: PathBuf,
     /// Progress of block devices, definitions of arrived VMs; survives a reboot.
@@ -132,6 +137,26 @@ impl Default for HooksSection {
     }
 }
 
+/// `[vm]`: running VMs that leave or arrive.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VmSection {
+    /// Program and arguments that start the QEMU of an arriving VM; no shell. `{disk0}`, `{disk1}` ... stand for its disks, `{qmp}` for
+    /// the monitor's socket, `{pidfile}`, `{name}`, `{uuid}` for what they say. `-S` and `-incoming defer` must be among them.
+    pub command: Vec<String>,
+    /// RAM on its way between the two QEMUs, at each end, in bytes: also the most that may be left to send while the VM stands.
+    pub ram_memory: ByteSize,
+}
+
+impl Default for VmSection {
+    fn default() -> Self {
+        Self {
+            command: Vec::new(),
+            ram_memory: ByteSize(32 << 20),
+        }
+    }
+}
+
 /// `[programs]`: QEMU's tools, by name or path.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -168,6 +193,9 @@ impl AgentSettings {
         }
         if limits.job_memory.0 < JOB_MEMORY_MIN {
             return Err("limits.job_memory: a job cannot move within less than 4 MiB".to_owned());
+        }
+        if self.vm.ram_memory.0 < JOB_MEMORY_MIN {
+            return Err("vm.ram_memory: a running VM cannot move within less than 4 MiB".to_owned());
         }
         if limits.flush_time.0 < FLUSH_TIME_MIN {
             return Err("limits.flush_time: disks cannot be flushed more often than every 10 ms".to_owned());

@@ -22,7 +22,7 @@ const NO_CREDIT: VarInt = VarInt::from_u32(2);
 const BYTES_PER_CREDIT: u64 = 3;
 
 /// One batch as it came. Holds its part of the session's room until it is dropped.
-pub(super) struct Arrived {
+pub(in crate::session) struct Arrived {
     pub header: BatchHeader,
     pub data: Bytes,
     pub _part: RoomPart,
@@ -35,7 +35,7 @@ pub(super) struct Room {
 }
 
 /// A batch's part of the room.
-pub(super) struct RoomPart {
+pub(in crate::session) struct RoomPart {
     room: Arc<Room>,
     credit: u64,
     bytes: u64,
@@ -67,10 +67,18 @@ impl Drop for RoomPart {
     }
 }
 
-struct Entry {
-    attempt: Attempt,
+/// Where a session takes one kind of batches, and how much of it.
+#[derive(Clone)]
+struct Inlet {
     inbox: mpsc::Sender<Arrived>,
     room: Arc<Room>,
+}
+
+struct Entry {
+    attempt: Attempt,
+    disks: Inlet,
+    /// Only where a running VM arrives.
+    ram: Option<Inlet>,
     stop: watch::Sender<bool>,
     /// Closed when the session has let go of its images.
     gone: watch::Receiver<()>,
@@ -88,8 +96,19 @@ pub(super) struct Seat<'a> {
     job: JobId,
     attempt: Attempt,
     pub inbox: mpsc::Receiver<Arrived>,
+    /// Closed at once where no RAM is expected.
+    pub ram: mpsc::Receiver<Arrived>,
     pub stop: watch::Receiver<bool>,
     _gone: watch::Sender<()>,
+}
+
+impl Inlet {
+    fn new(credit: u64) -> (Self, mpsc::Receiver<Arrived>) {
+        // As many batches as the credit allows: handing one over never waits.
+        let (inbox, arrived) = mpsc::channel((credit / CREDIT_MIN + 1) as usize);
+        let room = Room::new(credit);
+        (Self { inbox, room }, arrived)
+    }
 }
 
 impl Arrivals {
@@ -99,6 +118,17 @@ impl Arrivals {
 
     /// Enters a session. An older attempt of the same job is stopped first, and waited for: it holds the images.
     pub(super) async fn enter(&self, job: JobId, attempt: Attempt, credit: u64) -> Result<Seat<'_>, Refusal> {
+        self.enter_with_ram(job, attempt, credit, None).await
+    }
+
+    /// As [`Self::enter`], with room for so many bytes of a RAM stream.
+    pub(super) async fn enter_with_ram(
+        &self,
+        job: JobId,
+        attempt: Attempt,
+        credit: u64,
+        ram: Option<u64>,
+    ) -> Result<Seat<'_>, Refusal> {
         loop {
             let mut gone = {
                 let mut table = self.table();
@@ -111,7 +141,7 @@ impl Arrivals {
                         older.stop.send_replace(true);
                         older.gone.clone()
                     }
-                    None => return Ok(self.seat(&mut table, job, attempt, credit)),
+                    None => return Ok(self.seat(&mut table, job, attempt, credit, ram)),
                 }
             };
             while gone.changed().await.is_ok() {}
@@ -120,17 +150,24 @@ impl Arrivals {
         }
     }
 
-    fn seat(&self, table: &mut HashMap<JobId, Entry>, job: JobId, attempt: Attempt, credit: u64) -> Seat<'_> {
-        // As many batches as the credit allows: handing one over never waits.
-        let (inbox, arrived) = mpsc::channel((credit / CREDIT_MIN + 1) as usize);
+    fn seat(
+        &self,
+        table: &mut HashMap<JobId, Entry>,
+        job: JobId,
+        attempt: Attempt,
+        credit: u64,
+        ram: Option<u64>,
+    ) -> Seat<'_> {
+        let (disks, arrived) = Inlet::new(credit);
+        let (ram_inlet, ram_arrived) = Inlet::new(ram.unwrap_or(CREDIT_MIN));
         let (stop, stopped) = watch::channel(false);
         let (held, gone) = watch::channel(());
         table.insert(
             job,
             Entry {
                 attempt,
-                inbox,
-                room: Room::new(credit),
+                disks,
+                ram: ram.map(|_| ram_inlet),
                 stop,
                 gone,
             },
@@ -140,6 +177,7 @@ impl Arrivals {
             job,
             attempt,
             inbox: arrived,
+            ram: ram_arrived,
             stop: stopped,
             _gone: held,
         }
@@ -160,9 +198,16 @@ impl Arrivals {
             .table()
             .get(&header.job)
             .filter(|e| e.attempt == header.attempt)
-            .map(|e| (e.inbox.clone(), Arc::clone(&e.room), e.stop.clone()));
+            .and_then(|e| {
+                let inlet = if header.ram.is_some() {
+                    e.ram.clone()
+                } else {
+                    Some(e.disks.clone())
+                };
+                Some((inlet?, e.stop.clone()))
+            });
         match inbox {
-            Some((inbox, room, stop)) => {
+            Some((Inlet { inbox, room }, stop)) => {
                 let Some(part) = room.take(header.credit(), bytes.len() as u64) else {
                     let _ = stream.stop(NO_CREDIT);
                     stop.send_replace(true);
@@ -194,11 +239,15 @@ impl Seat<'_> {
             // Replaced by a dead end: the seat stays taken until the images are let go.
             let (dead, _) = mpsc::channel(1);
             if let Some(entry) = table.get_mut(&self.job) {
-                entry.inbox = dead;
+                entry.disks.inbox = dead.clone();
+                if let Some(ram) = &mut entry.ram {
+                    ram.inbox = dead;
+                }
             }
         }
         drop(table);
         self.inbox.close();
+        self.ram.close();
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod arrivals;
 mod hook;
+mod live;
 mod outcome;
 mod source;
 mod source_disks;
@@ -41,6 +42,8 @@ pub struct Agent {
     tls: Arc<TlsState>,
     arrivals: arrivals::Arrivals,
     sources: source_disks::OpenSources,
+    live_sources: live::LiveSources,
+    live_targets: live::LiveTargets,
 }
 
 impl Agent {
@@ -53,6 +56,8 @@ impl Agent {
             tls,
             arrivals: arrivals::Arrivals::default(),
             sources,
+            live_sources: live::LiveSources::default(),
+            live_targets: live::LiveTargets::default(),
         })
     }
 
@@ -132,6 +137,16 @@ impl Agent {
     async fn task(self: Arc<Self>, link: Link, send: SendStream, mut recv: RecvStream) {
         let first = tokio::time::timeout(FIRST_FRAME, frame::read::<AgentTask>(&mut recv)).await;
         match first {
+            Ok(Ok(Some(AgentTask::Source(mut open)))) if open.live.is_some() => {
+                if let Some(vm) = open.live.take() {
+                    live::source::run(&self, link, send, recv, open, vm).await;
+                }
+            }
+            Ok(Ok(Some(AgentTask::Target(mut open)))) if open.live.is_some() => {
+                if let Some(vm) = open.live.take() {
+                    live::target::run(&self, send, recv, open, vm).await;
+                }
+            }
             Ok(Ok(Some(AgentTask::Source(open)))) => source::run(&self, link, send, recv, open).await,
             Ok(Ok(Some(AgentTask::Target(open)))) => target::run(&self, send, recv, open).await,
             Ok(Ok(None)) => {}

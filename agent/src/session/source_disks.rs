@@ -345,7 +345,7 @@ fn proof_words(proof: Proof) -> &'static str {
     }
 }
 
-fn read_definition(path: &Path, settings: &AgentSettings) -> Result<Vec<u8>, Refusal> {
+pub(super) fn read_definition(path: &Path, settings: &AgentSettings) -> Result<Vec<u8>, Refusal> {
     let path = outcome::refused(roots::resolve_inside(&settings.paths.read, path))?;
     let refused = |text: String| {
         Refusal::new(

@@ -118,7 +118,8 @@ impl Attempt {
             std::mem::replace(&mut seat.inbox, mpsc::channel(1).1),
         );
         let written = targets.into_iter().map(Written::new).collect();
-        let writers = Writers::start(written, inbox, &agent.settings.limits, say);
+        let last_round = watch::Sender::default();
+        let writers = Writers::start(written, inbox, &agent.settings.limits, say, last_round);
         let writers = writers.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
         let asked = tokio::select! {
             asked = self.heard.recv() => asked,
@@ -317,7 +318,11 @@ fn verify_disk(
 }
 
 /// Tells the durable leaves in frames of bounded size.
-fn tell_have(disk: DiskIndex, have: apply::Have, say: &mpsc::Sender<FromTarget>) -> Result<(), Refusal> {
+pub(super) fn tell_have(
+    disk: DiskIndex,
+    have: apply::Have,
+    say: &mpsc::Sender<FromTarget>,
+) -> Result<(), Refusal> {
     let mut frame: Option<Have> = None;
     for durable in have {
         let (first, count, digest) = match durable.map_err(|error| outcome::target(&error))? {

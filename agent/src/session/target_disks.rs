@@ -124,6 +124,49 @@ fn options(
     })
 }
 
+/// Lets the final names lead to the partial copies of a running VM; gives those names.
+pub(super) fn link(
+    job: JobId,
+    disks: &[TargetDisk],
+    settings: &AgentSettings,
+) -> Result<Vec<PathBuf>, Refusal> {
+    let linked = (0..).map(DiskIndex).zip(disks).map(|(index, disk)| {
+        let options = options(job, index, disk, settings)?;
+        if !is_device(&options.path) {
+            apply::link_early(&options).map_err(|error| outcome::target(&error))?;
+        }
+        Ok(options.path)
+    });
+    linked.collect()
+}
+
+/// Gives the disks of a VM that runs here already their names, after a crash of this agent, too. The record comes last: without it
+/// this is done again.
+pub(super) fn promote_live(
+    open: &TargetOpen,
+    placed: &mut [apply::Placed],
+    settings: &AgentSettings,
+) -> Result<Vec<PathBuf>, Refusal> {
+    let mut paths = Vec::new();
+    for (index, disk) in (0..).map(DiskIndex).zip(&open.disks) {
+        let named = match placed.get_mut(usize::from(index.0)) {
+            Some(placed) => placed.promote(),
+            None => apply::promote_after_crash(&options(open.job, index, disk, settings)?),
+        };
+        paths.push(named.map_err(|error| outcome::target(&error))?);
+    }
+    keep_definition(open, settings)?;
+    let arrival = Arrival {
+        digests: Vec::new(),
+        paths: paths.clone(),
+        complete: true,
+        told: true,
+        hook: None,
+    };
+    write_record(open.job, &arrival, settings)?;
+    Ok(paths)
+}
+
 /// The record of a job's commit, if there is one.
 pub(super) fn arrival(job: JobId, settings: &AgentSettings) -> Result<Option<Arrival>, Refusal> {
     let path = record_path(job, settings);

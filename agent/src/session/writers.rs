@@ -4,7 +4,7 @@
 //! order to `disk::apply`. Promises that credit is given once for each batch taken, that a sequence is called durable only after the
 //! flush behind its write, and that a full disk holds the job up instead of ending it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,11 +12,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
-use longhaul_common::ids::{DiskIndex, Sequence};
+use longhaul_common::ids::{DiskIndex, Round, Sequence};
 use longhaul_common::wire::batch::{BatchHeader, Content};
 use longhaul_common::wire::sequences::Sequences;
 use longhaul_common::wire::session::{FromTarget, Refusal, RefusalKind};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::arrivals::Arrived;
 use super::outcome;
@@ -33,6 +33,15 @@ const SPACE_RETRY: Duration = Duration::from_secs(1);
 pub(super) struct Written {
     pub target: Target,
     tickets: Mutex<BTreeMap<Ticket, Sequence>>,
+    /// Of urgent batches that are not durable yet: the round, and where on the disk each begins.
+    urgent: Mutex<BTreeMap<Ticket, (Round, u64)>>,
+}
+
+/// What of a last round is durable: distinct batches, by disk and where they begin.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct LastRound {
+    pub round: Round,
+    pub batches: BTreeSet<(DiskIndex, u64)>,
 }
 
 impl Written {
@@ -40,6 +49,7 @@ impl Written {
         Self {
             target,
             tickets: Mutex::default(),
+            urgent: Mutex::default(),
         }
     }
 }
@@ -48,6 +58,7 @@ impl Written {
 struct Shared {
     disks: Vec<Written>,
     say: mpsc::Sender<FromTarget>,
+    last_round: watch::Sender<LastRound>,
     stop: AtomicBool,
     flush_due: Sender<()>,
     /// From so many bytes on a writer flushes by itself before it takes more: bounds what a crash costs.
@@ -70,11 +81,13 @@ impl Writers {
         inbox: mpsc::Receiver<Arrived>,
         limits: &LimitsSection,
         say: mpsc::Sender<FromTarget>,
+        last_round: watch::Sender<LastRound>,
     ) -> std::io::Result<Self> {
         let (flush_due, due) = crossbeam_channel::bounded(1);
         let shared = Arc::new(Shared {
             disks,
             say,
+            last_round,
             stop: AtomicBool::new(false),
             flush_due,
             unflushed_max: limits.flush_bytes.0.saturating_mul(2),
@@ -196,7 +209,14 @@ impl Shared {
         let mut tickets = disk.tickets.lock().unwrap_or_else(PoisonError::into_inner);
         tickets.insert(applied.ticket, header.sequence);
         drop(tickets);
-        if applied.unflushed >= self.unflushed_max {
+        if header.urgent {
+            let begins = header.pieces.first().map_or(0, |piece| piece.extent.offset());
+            let mut urgent = disk.urgent.lock().unwrap_or_else(PoisonError::into_inner);
+            urgent.insert(applied.ticket, (header.round, begins));
+            drop(urgent);
+            // A VM stands and waits for it.
+            let _ = self.flush_due.try_send(());
+        } else if applied.unflushed >= self.unflushed_max {
             // An error stays: the flusher meets it, too, and knows what to do.
             let _ = self.flush(header.disk, disk);
         } else if applied.flush_due {
@@ -215,7 +235,12 @@ impl Shared {
         let pieces = pieces(header, data);
         let mut full = false;
         loop {
-            match disk.target.apply(header.attempt, header.round, &leaves, &pieces) {
+            let applied = if leaves.count == 0 {
+                disk.target.patch(header.attempt, header.round, &pieces)
+            } else {
+                disk.target.apply(header.attempt, header.round, &leaves, &pieces)
+            };
+            match applied {
                 Ok(applied) => {
                     self.set_full(&mut full, None);
                     return Ok(Some(applied));
@@ -271,12 +296,39 @@ impl Shared {
         let later = tickets.split_off(&Ticket(flushed.through.0.saturating_add(1)));
         let durable: Sequences = std::mem::replace(&mut *tickets, later).into_values().collect();
         drop(tickets);
+        self.note_last_round(index, disk, flushed.through);
         if !durable.is_empty() {
             tracing::trace!(disk = %index, batches = durable.len(), "durable");
             metrics::counter!(TARGET_DURABLE).increment(durable.len());
             self.tell(FromTarget::Durable(durable));
         }
         Ok(())
+    }
+}
+
+impl Shared {
+    /// Urgent batches up to this ticket are durable.
+    fn note_last_round(&self, index: DiskIndex, disk: &Written, through: Ticket) {
+        let mut urgent = disk.urgent.lock().unwrap_or_else(PoisonError::into_inner);
+        let later = urgent.split_off(&Ticket(through.0.saturating_add(1)));
+        let durable = std::mem::replace(&mut *urgent, later);
+        drop(urgent);
+        if durable.is_empty() {
+            return;
+        }
+        self.last_round.send_modify(|last| {
+            for (round, begins) in durable.into_values() {
+                if round > last.round {
+                    *last = LastRound {
+                        round,
+                        batches: BTreeSet::new(),
+                    };
+                }
+                if round == last.round {
+                    last.batches.insert((index, begins));
+                }
+            }
+        });
     }
 }
 

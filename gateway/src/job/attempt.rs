@@ -207,7 +207,7 @@ impl Target {
         };
         match target.heard.next().await? {
             FromTarget::Opened { notes } => target.notes = notes,
-            FromTarget::Committed { hook, .. } => {
+            FromTarget::Committed { hook, .. } if spec.kind == Kind::Move => {
                 target.arrived = Some(hook);
                 return Ok(target);
             }
@@ -227,6 +227,7 @@ impl Target {
                     source.tell(&ToSource::Have(have)).await?;
                 }
                 FromTarget::Ready => return Ok(target),
+                FromTarget::Say(word) => source.tell(&ToSource::Say(word)).await?,
                 FromTarget::Failed(refusal) => return Err(refusal),
                 other => return Err(out_of_turn("the target agent", &other)),
             }

@@ -241,7 +241,11 @@ impl Peer {
         tokio::time::sleep(REST).await;
         let heard = |links: &Links| -> BTreeMap<ConnectionId, u64> {
             let received = |link: &Link| link.stats().received_packets;
-            links.live.iter().map(|(id, link)| (*id, received(link))).collect()
+            links
+                .live
+                .iter()
+                .map(|(id, link)| (*id, received(link)))
+                .collect()
         };
         let before = heard(&self.links());
         let alive = async {
@@ -249,7 +253,10 @@ impl Peer {
                 tokio::time::sleep(LOOK_AGAIN).await;
                 // One that is new was answered by the peer just now.
                 let now = heard(&self.links());
-                if now.iter().any(|(id, received)| before.get(id).is_none_or(|known| known < received)) {
+                if now
+                    .iter()
+                    .any(|(id, received)| before.get(id).is_none_or(|known| known < received))
+                {
                     return;
                 }
             }

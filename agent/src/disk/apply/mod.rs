@@ -22,7 +22,7 @@ mod device_store;
 mod error;
 mod file_store;
 mod hostile;
-mod image_lock;
+pub(crate) mod image_lock;
 mod open;
 mod patch;
 mod pending;
@@ -46,7 +46,7 @@ use longhaul_common::ids::{DiskIndex, JobId};
 
 pub use error::TargetError;
 pub use hostile::{example_log, replay_log};
-pub use placed::{Placed, promote_after_crash, unlink_after_crash};
+pub use placed::{Placed, link_early, promote_after_crash, unlink_after_crash};
 pub use replay::{Durable, Have};
 pub use space::check_space;
 pub use target::{Applied, Flushed, Target, Ticket};

@@ -107,6 +107,14 @@ pub fn promote_after_crash(options: &TargetOptions) -> Result<PathBuf, TargetErr
     Ok(path)
 }
 
+/// Lets the final name lead to the partial copy, whoever has it open; see [`Target::link`].
+///
+/// # Errors
+/// `Exists` where the name is taken.
+pub fn link_early(options: &TargetOptions) -> Result<(), TargetError> {
+    Place::of(options)?.link()
+}
+
 /// Takes the link to the partial copy away after a crash; the copy stays for the next attempt.
 ///
 /// # Errors

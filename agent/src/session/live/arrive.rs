@@ -1,0 +1,466 @@
+//! The way of a running VM into this host: its QEMU is made ready, fed, and let run once it is this side's.
+//!
+//! Owns the session's one task: everything that happens goes through it, one after the other. Leaves the decision to `vm::handover`,
+//! QEMU to `target_vm`, copies to `disk::apply`. Promises that `cont` is given only after every copy is closed here, and that the
+//! copies take their names only after the VM runs.
+
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use longhaul_common::ids::JobId;
+use longhaul_common::wire::session::{Refusal, RefusalKind, TargetOpen, TargetVm};
+use tokio::sync::mpsc;
+
+use super::ram_in::RamState;
+use super::target::{Arrived, LiveTarget};
+use super::target_vm::TargetQemuVm;
+use super::word::{ToSource, ToTarget};
+use crate::disk::apply::Placed;
+use crate::session::threads::on_thread;
+use crate::session::{Agent, hook, outcome, target_disks};
+use crate::vm::handover::{
+    Effect, Generation, Limits, Note, Reason, Record, TargetEvent, TargetOwner, TargetState,
+};
+use crate::vm::incoming::Template;
+use crate::vm::journal::{Journal, Role};
+
+/// Between two looks at QEMU: while nothing is expected, and while the source's VM stands.
+const LOOK: Duration = Duration::from_millis(500);
+const LOOK_CLOSE: Duration = Duration::from_millis(5);
+/// Between two repetitions of what may have been lost.
+const REMIND: Duration = Duration::from_secs(1);
+/// How long writers may take to let go of the copies.
+const RELEASE: Duration = Duration::from_secs(30);
+
+/// What happens to a session.
+pub(super) enum Event {
+    Attached(u32),
+    Word(ToTarget),
+    /// The operator's cancel.
+    GiveUp,
+    /// A copy could not be written.
+    DiskFailed,
+}
+
+/// The target's machine and its journal.
+pub(super) struct Machine {
+    owner: TargetOwner,
+    journal: Option<Journal>,
+    effects: Vec<Effect>,
+}
+
+impl Machine {
+    /// As a former life of this agent left it.
+    pub(super) async fn open(agent: &Arc<Agent>, job: JobId) -> Result<Self, Refusal> {
+        let refused = |error: &dyn std::error::Error| Refusal::because(RefusalKind::Refused, error);
+        let state = agent.settings.paths.state.clone();
+        let opened = on_thread("journal", move || Journal::open(&state, job, Role::Target)).await;
+        let journal = opened
+            .map_err(|error| refused(&error))?
+            .map_err(|error| refused(&error))?;
+        let (owner, effects) = TargetOwner::restore(journal.records()).map_err(|error| refused(&error))?;
+        Ok(Self {
+            owner,
+            journal: Some(journal),
+            effects,
+        })
+    }
+
+    /// Whether the VM belongs to this host.
+    pub(super) fn owns(&self) -> bool {
+        self.owner.owns()
+    }
+}
+
+/// Refuses a job whose VM this agent could not start.
+pub(super) fn check_template(agent: &Agent, open: &TargetOpen, vm: &TargetVm) -> Result<(), Refusal> {
+    let refuse = |text: String| Err(Refusal::new(RefusalKind::Refused, text));
+    if open.disks.iter().any(|disk| disk.overwrite) {
+        return refuse(
+            "a running VM's disks do not replace images: remove target.overwrite and free the names"
+                .to_owned(),
+        );
+    }
+    let template = Template(agent.settings.vm.command.clone());
+    if vm.qmp.is_none() && template.0.is_empty() {
+        return refuse(
+            "the target agent has no vm.command to start the VM's QEMU with; add it to its config, or name a QEMU that \
+             waits in target.qmp"
+                .to_owned(),
+        );
+    }
+    Ok(())
+}
+
+/// One session's task.
+struct Arrive {
+    s: Arc<LiveTarget>,
+    owner: TargetOwner,
+    journal: Option<Journal>,
+    qemu: TargetQemuVm,
+    placed: Vec<Placed>,
+    limits: Limits,
+    /// When the owner's state changed last, and what it was.
+    since: (TargetState, Instant),
+    /// Why the target's QEMU did not start.
+    unfit: Option<String>,
+    notes: Vec<String>,
+    cancelled: bool,
+}
+
+/// Serves a session until its VM has arrived and been given its names, or was given up by the operator.
+pub(super) async fn run(session: Arc<LiveTarget>, machine: Machine, events: mpsc::Receiver<Event>) {
+    let Machine {
+        owner,
+        journal,
+        effects,
+    } = machine;
+    let since = (*owner.state(), Instant::now());
+    let mut arrive = Arrive {
+        qemu: TargetQemuVm::new(&session),
+        s: session,
+        owner,
+        journal,
+        placed: Vec::new(),
+        limits: Limits::default(),
+        since,
+        unfit: None,
+        notes: Vec::new(),
+        cancelled: false,
+    };
+    arrive.perform(effects).await;
+    arrive.serve(events).await;
+}
+
+impl Arrive {
+    async fn serve(&mut self, mut events: mpsc::Receiver<Event>) {
+        let mut last_round = self.s.last_round.subscribe();
+        let mut feeds = self.s.ram.subscribe();
+        let mut reminded = Instant::now();
+        loop {
+            let feed = feeds.borrow_and_update().clone();
+            let mut ram = feed.as_ref().map(|feed| feed.state());
+            let close = self.owner.has_stream() || self.owner.commit().is_some();
+            let look = if close { LOOK_CLOSE } else { LOOK };
+            tokio::select! {
+                event = events.recv() => match event {
+                    Some(event) => self.on_event(event).await,
+                    None => return,
+                },
+                _ = last_round.changed() => {
+                    let batches = last_round.borrow_and_update().batches.len() as u64;
+                    self.on(TargetEvent::DisksDurable(batches)).await;
+                }
+                state = ended(ram.as_mut()) => self.on_stream(state).await,
+                _ = feeds.changed() => {}
+                () = tokio::time::sleep(look) => self.look().await,
+            }
+            if reminded.elapsed() >= REMIND && !self.owner.is_settled() {
+                reminded = Instant::now();
+                self.on(TargetEvent::Remind).await;
+            }
+            self.watch().await;
+            if self.owner.owns() && self.s.arrived.borrow().is_none() && self.is_started() {
+                self.arrive().await;
+            }
+            if self.cancelled && self.finish_cancel().await {
+                return;
+            }
+        }
+    }
+
+    fn is_started(&self) -> bool {
+        matches!(self.owner.state(), TargetState::Running { started: true, .. })
+    }
+
+    async fn on_event(&mut self, event: Event) {
+        match event {
+            Event::Attached(attempt) => {
+                tracing::debug!(job = %self.s.job, attempt, "the VM's source is attached")
+            }
+            Event::Word(ToTarget::Prepare { generation, vm }) => {
+                self.qemu.set_vm(*vm);
+                self.prepare(generation).await;
+            }
+            Event::Word(ToTarget::StreamEnd { generation, stream }) => {
+                let feed = self.s.ram.borrow().clone();
+                if let Some(feed) = feed.filter(|feed| feed.generation == generation) {
+                    feed.set_end(stream).await;
+                }
+            }
+            Event::Word(ToTarget::Handover(word)) => self.on(TargetEvent::Heard(word)).await,
+            Event::Word(ToTarget::Probe(number)) => self.s.tell(&ToSource::Echo(number)).await,
+            Event::GiveUp => {
+                self.cancelled = true;
+                self.on(TargetEvent::Stop(Reason::Cancelled)).await;
+            }
+            Event::DiskFailed => self.on(TargetEvent::Stop(Reason::DiskFailed)).await,
+        }
+    }
+
+    async fn prepare(&mut self, generation: Generation) {
+        if generation > self.owner.generation() {
+            self.unfit = None;
+            self.notes.clear();
+            self.on(TargetEvent::Prepare(generation)).await;
+        }
+        if generation != self.owner.generation() {
+            return;
+        }
+        let answer = match (self.owner.state(), self.unfit.clone()) {
+            (TargetState::Waiting, None) => ToSource::Prepared {
+                generation,
+                notes: self.notes.clone(),
+            },
+            (_, why) => ToSource::Unfit {
+                generation,
+                why: why.unwrap_or_else(|| self.owner.words().to_owned()),
+            },
+        };
+        self.s.tell(&answer).await;
+    }
+
+    async fn on_stream(&mut self, state: RamState) {
+        match (state.stream, state.failed) {
+            (Some(stream), _) if !self.owner.has_stream() => {
+                self.on(TargetEvent::StreamWritten(stream)).await
+            }
+            (None, Some(_)) => {
+                // QEMU's own words say more than a broken pipe.
+                self.look().await;
+                self.on(TargetEvent::Stop(Reason::LoadFailed)).await;
+            }
+            _ => {}
+        }
+    }
+
+    async fn look(&mut self) {
+        if matches!(
+            self.owner.state(),
+            TargetState::Waiting | TargetState::Running { started: false, .. }
+        ) {
+            self.perform(vec![Effect::Look]).await;
+        }
+    }
+
+    /// What goes on too long becomes an event.
+    async fn watch(&mut self) {
+        let state = *self.owner.state();
+        if state != self.since.0 {
+            self.since = (state, Instant::now());
+        }
+        if let Some(overdue) = self.owner.overdue(self.since.1.elapsed(), &self.limits) {
+            self.since.1 = Instant::now();
+            tracing::warn!(job = %self.s.job, "{overdue}");
+            self.on(overdue.event).await;
+        }
+    }
+
+    async fn on(&mut self, event: TargetEvent) {
+        let before = *self.owner.state();
+        let effects = self.owner.on(event);
+        if *self.owner.state() != before {
+            self.since = (*self.owner.state(), Instant::now());
+        }
+        self.perform(effects).await;
+    }
+
+    /// Does what the machine wants, in order, and what it wants then.
+    async fn perform(&mut self, effects: Vec<Effect>) {
+        let mut lists = vec![effects.into_iter()];
+        while let Some(list) = lists.last_mut() {
+            let Some(effect) = list.next() else {
+                lists.pop();
+                continue;
+            };
+            match self.act(effect).await {
+                Ok(None) => {}
+                Ok(Some(event)) => lists.push(self.owner.on(event).into_iter()),
+                Err(why) => {
+                    tracing::warn!(job = %self.s.job, ?effect, "a step of the handover failed: {why}");
+                    self.unfit = Some(why);
+                    lists.clear();
+                    lists.push(self.owner.on(TargetEvent::Failed(effect)).into_iter());
+                }
+            }
+        }
+    }
+
+    async fn act(&mut self, effect: Effect) -> Result<Option<TargetEvent>, String> {
+        match effect {
+            Effect::Journal(record) => self.append(record).await?,
+            Effect::Send(word) => self.s.tell(&ToSource::Handover(word)).await,
+            Effect::Report(note) => self.report(note),
+            Effect::Look => return Ok(self.qemu.look().await.map(TargetEvent::Qemu)),
+            Effect::StartIncoming => {
+                let paths = self.link().await?;
+                let generation = self.owner.generation();
+                self.notes = self.qemu.start(&paths, generation).await?;
+            }
+            Effect::KillIncoming => self.qemu.kill().await,
+            Effect::Cont => {
+                self.place().await?;
+                self.qemu.run().await?;
+            }
+            Effect::BootFromDisks => {
+                self.place().await?;
+                tracing::error!(job = %self.s.job, "start the VM from its disks on this host: {:?}", self.qemu.paths());
+            }
+            _ => return Err("an effect of the source".to_owned()),
+        }
+        Ok(None)
+    }
+
+    async fn append(&mut self, record: Record) -> Result<(), String> {
+        let mut journal = self.journal.take().ok_or("the journal is in use")?;
+        let appended = on_thread("journal", move || {
+            let appended = journal.append(record);
+            (journal, appended)
+        });
+        let (journal, appended) = appended.await.map_err(|error| error.to_string())?;
+        self.journal = Some(journal);
+        appended.map_err(|error| error.to_string())
+    }
+
+    fn report(&self, note: Note) {
+        tracing::info!(job = %self.s.job, "{note}");
+    }
+
+    /// Lets the final names lead to the copies, so that QEMU can open them.
+    async fn link(&self) -> Result<Vec<std::path::PathBuf>, String> {
+        let (job, disks) = (self.s.job, self.s.open.disks.clone());
+        let agent = Arc::clone(&self.s.agent);
+        let linked = on_thread("link", move || target_disks::link(job, &disks, &agent.settings));
+        linked
+            .await
+            .map_err(|error| error.to_string())?
+            .map_err(|refusal| refusal.text)
+    }
+
+    /// Closes every copy, so that QEMU may lock and write the images.
+    async fn place(&mut self) -> Result<(), String> {
+        if !self.placed.is_empty() || self.s.open.disks.is_empty() {
+            return Ok(());
+        }
+        let targets = self.take_targets().await?;
+        let placed = on_thread("place", move || {
+            targets
+                .into_iter()
+                .map(crate::disk::apply::Target::place)
+                .collect::<Result<Vec<_>, _>>()
+        });
+        let placed = placed.await.map_err(|error| error.to_string())?;
+        self.placed = placed.map_err(|error| outcome::target(&error).text)?;
+        Ok(())
+    }
+
+    /// The copies, from the writers that may still have them.
+    async fn take_targets(&self) -> Result<Vec<crate::disk::apply::Target>, String> {
+        let mut released = self.s.released.subscribe();
+        self.s.wanted.send_replace(true);
+        let waited = tokio::time::timeout(RELEASE, async {
+            loop {
+                let taken = self
+                    .s
+                    .targets
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .take();
+                if let Some(targets) = taken.filter(|targets| !targets.is_empty()) {
+                    return Ok(targets);
+                }
+                released
+                    .changed()
+                    .await
+                    .map_err(|_| "the session ended".to_owned())?;
+            }
+        });
+        let taken = waited
+            .await
+            .unwrap_or_else(|_| Err("the copies were not let go".to_owned()));
+        self.s.wanted.send_replace(false);
+        taken
+    }
+
+    /// The VM runs: its disks take their names, the record is written, the hook called.
+    async fn arrive(&mut self) {
+        let mut placed = std::mem::take(&mut self.placed);
+        let (agent, open) = (Arc::clone(&self.s.agent), self.s.open.clone());
+        let named = on_thread("promote", move || {
+            let named = target_disks::promote_live(&open, &mut placed, &agent.settings);
+            (named, placed)
+        });
+        let paths = match named.await {
+            Ok((Ok(paths), _)) => paths,
+            Ok((Err(refusal), placed)) => {
+                self.placed = placed;
+                tracing::error!(job = %self.s.job, "the VM runs, but its disks have no names yet: {refusal}; it is tried again");
+                return tokio::time::sleep(REMIND).await;
+            }
+            Err(error) => {
+                return tracing::error!(job = %self.s.job, "the VM runs, but its disks have no names: {error}");
+            }
+        };
+        let job = self.s.job;
+        let told = hook::Arrival {
+            job,
+            name: &self.s.open.name,
+            disks: &paths,
+            definition: None,
+        };
+        let hook = hook::run(&self.s.agent.settings.hooks, &told).await;
+        if let Some(problem) = &hook {
+            tracing::error!(job = %job, "{problem}");
+        }
+        self.qemu.release();
+        self.s.arrived.send_replace(Some(Arrived { paths, hook }));
+        tracing::info!(job = %job, "the VM has arrived");
+    }
+
+    /// The operator gave the job up: the copies are removed. `true` once nothing is left.
+    async fn finish_cancel(&mut self) -> bool {
+        if self.owner.owns() {
+            self.cancelled = false;
+            return false;
+        }
+        self.qemu.kill().await;
+        let mut placed = std::mem::take(&mut self.placed);
+        let targets = if placed.is_empty() {
+            self.take_targets().await.unwrap_or_default()
+        } else {
+            Vec::new()
+        };
+        let discarded = on_thread("discard", move || {
+            placed.iter_mut().try_for_each(Placed::discard)?;
+            targets.into_iter().try_for_each(|target| {
+                target.unlink()?;
+                target.discard()
+            })
+        });
+        match discarded.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(job = %self.s.job, "a partial copy is left: {error}"),
+            Err(error) => tracing::warn!(job = %self.s.job, "a partial copy is left: {error}"),
+        }
+        self.s.over.send_replace(true);
+        true
+    }
+}
+
+/// Waits until a stream has ended, one way or the other.
+async fn ended(state: Option<&mut tokio::sync::watch::Receiver<RamState>>) -> RamState {
+    let Some(state) = state else {
+        return std::future::pending().await;
+    };
+    let ended = state
+        .wait_for(|state| state.stream.is_some() || state.failed.is_some())
+        .await;
+    match ended.map(|state| state.clone()) {
+        Ok(state) => {
+            // Said once: the next look is at another stream, or at nothing new.
+            tokio::time::sleep(LOOK_CLOSE).await;
+            state
+        }
+        Err(_) => std::future::pending().await,
+    }
+}

@@ -1,0 +1,282 @@
+//! Reading a running VM's disks: round 0, and what a dirty bitmap says.
+//!
+//! Owns the threads that read, and cutting what they read into batches. Leaves zeros, leaves and digests of round 0 to `disk::reader`,
+//! sending to the caller. Promises that a round covers every dirty byte of its bitmap, and that reading stops with whoever asked.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use longhaul_common::digest::Digest;
+use longhaul_common::extent::{BLOCK, Extent};
+use longhaul_common::ids::{DiskIndex, Round};
+use longhaul_common::wire::batch::{BatchHeader, Content, Leaves, PIECES_MAX, Piece, RAW_MAX};
+use longhaul_common::wire::session::{DiskCounts, Refusal, RefusalKind};
+use tokio::sync::mpsc;
+
+use super::disks;
+use super::drive::Stop;
+use super::source::LiveSource;
+use super::uplink::Uplink;
+use crate::disk::ReadAt;
+use crate::disk::free_map::FreeMap;
+use crate::disk::have::HaveLeaves;
+use crate::disk::image::LiveImage;
+use crate::disk::reader::{DiskRead, KnownLeaves, Outgoing};
+use crate::session::outcome;
+use crate::vm::rounds::RoundExport;
+
+/// Batches that are read ahead.
+const READ_AHEAD: usize = 4;
+/// How much of a batch of a later round is read at most: small ones travel in parallel.
+const DIRTY_BATCH: usize = 256 << 10;
+
+/// What a round has of one disk, not addressed yet.
+#[derive(Clone, Debug)]
+pub(super) struct Batch {
+    pub disk: DiskIndex,
+    pieces: Vec<Piece>,
+    pub data: Vec<u8>,
+}
+
+impl Batch {
+    /// The header for one attempt, and the data.
+    pub(super) fn addressed(
+        &self,
+        uplink: &Uplink,
+        round: Round,
+        urgent: bool,
+    ) -> Result<(BatchHeader, Vec<u8>), Stop> {
+        let mut header = BatchHeader {
+            job: uplink.job,
+            attempt: uplink.attempt,
+            disk: self.disk,
+            round,
+            sequence: uplink.next_sequence(),
+            pieces: self.pieces.clone(),
+            leaves: Leaves::default(),
+            ram: None,
+            urgent,
+            digest: Digest([0; 32]),
+        };
+        let made = header.digest_of(&self.data);
+        header.digest = made.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
+        Ok((header, self.data.clone()))
+    }
+
+    /// Bytes of the disk that it stands for.
+    pub(super) fn covered(&self) -> u64 {
+        self.pieces.iter().map(|piece| piece.extent.len()).sum()
+    }
+}
+
+/// Tells reading threads to stop when whoever asked is gone.
+struct StopOnDrop(Arc<AtomicBool>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+enum Event {
+    Batch(Outgoing),
+    Done(Digest, DiskCounts),
+    Failed(Refusal),
+}
+
+/// Reads all disks and sends what the target does not `have`. Gives what was counted.
+pub(super) async fn base(
+    session: &Arc<LiveSource>,
+    uplink: &Arc<Uplink>,
+    exports: Vec<RoundExport>,
+    have: Vec<HaveLeaves>,
+) -> Result<Vec<(Digest, DiskCounts)>, Stop> {
+    let (events, mut read) = mpsc::channel(READ_AHEAD);
+    let stop = StopOnDrop(Arc::default());
+    let (reading, with, stopping) = (Arc::clone(session), Arc::clone(uplink), Arc::clone(&stop.0));
+    let body = move || read_base(&reading, &with, &exports, &have, &events, &stopping);
+    std::thread::Builder::new()
+        .name("live-read".to_owned())
+        .spawn(body)
+        .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
+    let mut done = Vec::new();
+    while let Some(event) = read.recv().await {
+        match event {
+            Event::Batch(outgoing) => uplink.send_disk(&outgoing.header, outgoing.data).await?,
+            Event::Done(digest, counts) => done.push((digest, counts)),
+            Event::Failed(refusal) => return Err(refusal.into()),
+        }
+        if session.heard.borrow().cancel.is_some() {
+            return Err(Stop::Detached);
+        }
+    }
+    Ok(done)
+}
+
+fn read_base(
+    session: &LiveSource,
+    uplink: &Uplink,
+    exports: &[RoundExport],
+    have: &[HaveLeaves],
+    events: &mpsc::Sender<Event>,
+    stop: &AtomicBool,
+) {
+    let threads = session.agent.settings.limits.read_threads;
+    let images = match disks::connect(exports, threads) {
+        Ok(images) => images,
+        Err(refusal) => return drop(events.blocking_send(Event::Failed(refusal))),
+    };
+    for ((disk, image), have) in (0..).map(DiskIndex).zip(&images).zip(have) {
+        let read = DiskRead {
+            job: session.job,
+            attempt: uplink.attempt,
+            disk,
+            image,
+            allocation: &|range| image.allocation(range),
+            free: &FreeMap::new(image.size()),
+            have,
+            // The disk changes under us: what was read once may be read again.
+            known: &KnownLeaves::new(image.size()),
+            sequence: uplink.sequence(),
+            emit: &|outgoing| {
+                !stop.load(Ordering::Relaxed) && events.blocking_send(Event::Batch(outgoing)).is_ok()
+            },
+        };
+        let event = match read.run(threads) {
+            Ok((digest, counts)) => Event::Done(digest, counts),
+            Err(error) => Event::Failed(outcome::reading(&error)),
+        };
+        let failed = matches!(event, Event::Failed(_));
+        if events.blocking_send(event).is_err() || failed {
+            return;
+        }
+    }
+}
+
+/// Reads what the exports' bitmaps call dirty, all disks at once. The receiver's end stops the reading.
+pub(super) async fn dirty(
+    session: &Arc<LiveSource>,
+    exports: Vec<RoundExport>,
+) -> Result<mpsc::Receiver<Result<Batch, Refusal>>, Stop> {
+    let (batches, read) = mpsc::channel(READ_AHEAD);
+    let threads = session.agent.settings.limits.read_threads;
+    let body = move || {
+        let images = match disks::connect(&exports, threads) {
+            Ok(images) => images,
+            Err(refusal) => return drop(batches.blocking_send(Err(refusal))),
+        };
+        std::thread::scope(|scope| {
+            for (disk, image) in (0..).map(DiskIndex).zip(&images) {
+                let batches = &batches;
+                scope.spawn(move || {
+                    if let Err(error) = read_dirty(disk, image, batches) {
+                        let refusal = Refusal::because(RefusalKind::Refused, &error);
+                        drop(batches.blocking_send(Err(refusal)));
+                    }
+                });
+            }
+        });
+        images.into_iter().for_each(LiveImage::close);
+    };
+    std::thread::Builder::new()
+        .name("live-round".to_owned())
+        .spawn(body)
+        .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
+    Ok(read)
+}
+
+fn read_dirty(
+    disk: DiskIndex,
+    image: &LiveImage,
+    batches: &mpsc::Sender<Result<Batch, Refusal>>,
+) -> std::io::Result<()> {
+    let mut making = Making::new(disk);
+    let mut failed = Ok(());
+    image.each_dirty(|extents| {
+        for extent in extents {
+            if failed.is_ok() {
+                failed = making.read(image, extent, batches);
+            }
+        }
+    })?;
+    failed?;
+    making.send(batches);
+    Ok(())
+}
+
+/// A batch that is being filled.
+struct Making {
+    batch: Batch,
+    buffer: Vec<u8>,
+    gone: bool,
+}
+
+impl Making {
+    fn new(disk: DiskIndex) -> Self {
+        let batch = Batch {
+            disk,
+            pieces: Vec::new(),
+            data: Vec::new(),
+        };
+        Self {
+            batch,
+            buffer: vec![0; DIRTY_BATCH],
+            gone: false,
+        }
+    }
+
+    fn read(
+        &mut self,
+        image: &LiveImage,
+        extent: Extent,
+        batches: &mpsc::Sender<Result<Batch, Refusal>>,
+    ) -> std::io::Result<()> {
+        const { assert!(DIRTY_BATCH <= RAW_MAX && DIRTY_BATCH / BLOCK as usize <= PIECES_MAX) };
+        let mut at = extent.offset();
+        while at < extent.end() && !self.gone {
+            let room = (DIRTY_BATCH - self.batch.covered().min(DIRTY_BATCH as u64) as usize) as u64;
+            let part = Extent::between(at, extent.end().min(at + room));
+            let mut buffer = std::mem::take(&mut self.buffer);
+            image.read_exact_at(&mut buffer[..part.len() as usize], at)?;
+            self.sort(&buffer[..part.len() as usize], at);
+            self.buffer = buffer;
+            at = part.end();
+            if self.batch.covered() >= DIRTY_BATCH as u64 {
+                self.send(batches);
+            }
+        }
+        Ok(())
+    }
+
+    /// Splits what was read into data and zeros, block by block.
+    fn sort(&mut self, bytes: &[u8], mut at: u64) {
+        for block in bytes.chunks(BLOCK as usize) {
+            let extent = Extent::between(at, at + block.len() as u64);
+            at = extent.end();
+            let zero = block.iter().all(|byte| *byte == 0);
+            let content = if zero { Content::Zero } else { Content::Data };
+            if !zero {
+                self.batch.data.extend_from_slice(block);
+            }
+            match self.batch.pieces.last_mut() {
+                Some(last) if last.content == content && last.extent.end() == extent.offset() => {
+                    last.extent = Extent::between(last.extent.offset(), extent.end());
+                }
+                _ => self.batch.pieces.push(Piece { extent, content }),
+            }
+        }
+    }
+
+    fn send(&mut self, batches: &mpsc::Sender<Result<Batch, Refusal>>) {
+        if self.batch.pieces.is_empty() {
+            return;
+        }
+        let next = Batch {
+            disk: self.batch.disk,
+            pieces: Vec::new(),
+            data: Vec::new(),
+        };
+        let full = std::mem::replace(&mut self.batch, next);
+        self.gone = batches.blocking_send(Ok(full)).is_err();
+    }
+}

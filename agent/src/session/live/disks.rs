@@ -1,0 +1,182 @@
+//! The disks of a running VM, as its QEMU shows them.
+//!
+//! Owns finding the disks that a job names, their exports while a round is read, and what the gateway is told of them. Leaves bitmaps
+//! and exports to `vm::rounds`, reading to `disk::reader`.
+
+use std::path::PathBuf;
+
+use longhaul_common::extent::Extent;
+use longhaul_common::wire::session::{DISKS_MAX, OpenedDisk, Refusal, RefusalKind, SourceDisk};
+use serde::Deserialize;
+
+use crate::disk::image::{Allocation, LiveImage};
+use crate::vm::qmp::Qmp;
+use crate::vm::rounds::RoundExport;
+
+/// One disk of the VM.
+#[derive(Clone, Debug)]
+pub(super) struct VmDisk {
+    /// Root node that the guest's device sees.
+    pub node: String,
+    /// The file or device below it, as QEMU opened it.
+    pub file: PathBuf,
+    pub format: String,
+    pub size: u64,
+}
+
+#[derive(Deserialize)]
+struct Device {
+    device: String,
+    #[serde(default)]
+    qdev: Option<String>,
+    #[serde(default)]
+    inserted: Option<Inserted>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Inserted {
+    file: String,
+    #[serde(default)]
+    node_name: Option<String>,
+    ro: bool,
+    drv: String,
+    image: Image,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Image {
+    virtual_size: u64,
+    filename: String,
+}
+
+/// The VM's disks that the job names, in the job's order: by qdev id, device name or node name.
+pub(super) async fn find(qmp: &Qmp, wanted: &[SourceDisk]) -> Result<Vec<VmDisk>, Refusal> {
+    let refuse = |text: String| Refusal::new(RefusalKind::Refused, text);
+    if wanted.is_empty() || wanted.len() > DISKS_MAX {
+        let text = format!(
+            "a VM with {} disks cannot be moved; 1 to {DISKS_MAX} can",
+            wanted.len()
+        );
+        return Err(refuse(text));
+    }
+    let devices: Vec<Device> = qmp
+        .query("query-block")
+        .await
+        .map_err(|error| Refusal::because(RefusalKind::Refused, &error))?;
+    let disks = wanted.iter().map(|disk| {
+        let name = disk.path.to_string_lossy();
+        let found = devices.iter().find(|device| device.is(&name));
+        let inserted = found.and_then(|device| device.inserted.as_ref()).ok_or_else(|| {
+            let known: Vec<_> = devices.iter().flat_map(Device::names).collect();
+            refuse(format!(
+                "the VM has no disk '{name}'; it has: {}; correct [[disk]] source",
+                known.join(", ")
+            ))
+        })?;
+        inserted.disk(&name).map_err(refuse)
+    });
+    disks.collect()
+}
+
+impl Device {
+    /// By what it may be called: "/machine/peripheral/disk0/virtio-backend" is `disk0`.
+    fn names(&self) -> Vec<String> {
+        let Some(inserted) = &self.inserted else {
+            return Vec::new();
+        };
+        let qdev = self.qdev.as_deref().unwrap_or_default();
+        let short = qdev.strip_prefix("/machine/peripheral/").unwrap_or(qdev);
+        let short = short.split('/').next().unwrap_or_default();
+        let names = [
+            short,
+            &self.device,
+            inserted.node_name.as_deref().unwrap_or_default(),
+        ];
+        let mut names: Vec<_> = names
+            .iter()
+            .filter(|name| !name.is_empty())
+            .map(|name| (*name).to_owned())
+            .collect();
+        names.dedup();
+        names
+    }
+
+    fn is(&self, name: &str) -> bool {
+        self.names().iter().any(|known| known == name)
+    }
+}
+
+impl Inserted {
+    fn disk(&self, name: &str) -> Result<VmDisk, String> {
+        let node = self.node_name.clone().filter(|node| !node.is_empty());
+        let node = node.ok_or_else(|| {
+            format!(
+                "disk '{name}' has no node name; start the VM with -blockdev, or give its -drive a node-name"
+            )
+        })?;
+        if self.ro {
+            return Err(format!(
+                "disk '{name}' is read-only media; it is not moved: copy or eject it, and leave it out of the job"
+            ));
+        }
+        let file = if self.file.is_empty() || self.file.starts_with("json:") {
+            &self.image.filename
+        } else {
+            &self.file
+        };
+        Ok(VmDisk {
+            node,
+            file: PathBuf::from(file),
+            format: self.drv.clone(),
+            size: self.image.virtual_size,
+        })
+    }
+}
+
+/// Connects to the exports of a round. Blocks.
+pub(super) fn connect(exports: &[RoundExport], connections: usize) -> Result<Vec<LiveImage>, Refusal> {
+    let images = exports.iter().map(|export| {
+        LiveImage::connect(
+            &export.socket,
+            &export.export,
+            export.bitmap.as_deref(),
+            connections,
+        )
+        .map_err(|error| Refusal::because(RefusalKind::Refused, &error))
+    });
+    images.collect()
+}
+
+/// What is stored of an image. Blocks.
+pub(super) fn report(disk: &VmDisk, image: &LiveImage) -> Result<OpenedDisk, Refusal> {
+    let started = std::time::Instant::now();
+    let unreadable = |error: std::io::Error| Refusal::because(RefusalKind::Refused, &error);
+    let mut allocated = 0_u64;
+    let mut at = 0;
+    while at < image.size() {
+        let range = Extent::between(at, image.size().min(at.saturating_add(MAP_STEP)));
+        let runs = image.allocation(range).map_err(unreadable)?;
+        allocated += runs
+            .iter()
+            .filter(|run| run.state == Allocation::Data)
+            .map(|run| run.extent.len())
+            .sum::<u64>();
+        at = range.end();
+    }
+    Ok(OpenedDisk {
+        size: image.size(),
+        format: disk.format.clone(),
+        allocated,
+        free: 0,
+        used: allocated,
+        parts: Vec::new(),
+        notes: Vec::new(),
+        scan_ms: started.elapsed().as_millis() as u64,
+        sent_before: 0,
+    })
+}
+
+/// How much of a disk's map is asked for at once, in bytes of the disk.
+const MAP_STEP: u64 = 64 << 30;

@@ -1,0 +1,480 @@
+//! The way of a running VM out of this host, from round 0 to the target's word that it runs.
+//!
+//! Owns the order of the steps and what is remembered between them. Every step that needs the link ends with `Stop::Detached` where it
+//! is lost, and is taken up again on the next one. Leaves who may run the VM to `source_vm`, the decision when to go on to
+//! `vm::converge`, reading to `copy`. Promises that whatever ends the job before the handover leaves the VM running here, without
+//! anything of ours in its QEMU.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use longhaul_common::ids::Round;
+use longhaul_common::wire::session::{FromSource, LiveOutcome, LiveStage, LiveState, Refusal, RefusalKind};
+use tokio::sync::mpsc;
+
+use super::copy::{self, Batch};
+use super::pace::Pace;
+use super::source::{End, LiveSource};
+use super::source_vm::SourceVm;
+use super::uplink::{Detached, Uplink};
+use super::word::ToTarget;
+use crate::vm::converge::{Converge, Decision, Verdict};
+use crate::vm::handover::{Generation, Reason, Word};
+use crate::vm::rounds::{Rounds, RoundsError};
+
+/// Between two looks at the VM.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long the target may take to have a QEMU ready.
+const PREPARE: Duration = Duration::from_secs(60);
+/// Between two words that are said again.
+const SAY_AGAIN: Duration = Duration::from_secs(1);
+
+/// What a session begins with.
+pub(super) struct Parts {
+    pub rounds: Rounds,
+    pub words: mpsc::Receiver<Word>,
+}
+
+/// Why a step ended early.
+pub(super) enum Stop {
+    Detached,
+    Refused(Refusal),
+}
+
+impl std::fmt::Display for Stop {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Detached => Detached.fmt(f),
+            Self::Refused(refusal) => refusal.fmt(f),
+        }
+    }
+}
+
+impl From<Detached> for Stop {
+    fn from(_: Detached) -> Self {
+        Self::Detached
+    }
+}
+
+impl From<Refusal> for Stop {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+impl From<RoundsError> for Stop {
+    fn from(error: RoundsError) -> Self {
+        Self::Refused(Refusal::because(RefusalKind::Refused, &error))
+    }
+}
+
+/// The migration of one VM.
+pub(super) struct Drive {
+    pub s: Arc<LiveSource>,
+    pub rounds: Rounds,
+    pub vm: SourceVm,
+    converge: Converge,
+    pub pace: Pace,
+    began: Instant,
+    /// The life of the target's session that holds a whole copy but for what the bitmaps say.
+    base_for: Option<u64>,
+    /// Number of the newest round on the wire: never used twice, whatever happens to rounds in QEMU.
+    pub round: u32,
+    pub outcome: LiveOutcome,
+    /// What was decided last, so that it is noted once.
+    last: Option<std::mem::Discriminant<Decision>>,
+    counted: bool,
+}
+
+/// Moves the VM.
+pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
+    let vm = match SourceVm::open(session, parts.words).await {
+        Ok(vm) => vm,
+        Err(refusal) => {
+            let _ = parts.rounds.remove().await;
+            return Err(refusal);
+        }
+    };
+    let disks = session.disks.len();
+    let mut drive = Drive {
+        s: Arc::clone(session),
+        rounds: parts.rounds,
+        vm,
+        converge: Converge::new(),
+        pace: Pace::new(disks),
+        began: Instant::now(),
+        base_for: None,
+        round: 0,
+        outcome: LiveOutcome {
+            rounds: 0,
+            generation: 0,
+            predicted_blackout_ms: 0,
+            blackout_ms: 0,
+            stream_bytes: 0,
+            stream_digest: longhaul_common::digest::Digest([0; 32]),
+            steps_ms: Vec::new(),
+            decisions: Vec::new(),
+            notes: Vec::new(),
+            dirty_bytes: vec![0; disks],
+        },
+        last: None,
+        counted: false,
+    };
+    let end = drive.move_vm().await;
+    drive.leave(end).await
+}
+
+impl Drive {
+    async fn move_vm(&mut self) -> Result<(), Refusal> {
+        loop {
+            match self.step().await {
+                Ok(()) => return Ok(()),
+                Err(Stop::Detached) => {
+                    self.note("the link to the target was lost; the VM runs on".to_owned())
+                }
+                Err(Stop::Refused(refusal)) => return Err(refusal),
+            }
+        }
+    }
+
+    /// From a link to the target on, as far as it lasts. `Ok`: the VM runs there.
+    async fn step(&mut self) -> Result<(), Stop> {
+        let (uplink, session) = self.attached().await?;
+        if self.base_for != Some(session) {
+            if self.vm.is_migrating() {
+                self.vm.give_up(Reason::LinkLost).await?;
+            }
+            self.base(&uplink).await?;
+            self.base_for = Some(session);
+        }
+        self.follow(&uplink).await
+    }
+
+    /// Waits for a link and the target's session on it; gives up RAM where that takes too long.
+    async fn attached(&mut self) -> Result<(Arc<Uplink>, u64), Stop> {
+        let mut uplinks = self.s.uplink.subscribe();
+        let mut heard = self.s.heard.subscribe();
+        let hold = Duration::from_millis(self.s.vm.policy.hold_ms);
+        let mut give_up = Some(Instant::now() + hold);
+        loop {
+            self.check_cancel()?;
+            let uplink = uplinks
+                .borrow_and_update()
+                .clone()
+                .filter(|uplink| !uplink.is_gone());
+            let session = heard.borrow_and_update().session;
+            if let (Some(uplink), Some((attempt, session))) = (uplink, session)
+                && uplink.attempt == attempt
+            {
+                return Ok((uplink, session));
+            }
+            let until = give_up.unwrap_or_else(|| Instant::now() + hold);
+            tokio::select! {
+                _ = uplinks.changed() => {}
+                _ = heard.changed() => {}
+                () = tokio::time::sleep_until(until.into()) => {
+                    give_up = None;
+                    if self.vm.is_migrating() {
+                        self.note(format!("no link for {} s: the RAM stream is given up, the disks stay as they are", hold.as_secs()));
+                        self.vm.give_up(Reason::LinkLost).await?;
+                    }
+                }
+            }
+        }
+    }
+
+    fn check_cancel(&self) -> Result<(), Stop> {
+        let cancel = self.s.heard.borrow().cancel.clone();
+        cancel.map_or(Ok(()), |refusal| {
+            let kind = RefusalKind::Cancelled;
+            Err(Stop::Refused(Refusal { kind, ..refusal }))
+        })
+    }
+
+    /// Round 0: everything that the target does not hold yet.
+    async fn base(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
+        self.state(LiveStage::Copy, 0, 0, String::new()).await;
+        let mut have = None;
+        self.s.heard.send_if_modified(|heard| {
+            have = heard.have.take_if(|(attempt, _)| *attempt == uplink.attempt);
+            false
+        });
+        // Told once for each attempt: a pass that fails without its link would be a fault of QEMU's, and ends the job.
+        let Some((_, have)) = have else {
+            return Err(Stop::Detached);
+        };
+        if self.rounds.round() > 0 {
+            self.rounds.give_back().await?;
+        }
+        if self.rounds.exports().is_empty() {
+            self.rounds.open_base().await?;
+        }
+        let exports = self.rounds.exports().to_vec();
+        let counts = copy::base(&self.s, uplink, exports, have).await?;
+        uplink.settle().await?;
+        if !self.counted {
+            for (index, (digest, counts)) in (0..).map(longhaul_common::ids::DiskIndex).zip(counts) {
+                let disk = index;
+                uplink.say(FromSource::DiskDone { disk, digest, counts }).await;
+            }
+            self.counted = true;
+            self.outcome
+                .steps_ms
+                .push(("round 0".to_owned(), self.began.elapsed().as_millis() as u64));
+        }
+        self.rounds.finish().await?;
+        Ok(())
+    }
+
+    /// Rounds, RAM and the handover, as `vm::converge` says. `Ok`: the VM runs at the target.
+    async fn follow(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
+        let mut probed = 0;
+        let mut last_probe = Instant::now() - SAY_AGAIN;
+        loop {
+            self.check_cancel()?;
+            if uplink.is_gone() {
+                return Err(Stop::Detached);
+            }
+            if last_probe.elapsed() >= SAY_AGAIN {
+                (probed, last_probe) = (probed + 1, Instant::now());
+                self.s.probe(probed).await;
+            }
+            if self.vm.is_migrating() && self.vm.stopped_unasked().await? {
+                return self.hand_over(uplink).await;
+            }
+            let verdict = self.decide(uplink).await?;
+            match verdict.decision {
+                Decision::Round => self.dirty_round(uplink).await?,
+                Decision::StartRam => self.start_ram(uplink).await?,
+                Decision::Continue => tokio::time::sleep(LOOK).await,
+                Decision::HandOver { predicted } => {
+                    self.outcome.predicted_blackout_ms = predicted.as_millis() as u64;
+                    if self.vm.switch_over().await? {
+                        return self.hand_over(uplink).await;
+                    }
+                }
+                Decision::SlowGuest { cpu, io } => {
+                    self.vm.slow(cpu, io).await?;
+                    tokio::time::sleep(LOOK).await;
+                }
+                Decision::HoldInSync => {
+                    if self.vm.is_migrating() {
+                        self.vm.give_up(Reason::NoConvergence).await?;
+                    }
+                    tokio::time::sleep(SAY_AGAIN).await;
+                }
+                Decision::GiveUp => {
+                    let text = format!("the VM was not moved: {}", verdict.why);
+                    return Err(Refusal::new(RefusalKind::Refused, text).into());
+                }
+            }
+        }
+    }
+
+    async fn decide(&mut self, uplink: &Uplink) -> Result<Verdict, Stop> {
+        let dirty = self.rounds.dirty_bytes().await?;
+        let stats = self.vm.stats().await?;
+        let rtt = self.s.heard.borrow().rtt;
+        let now = self.began.elapsed();
+        let ram = self.vm.ram_view();
+        if let Some((out, ram)) = self.vm.ram_out().zip(ram) {
+            out.set_window(self.pace.window(&ram, rtt));
+        }
+        let view = self
+            .pace
+            .view(now, &dirty, stats.as_ref(), ram.as_ref(), uplink, rtt);
+        let policy = super::pace::policy(&self.s.vm.policy);
+        let verdict = self.converge.decide(now, &view, &policy);
+        let kind = std::mem::discriminant(&verdict.decision);
+        if self.last.replace(kind) != Some(kind) {
+            tracing::info!(job = %self.s.job, decision = ?verdict.decision, "{}", verdict.why);
+            self.note(verdict.why.clone());
+        }
+        let left = view.disks.iter().map(|disk| disk.dirty).sum();
+        let ram_left = view.ram.as_ref().map_or(0, |ram| ram.remaining);
+        let stage = if view.ram.is_some() {
+            LiveStage::Ram
+        } else {
+            LiveStage::Rounds
+        };
+        self.state(stage, left, ram_left, verdict.why.clone()).await;
+        Ok(verdict)
+    }
+
+    /// One pass over what the guest wrote. It ends when all of it is durable; until then its bitmap is kept.
+    async fn dirty_round(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
+        self.round += 1;
+        self.outcome.rounds += 1;
+        self.rounds.next().await?;
+        let sent = self.send_round(uplink).await;
+        match sent {
+            Ok(()) => Ok(self.rounds.finish().await?),
+            Err(stop) => {
+                // In doubt it counts to the next one.
+                self.rounds.give_back().await?;
+                Err(stop)
+            }
+        }
+    }
+
+    async fn send_round(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
+        let exports = self.rounds.exports().to_vec();
+        let mut batches = copy::dirty(&self.s, exports).await?;
+        while let Some(batch) = batches.recv().await {
+            let batch = batch?;
+            self.count(&batch);
+            let (header, data) = batch.addressed(uplink, Round(self.round), false)?;
+            uplink.send_disk(&header, data).await?;
+        }
+        Ok(uplink.settle().await?)
+    }
+
+    fn count(&mut self, batch: &Batch) {
+        if let Some(bytes) = self.outcome.dirty_bytes.get_mut(usize::from(batch.disk.0)) {
+            *bytes += batch.data.len() as u64;
+        }
+        self.pace.sent(usize::from(batch.disk.0), batch.covered());
+    }
+
+    /// Has the target make a QEMU ready, then lets RAM flow.
+    async fn start_ram(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
+        let generation = self.vm.next_generation();
+        self.prepare(uplink, generation).await?;
+        self.outcome.generation = generation.0;
+        self.vm.begin(generation).await?;
+        self.note(format!("RAM begins to flow, stream {generation}"));
+        Ok(())
+    }
+
+    async fn prepare(&mut self, uplink: &Arc<Uplink>, generation: Generation) -> Result<(), Stop> {
+        let ask = ToTarget::Prepare {
+            generation,
+            vm: Box::new(self.vm.words().await?),
+        };
+        let mut heard = self.s.heard.subscribe();
+        let limit = Instant::now() + PREPARE;
+        loop {
+            self.s.tell(&ask).await;
+            let answered = heard.wait_for(|heard| {
+                heard.cancel.is_some() || heard.prepared.as_ref().is_some_and(|(of, _)| *of == generation)
+            });
+            let answer = tokio::select! {
+                answered = tokio::time::timeout(SAY_AGAIN, answered) => {
+                    answered.ok().and_then(Result::ok).and_then(|heard| heard.prepared.clone())
+                }
+                () = uplink.ended() => return Err(Stop::Detached),
+            };
+            self.check_cancel()?;
+            match answer.filter(|(of, _)| *of == generation) {
+                Some((_, Ok(notes))) => {
+                    self.outcome.notes.extend(notes);
+                    return Ok(());
+                }
+                Some((_, Err(why))) => return Err(Refusal::new(RefusalKind::Refused, why).into()),
+                None if Instant::now() > limit => {
+                    let text = format!(
+                        "the target had no QEMU ready within {} s; see its agent's log",
+                        PREPARE.as_secs()
+                    );
+                    return Err(Refusal::new(RefusalKind::Refused, text).into());
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// The VM stands (pre-switchover): the last round, the rest of RAM, and the target's word. `Err(Detached)` only while the VM runs on.
+    async fn hand_over(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
+        let stopped = Instant::now();
+        self.state(LiveStage::Handover, 0, 0, "the VM stands".to_owned())
+            .await;
+        let last = match self.last_round(uplink).await {
+            Ok(last) => last,
+            Err(stop) => {
+                self.rounds.give_back().await?;
+                self.vm.give_up(Reason::LinkLost).await?;
+                return Err(stop);
+            }
+        };
+        self.step_done("last round read", stopped);
+        // Its bitmap counts on: should the VM stay here, what the target was sent just now is sent again.
+        self.rounds.give_back().await?;
+        self.step_done("exports closed", stopped);
+        let moved = self
+            .vm
+            .finish(uplink, last, self.round, stopped, &mut self.outcome)
+            .await?;
+        if !moved {
+            self.note("the handover was called off; the VM runs on here".to_owned());
+            // What is different now is that the target needs another QEMU: the copy of its disks stays good.
+            return Err(Stop::Detached);
+        }
+        self.outcome.blackout_ms = stopped.elapsed().as_millis() as u64;
+        Ok(())
+    }
+
+    /// Reads and sends the last round, urgently. Gives its batches: they are kept until the target has answered.
+    async fn last_round(&mut self, uplink: &Arc<Uplink>) -> Result<Vec<Batch>, Stop> {
+        self.round += 1;
+        self.outcome.rounds += 1;
+        self.rounds.next().await?;
+        let exports = self.rounds.exports().to_vec();
+        let mut batches = copy::dirty(&self.s, exports).await?;
+        let mut last = Vec::new();
+        while let Some(batch) = batches.recv().await {
+            let batch = batch?;
+            self.count(&batch);
+            let (header, data) = batch.addressed(uplink, Round(self.round), true)?;
+            uplink.send_disk(&header, data).await?;
+            last.push(batch);
+        }
+        Ok(last)
+    }
+
+    pub(super) fn note(&mut self, words: String) {
+        if self.outcome.decisions.len() < longhaul_common::wire::words::LIST_MAX {
+            let at = self.began.elapsed().as_secs_f64();
+            self.outcome.decisions.push(format!("{at:.1} s: {words}"));
+        }
+    }
+
+    fn step_done(&mut self, name: &str, since: Instant) {
+        self.outcome
+            .steps_ms
+            .push((name.to_owned(), since.elapsed().as_millis() as u64));
+    }
+
+    async fn state(&self, stage: LiveStage, disk_left: u64, ram_left: u64, decision: String) {
+        let uplink = self.s.uplink.borrow().clone();
+        if let Some(uplink) = uplink {
+            let round = self.round;
+            let state = LiveState {
+                stage,
+                round,
+                disk_left,
+                ram_left,
+                decision,
+            };
+            uplink.say(FromSource::Live(state)).await;
+        }
+    }
+
+    /// The end, whichever: nothing of ours stays in QEMU, and the VM runs on here unless it was moved.
+    async fn leave(mut self, end: Result<(), Refusal>) -> End {
+        if let Err(refusal) = &end {
+            tracing::warn!(job = %self.s.job, "the VM is not moved: {refusal}");
+            if self.vm.is_migrating()
+                && let Err(error) = self.vm.give_up(Reason::Cancelled).await
+            {
+                tracing::error!(job = %self.s.job, "the VM could not be brought back: {error}");
+            }
+        }
+        self.vm.undo_slowing().await;
+        if end.is_err()
+            && let Err(error) = self.rounds.remove().await
+        {
+            tracing::error!(job = %self.s.job, "something of ours is left in the VM's QEMU: {error}");
+        }
+        end.map(|()| Box::new(self.outcome))
+    }
+}

@@ -1,0 +1,122 @@
+//! The source's images once the VM is handed over: nobody may start them by mistake.
+//!
+//! Owns their names and locks. Each file gets a name that no definition knows, and an image lock for as long as this agent lives.
+//! Promises that both directions can be repeated, after a crash in the middle, too. A block device keeps its name: for it only the lock
+//! stands in the way.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use longhaul_common::ids::JobId;
+
+use super::source_vm::Files;
+use crate::disk::apply::image_lock;
+use crate::session::threads::on_thread;
+
+/// The images of one VM.
+pub(super) struct OldCopy {
+    files: Files,
+    job: JobId,
+    held: Vec<File>,
+}
+
+impl OldCopy {
+    pub(super) fn new(files: Files, job: JobId) -> Self {
+        Self {
+            files,
+            job,
+            held: Vec::new(),
+        }
+    }
+
+    /// Renames and locks the images.
+    pub(super) async fn bar(&mut self) -> Result<(), String> {
+        let (files, job) = (self.files.clone(), self.job);
+        let held = on_thread("bar", move || {
+            files
+                .iter()
+                .map(|file| bar(file, job))
+                .collect::<Result<Vec<_>, _>>()
+        });
+        self.held = held.await.map_err(|error| error.to_string())??;
+        Ok(())
+    }
+
+    /// Gives them their names back.
+    pub(super) async fn free(&mut self) -> Result<(), String> {
+        self.held.clear();
+        let (files, job) = (self.files.clone(), self.job);
+        let freed = on_thread("free", move || files.iter().try_for_each(|file| free(file, job)));
+        freed.await.map_err(|error| error.to_string())?
+    }
+}
+
+/// The name under which a moved VM's image stays as a shadow.
+pub(super) fn shadow_of(file: &Path, job: JobId) -> PathBuf {
+    let mut name = file.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".longhaul-{}.moved", job.short()));
+    file.with_file_name(name)
+}
+
+fn bar(file: &Path, job: JobId) -> Result<File, String> {
+    let shadow = shadow_of(file, job);
+    let said = |error: std::io::Error| format!("{}: {error}", file.display());
+    let regular = std::fs::symlink_metadata(file).is_ok_and(|meta| meta.is_file());
+    let place = if regular {
+        std::fs::rename(file, &shadow).map_err(said)?;
+        shadow
+    } else if shadow.exists() {
+        // A former life came this far.
+        shadow
+    } else {
+        file.to_owned()
+    };
+    let image = File::options()
+        .read(true)
+        .write(true)
+        .open(&place)
+        .map_err(said)?;
+    if image_lock::hold(&image).map_err(said)? {
+        Ok(image)
+    } else {
+        Err(format!("{} is in use by somebody else", place.display()))
+    }
+}
+
+fn free(file: &Path, job: JobId) -> Result<(), String> {
+    let shadow = shadow_of(file, job);
+    if !shadow.exists() {
+        return Ok(());
+    }
+    if file.exists() {
+        return Err(format!(
+            "{} and {} both exist: move the one away that is not the VM's disk",
+            file.display(),
+            shadow.display()
+        ));
+    }
+    std::fs::rename(&shadow, file).map_err(|error| format!("{}: {error}", shadow.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_barred_image_has_another_name_and_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, job) = (dir.path().join("web.img"), JobId::random());
+        std::fs::write(&file, "disk").unwrap();
+        let held = bar(&file, job).unwrap();
+        assert!(!file.exists() && shadow_of(&file, job).exists());
+        drop(bar(&file, job).err());
+        drop(held);
+        let held = bar(&file, job).unwrap();
+        free(&file, job).unwrap();
+        free(&file, job).unwrap();
+        drop(held);
+        assert_eq!(std::fs::read(&file).unwrap(), b"disk");
+        std::fs::write(shadow_of(&file, job), "another").unwrap();
+        assert!(free(&file, job).unwrap_err().contains("both exist"));
+    }
+}

@@ -1,0 +1,158 @@
+//! What was measured on the way: rates of the guest and of the link.
+//!
+//! Owns turning counters into the view that `vm::converge` decides on, and into the size of the RAM window. Pure: time is an argument.
+//! All bytes are raw data as the agents count it; what the gateways make smaller shows as a faster link.
+
+use std::time::Duration;
+
+use longhaul_common::wire::session::LivePolicy;
+
+use super::ram_out::{RamView as Tap, WINDOW_START};
+use super::uplink::Uplink;
+use crate::vm::converge::{DiskView, LinkView, Patience, Policy, RamView, Rate, View};
+use crate::vm::outgoing::MigrationStats;
+
+/// Over how long rates are smoothed.
+const MEMORY: Duration = Duration::from_secs(2);
+/// Device state and its description, raw; QEMU's minimal PC has some 170 KB.
+const DEVICE_STATE: u64 = 172 << 10;
+/// Stopping, loading, flushing and starting, besides the bytes: measured on small machines.
+const STEPS: Duration = Duration::from_millis(90);
+/// Beyond twice the round trip the window allows for QEMU's and the disks' uneven pace.
+const WINDOW_SLACK: Duration = Duration::from_millis(120);
+
+/// The counters of one migration.
+pub(super) struct Pace {
+    dirty: Vec<Dirty>,
+    link: Rate,
+    /// The best of the last seconds: a link with little to carry is not slow.
+    best: (f64, Duration),
+    acked: Rate,
+    /// QEMU's last look at its dirty bitmap: which, and when.
+    sync: (u64, Duration),
+}
+
+/// One disk's writes.
+struct Dirty {
+    /// Dirty bytes of all closed rounds.
+    closed: u64,
+    last: u64,
+    rate: Rate,
+}
+
+impl Pace {
+    pub(super) fn new(disks: usize) -> Self {
+        let dirty = || Dirty {
+            closed: 0,
+            last: 0,
+            rate: Rate::new(MEMORY * 2),
+        };
+        Self {
+            dirty: (0..disks).map(|_| dirty()).collect(),
+            link: Rate::new(MEMORY),
+            best: (0.0, Duration::ZERO),
+            acked: Rate::new(MEMORY),
+            sync: (0, Duration::ZERO),
+        }
+    }
+
+    /// So much of a disk's dirty bitmap was sent.
+    pub(super) fn sent(&mut self, disk: usize, bytes: u64) {
+        if let Some(dirty) = self.dirty.get_mut(disk) {
+            dirty.closed += bytes;
+        }
+    }
+
+    /// How far the tap may read ahead: enough that the link never runs dry, no more than that.
+    pub(super) fn window(&self, tap: &Tap, rtt: Option<Duration>) -> u64 {
+        let reach = rtt.unwrap_or(Duration::from_millis(100)) * 2 + WINDOW_SLACK;
+        let rate = self.acked.per_second().unwrap_or(0.0);
+        let wanted = (rate * reach.as_secs_f64()) as u64;
+        // Where the window itself is the limit, the rate says little: it may always double.
+        wanted.max(WINDOW_START).max(tap.buffered.min(WINDOW_START))
+    }
+
+    /// What a decision looks at.
+    pub(super) fn view(
+        &mut self,
+        now: Duration,
+        dirty: &[u64],
+        stats: Option<&MigrationStats>,
+        tap: Option<&Tap>,
+        uplink: &Uplink,
+        rtt: Option<Duration>,
+    ) -> View {
+        let disks = self
+            .dirty
+            .iter_mut()
+            .zip(dirty)
+            .map(|(known, dirty)| known.view(now, *dirty));
+        let disks = disks.collect();
+        let delivered = uplink.delivered.load(std::sync::atomic::Ordering::Relaxed);
+        let acked = tap.map_or(0, |tap| tap.acked);
+        self.acked.sample(now, acked);
+        self.link.sample(now, delivered.saturating_add(acked));
+        let rate = self.link.per_second().unwrap_or(0.0);
+        if rate >= self.best.0 || now.saturating_sub(self.best.1) > MEMORY * 8 {
+            self.best = (rate, now);
+        }
+        let ram = stats
+            .and_then(|stats| stats.ram.as_ref())
+            .zip(tap)
+            .map(|(ram, tap)| {
+                if ram.dirty_sync_count != self.sync.0 {
+                    self.sync = (ram.dirty_sync_count, now);
+                }
+                RamView {
+                    remaining: ram.remaining,
+                    dirty_rate: ram.dirty_pages_rate as f64 * ram.page_size as f64,
+                    since_sync: now.saturating_sub(self.sync.1),
+                    buffered: tap.buffered,
+                    passes: u32::try_from(ram.dirty_sync_count).unwrap_or(u32::MAX),
+                }
+            });
+        View {
+            disks,
+            round_running: false,
+            ram,
+            ram_dirty_rate: None,
+            link: LinkView {
+                goodput: self.best.0,
+                rtt: rtt.unwrap_or_default(),
+                page_ratio: 1.0,
+                block_ratio: 1.0,
+            },
+            device_state: DEVICE_STATE,
+            steps: STEPS,
+            cpu_slowed: stats.map_or(0, |stats| stats.throttle.min(99) as u8),
+            io_limit: None,
+        }
+    }
+}
+
+impl Dirty {
+    fn view(&mut self, now: Duration, dirty: u64) -> DiskView {
+        self.last = dirty;
+        self.rate.sample(now, self.closed.saturating_add(dirty));
+        DiskView {
+            dirty,
+            unsent: 0,
+            dirty_rate: self.rate.per_second().unwrap_or(0.0),
+        }
+    }
+}
+
+/// What the job allows.
+pub(super) fn policy(policy: &LivePolicy) -> Policy {
+    let patience = match policy.give_up_ms {
+        None => Patience::Wait,
+        Some(ms) => Patience::GiveUp(Duration::from_millis(ms)),
+    };
+    Policy {
+        blackout: Duration::from_millis(policy.blackout_ms),
+        auto_converge: policy.auto_converge,
+        io_throttle: policy.io_throttle,
+        patience,
+        deadline: None,
+    }
+}

@@ -1,0 +1,420 @@
+//! A running VM at its source: one session for each job, over any number of wire attempts.
+//!
+//! Owns the session's life, attaching an attempt to it, and what is heard. Leaves the migration itself to `drive`. Promises that a plan
+//! leaves nothing behind in QEMU, that an attempt which ends leaves the VM and the session as they are, and that how the
+//! migration ended is said to every attempt that asks.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use longhaul_common::ids::{Attempt, JobId};
+use longhaul_common::link::{Link, RecvStream, SendStream};
+use longhaul_common::wire::frame;
+use longhaul_common::wire::session::{
+    AgentWord, FromSource, LiveOutcome, OpenedDisk, Refusal, RefusalKind, SourceOpen, SourceVm, ToSource,
+};
+use tokio::sync::{mpsc, watch};
+
+use super::disks::{self, VmDisk};
+use super::drive::{self, Parts};
+use super::uplink::Uplink;
+use super::word::{self, ToSource as Said, ToTarget};
+use crate::disk::have::HaveLeaves;
+use crate::disk::roots;
+use crate::session::source_disks::read_definition;
+use crate::session::threads::on_thread;
+use crate::session::{Agent, outcome};
+use crate::vm::facts;
+use crate::vm::handover::{Generation, Word};
+use crate::vm::qmp::Qmp;
+use crate::vm::rounds::{self, Rounds, RoundsOptions};
+
+/// Messages that wait for the gateway or the driver.
+const QUEUE: usize = 64;
+/// How long the gateway may take to hear the end.
+const LAST_WORD: Duration = Duration::from_secs(5);
+
+/// What is known from the target and the operator.
+#[derive(Default)]
+pub(super) struct Heard {
+    /// What the target holds, as told to this attempt.
+    pub have: Option<(Attempt, Vec<HaveLeaves>)>,
+    /// The life of the target's session, as told to this attempt.
+    pub session: Option<(Attempt, u64)>,
+    /// The target's QEMU waits, or why not.
+    pub prepared: Option<(Generation, Result<Vec<String>, String>)>,
+    pub cancel: Option<Refusal>,
+    /// There and back, and when the last probe left.
+    pub rtt: Option<Duration>,
+    probe: Option<(u64, Instant)>,
+}
+
+/// How a migration ended.
+pub(super) type End = Result<Box<LiveOutcome>, Refusal>;
+
+/// One job's session.
+pub(crate) struct LiveSource {
+    pub(super) agent: Arc<Agent>,
+    pub(super) job: JobId,
+    pub(super) open: SourceOpen,
+    pub(super) vm: SourceVm,
+    pub(super) qmp: Qmp,
+    pub(super) disks: Vec<VmDisk>,
+    reports: Vec<OpenedDisk>,
+    definition: Option<Vec<u8>>,
+    pub(super) heard: watch::Sender<Heard>,
+    pub(super) uplink: watch::Sender<Option<Arc<Uplink>>>,
+    words: mpsc::Sender<Word>,
+    /// Where the RAM stream of the current generation is told how far the target is.
+    pub(super) ram: Mutex<Option<Arc<super::ram_out::RamOut>>>,
+    /// What the driver begins with, until it does.
+    parts: Mutex<Option<Parts>>,
+    ended: watch::Sender<Option<End>>,
+}
+
+/// Serves one wire attempt.
+pub(crate) async fn run(
+    agent: &Arc<Agent>,
+    link: Link,
+    mut send: SendStream,
+    recv: RecvStream,
+    open: SourceOpen,
+    vm: SourceVm,
+) {
+    tracing::info!(job = %open.job, attempt = %open.attempt, "a running VM is asked for");
+    let slot = agent.live_sources.slot(open.job);
+    let found = {
+        let mut slot = slot.lock().await;
+        match slot.as_ref().filter(|session| !session.has_failed()) {
+            Some(session) => Ok(Arc::clone(session)),
+            None => LiveSource::open(agent, &open, vm).await.inspect(|session| {
+                *slot = Some(Arc::clone(session));
+            }),
+        }
+    };
+    let session = match found {
+        Ok(session) => session,
+        Err(refusal) => {
+            tracing::warn!(job = %open.job, "the VM cannot be moved: {refusal}");
+            let _ = frame::write(&mut send, &FromSource::Failed(refusal)).await;
+            let _ = send.finish();
+            let _ = tokio::time::timeout(LAST_WORD, send.stopped()).await;
+            return;
+        }
+    };
+    session.attach(link, send, recv, open.attempt).await;
+    if session.is_unused() {
+        session.discard().await;
+        let mut slot = slot.lock().await;
+        slot.take_if(|known| Arc::ptr_eq(known, &session));
+    }
+}
+
+impl LiveSource {
+    async fn open(agent: &Arc<Agent>, open: &SourceOpen, vm: SourceVm) -> Result<Arc<Self>, Refusal> {
+        let refused = |error: &dyn std::error::Error| Refusal::because(RefusalKind::Refused, error);
+        let settings = &agent.settings;
+        let socket = roots::resolve_inside(&settings.paths.qmp, &vm.qmp);
+        let socket = socket.map_err(|error| {
+            let text = format!("source.qmp: {error} (the agent's setting is paths.qmp)");
+            Refusal::new(RefusalKind::Refused, text)
+        })?;
+        let qmp = Qmp::connect(&socket).await.map_err(|error| refused(&error))?;
+        refuse_unmovable(&qmp).await?;
+        let disks = disks::find(&qmp, &open.disks).await?;
+        let nbd = settings.paths.run.join(format!("nbd-{}.sock", open.job.short()));
+        // What a former life of this agent left in this QEMU for this job.
+        let prefix = format!("{}{}-", crate::vm::PREFIX, open.job.short());
+        rounds::sweep(&qmp, &nbd, |name| !name.starts_with(&prefix))
+            .await
+            .map_err(|error| refused(&error))?;
+        let options = RoundsOptions {
+            job: open.job.short(),
+            nodes: disks.iter().map(|disk| disk.node.clone()).collect(),
+            granularity: vm.policy.granularity,
+            socket: nbd,
+            foreign_socket: None,
+        };
+        let rounds = Rounds::start(&qmp, options)
+            .await
+            .map_err(|error| refused(&error))?;
+        let exports = rounds.exports().to_vec();
+        let (threads, shown) = (settings.limits.read_threads, disks.clone());
+        let surveyed = on_thread("live-open", move || {
+            let images = disks::connect(&exports, threads)?;
+            shown
+                .iter()
+                .zip(&images)
+                .map(|(disk, image)| disks::report(disk, image))
+                .collect()
+        });
+        let surveyed = surveyed.await.map_err(|error| refused(&error)).flatten();
+        let definition = open
+            .definition
+            .as_deref()
+            .map(|path| read_definition(path, settings));
+        let (reports, definition) = match surveyed.and_then(|reports| Ok((reports, definition.transpose()?)))
+        {
+            Ok(opened) => opened,
+            Err(refusal) => {
+                let _ = rounds.remove().await; // The first error is the one to tell.
+                return Err(refusal);
+            }
+        };
+        let (words, heard) = mpsc::channel(QUEUE);
+        Ok(Arc::new(Self {
+            agent: Arc::clone(agent),
+            job: open.job,
+            open: open.clone(),
+            vm,
+            qmp,
+            disks,
+            reports,
+            definition,
+            heard: watch::Sender::default(),
+            uplink: watch::Sender::new(None),
+            words,
+            ram: Mutex::default(),
+            parts: Mutex::new(Some(Parts { rounds, words: heard })),
+            ended: watch::Sender::new(None),
+        }))
+    }
+
+    fn has_failed(&self) -> bool {
+        self.ended.borrow().as_ref().is_some_and(Result::is_err)
+    }
+
+    /// Whether nobody ever told it to start.
+    fn is_unused(&self) -> bool {
+        self.parts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some()
+            && self.uplink.borrow().is_none()
+    }
+
+    async fn discard(&self) {
+        let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(parts) = parts
+            && let Err(error) = parts.rounds.remove().await
+        {
+            tracing::warn!(job = %self.job, "something of ours is left in the VM's QEMU: {error}");
+        }
+    }
+
+    /// Speaks with the gateway for as long as the attempt lasts.
+    async fn attach(self: &Arc<Self>, link: Link, send: SendStream, recv: RecvStream, attempt: Attempt) {
+        let (say, outgoing) = mpsc::channel(QUEUE);
+        let speaker = tokio::spawn(speak(send, outgoing));
+        let (hear, mut heard) = mpsc::channel(QUEUE);
+        let listener = tokio::spawn(listen(recv, hear));
+        let uplink = Arc::new(Uplink::new(self.job, attempt, link, say.clone()));
+        self.converse(&uplink, &say, &mut heard).await;
+        uplink.end();
+        self.uplink
+            .send_if_modified(|current| current.take_if(|current| Arc::ptr_eq(current, &uplink)).is_some());
+        listener.abort();
+        drop((say, uplink));
+        let _ = tokio::time::timeout(LAST_WORD, speaker).await;
+    }
+
+    async fn converse(
+        self: &Arc<Self>,
+        uplink: &Arc<Uplink>,
+        say: &mpsc::Sender<FromSource>,
+        heard: &mut mpsc::Receiver<ToSource>,
+    ) {
+        let mut ended = self.ended.subscribe();
+        let opened = FromSource::Opened {
+            disks: self.reports.clone(),
+            definition: self.definition.clone(),
+        };
+        let over = ended.borrow_and_update().clone();
+        if let Some(end) = over {
+            return drop(say.send(last_word(end)).await);
+        }
+        if say.send(opened).await.is_err() {
+            return;
+        }
+        let mut have = Some(
+            self.disks
+                .iter()
+                .map(|_| HaveLeaves::default())
+                .collect::<Vec<_>>(),
+        );
+        loop {
+            let message = tokio::select! {
+                message = heard.recv() => message,
+                () = uplink.ended() => None,
+                end = has_ended(&mut ended) => {
+                    if let Some(end) = end {
+                        let _ = say.send(last_word(end)).await;
+                    }
+                    return;
+                }
+            };
+            let Some(message) = message else { return };
+            if let Err(refusal) = self.on_message(message, uplink, &mut have) {
+                return drop(say.send(FromSource::Failed(refusal)).await);
+            }
+        }
+    }
+
+    fn on_message(
+        self: &Arc<Self>,
+        message: ToSource,
+        uplink: &Arc<Uplink>,
+        have: &mut Option<Vec<HaveLeaves>>,
+    ) -> Result<(), Refusal> {
+        let protocol = |text: &str| Err(Refusal::new(RefusalKind::Protocol, text));
+        match message {
+            ToSource::Have(leaves) => {
+                let disk = usize::from(leaves.disk.0);
+                let size = self.disks.get(disk).map(|disk| disk.size);
+                let (Some(have), Some(size)) = (have.as_mut().and_then(|have| have.get_mut(disk)), size)
+                else {
+                    return protocol("the target speaks of a disk there is not");
+                };
+                outcome::refused(have.add(&leaves, size))?;
+            }
+            ToSource::Start => {
+                let Some(have) = have.take() else {
+                    return protocol("the gateway said twice to start");
+                };
+                self.heard
+                    .send_modify(|heard| heard.have = Some((uplink.attempt, have)));
+                if let Some(older) = self.uplink.send_replace(Some(Arc::clone(uplink))) {
+                    older.end();
+                }
+                self.start_driving();
+            }
+            ToSource::Credit(bytes) => uplink.give_credit(bytes),
+            ToSource::Durable(sequences) => uplink.durable(&sequences),
+            ToSource::Say(word) => self.on_word(&word, uplink.attempt),
+            ToSource::Cancel(refusal) => self.cancel(refusal),
+            ToSource::Finish => return protocol("a running VM's source is not told to finish"),
+        }
+        Ok(())
+    }
+
+    fn on_word(&self, word: &AgentWord, attempt: Attempt) {
+        let Some(said) = word::decode::<Said>(word) else {
+            return;
+        };
+        match said {
+            Said::Session(id) => self
+                .heard
+                .send_modify(|heard| heard.session = Some((attempt, id))),
+            Said::Prepared { generation, notes } => {
+                self.heard
+                    .send_modify(|heard| heard.prepared = Some((generation, Ok(notes))));
+            }
+            Said::Unfit { generation, why } => {
+                self.heard
+                    .send_modify(|heard| heard.prepared = Some((generation, Err(why))));
+            }
+            Said::Written { generation, position } => {
+                let ram = self.ram.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                if let Some(ram) = ram.filter(|ram| ram.generation == generation) {
+                    ram.written(attempt, position);
+                }
+            }
+            // A queue that is full loses words; each is said again.
+            Said::Handover(word) => drop(self.words.try_send(word)),
+            Said::Echo(number) => self.heard.send_modify(|heard| {
+                if let Some((_, left)) = heard.probe.take_if(|(sent, _)| *sent == number) {
+                    let now = left.elapsed();
+                    heard.rtt = Some(heard.rtt.map_or(now, |rtt| (rtt * 3 + now) / 4));
+                }
+            }),
+        }
+    }
+
+    /// Gives up at the next step; one that is over already stays as it is.
+    fn cancel(self: &Arc<Self>, refusal: Refusal) {
+        self.heard.send_modify(|heard| heard.cancel = Some(refusal));
+        // Nothing was begun: then this only takes the bitmaps away.
+        self.start_driving();
+    }
+
+    fn start_driving(self: &Arc<Self>) {
+        let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(parts) = parts {
+            let session = Arc::clone(self);
+            tokio::spawn(async move {
+                let end = drive::run(&session, parts).await;
+                session.ended.send_replace(Some(end));
+            });
+        }
+    }
+
+    /// Says a word to the target agent, if there is a way; it may be lost.
+    pub(super) async fn tell(&self, word: &ToTarget) {
+        let uplink = self.uplink.borrow().clone();
+        if let Some(uplink) = uplink {
+            uplink.say(FromSource::Say(word::encode(word))).await;
+        }
+    }
+
+    /// Measures the way to the target agent and back.
+    pub(super) async fn probe(&self, number: u64) {
+        self.heard
+            .send_modify(|heard| heard.probe = Some((number, Instant::now())));
+        self.tell(&ToTarget::Probe(number)).await;
+    }
+}
+
+async fn has_ended(ended: &mut watch::Receiver<Option<End>>) -> Option<End> {
+    ended
+        .wait_for(Option::is_some)
+        .await
+        .ok()
+        .and_then(|end| end.clone())
+}
+
+/// Everything that would make QEMU or the guest fail later, before anything is touched.
+async fn refuse_unmovable(qmp: &Qmp) -> Result<(), Refusal> {
+    let facts = facts::gather(qmp, facts::HostCpu::read()).await;
+    let facts = facts.map_err(|error| Refusal::because(RefusalKind::Refused, &error))?;
+    let findings = facts::refusals(&facts);
+    let refused: Vec<_> = findings
+        .iter()
+        .filter(|finding| finding.severity == facts::Severity::Refuse)
+        .map(ToString::to_string)
+        .collect();
+    match refused.is_empty() {
+        true => Ok(()),
+        false => Err(Refusal::new(RefusalKind::Refused, refused.join("; "))),
+    }
+}
+
+fn last_word(end: End) -> FromSource {
+    match end {
+        Ok(outcome) => FromSource::Moved(outcome),
+        Err(refusal) => FromSource::Failed(refusal),
+    }
+}
+
+async fn speak(mut send: SendStream, mut outgoing: mpsc::Receiver<FromSource>) {
+    while let Some(message) = outgoing.recv().await {
+        if frame::write(&mut send, &message).await.is_err() {
+            return;
+        }
+    }
+    let _ = send.finish();
+    let _ = send.stopped().await;
+}
+
+async fn listen(mut recv: RecvStream, hear: mpsc::Sender<ToSource>) {
+    loop {
+        match frame::read(&mut recv).await {
+            Ok(Some(message)) => {
+                if hear.send(message).await.is_err() {
+                    return;
+                }
+            }
+            Ok(None) => return,
+            Err(error) => return tracing::debug!("the source's control stream ended: {error}"),
+        }
+    }
+}

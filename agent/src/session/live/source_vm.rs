@@ -1,0 +1,526 @@
+//! The source's QEMU during a job: what `vm::handover` decides is carried out here.
+//!
+//! Owns the source's machine, its journal, QEMU's migration and the old copy's images. Leaves disks and rounds to `drive`. Promises the
+//! order that `vm::handover` asks for: effects one after the other, a record durable before what relies on it, QEMU asked anew
+//! before anything is said of it.
+
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use longhaul_common::ids::Round;
+use longhaul_common::wire::session::{FromSource, LiveOutcome, LiveStage, LiveState, Refusal, RefusalKind};
+use serde_json::json;
+use tokio::sync::mpsc;
+
+use super::copy::Batch;
+use super::drive::Stop;
+use super::old_copy::OldCopy;
+use super::ram_out::{RamOut, RamView};
+use super::source::LiveSource;
+use super::uplink::Uplink;
+use super::word::{ToTarget, VmWords};
+use crate::session::threads::on_thread;
+use crate::vm::facts;
+use crate::vm::handover::{
+    Effect, Facts, Generation, Limits, Note, Reason, SourceEvent, SourceOwner, SourceQemu, SourceState,
+    Stream, Word,
+};
+use crate::vm::journal::{Journal, Role};
+use crate::vm::outgoing::{self, MigrationStats, Outgoing};
+use crate::vm::qmp::{MigrationStatus, Qmp};
+
+/// What QEMU believes to be sent and is not, in bytes: bounds the blackout it adds.
+const SEND_BUFFER: usize = 64 << 10;
+/// How long QEMU may take to stop the VM once it is told to.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// How long bringing the VM back may take.
+const CANCEL_LIMIT: Duration = Duration::from_secs(10);
+/// Between two looks at QEMU while the VM stands.
+const LOOK: Duration = Duration::from_millis(5);
+/// Between two repetitions of a word that was not answered.
+const REMIND: Duration = Duration::from_secs(1);
+
+/// The VM at its source.
+pub(super) struct SourceVm {
+    s: Arc<LiveSource>,
+    owner: SourceOwner,
+    journal: Option<Journal>,
+    words: mpsc::Receiver<Word>,
+    outgoing: Option<Outgoing>,
+    ram: Option<Arc<RamOut>>,
+    old_copy: OldCopy,
+    limits: Limits,
+    slowed: bool,
+}
+
+impl SourceVm {
+    /// Opens the journal; a former life's handover is settled first.
+    pub(super) async fn open(
+        session: &Arc<LiveSource>,
+        words: mpsc::Receiver<Word>,
+    ) -> Result<Self, Refusal> {
+        let (state, job) = (session.agent.settings.paths.state.clone(), session.job);
+        let opened = on_thread("journal", move || Journal::open(&state, job, Role::Source)).await;
+        let refused = |error: &dyn std::error::Error| Refusal::because(RefusalKind::Refused, error);
+        let journal = opened
+            .map_err(|error| refused(&error))?
+            .map_err(|error| refused(&error))?;
+        let (owner, effects) = SourceOwner::restore(journal.records()).map_err(|error| refused(&error))?;
+        let files = session.disks.iter().map(|disk| disk.file.clone()).collect();
+        let mut vm = Self {
+            s: Arc::clone(session),
+            owner,
+            journal: Some(journal),
+            words,
+            outgoing: None,
+            ram: None,
+            old_copy: OldCopy::new(files, job),
+            limits: Limits::default(),
+            slowed: false,
+        };
+        vm.perform(effects).await;
+        Ok(vm)
+    }
+
+    pub(super) fn is_migrating(&self) -> bool {
+        matches!(
+            self.owner.state(),
+            SourceState::Iterating | SourceState::PreSwitchover | SourceState::Continuing { .. }
+        )
+    }
+
+    pub(super) fn next_generation(&self) -> Generation {
+        Generation(self.owner.generation().0.saturating_add(1))
+    }
+
+    /// What the target's QEMU is compared with.
+    pub(super) async fn words(&self) -> Result<VmWords, Refusal> {
+        let gathered = facts::gather(&self.s.qmp, facts::HostCpu::read()).await;
+        let facts = gathered.map_err(|error| Refusal::because(RefusalKind::Refused, &error))?;
+        // All zeros: the VM was started without one.
+        let has_uuid = facts.uuid.chars().any(|c| c != '0' && c != '-');
+        let text = serde_json::to_string(&facts);
+        Ok(VmWords {
+            name: facts.name.clone(),
+            uuid: has_uuid.then(|| facts.uuid.clone()),
+            facts: text.ok(),
+        })
+    }
+
+    /// Starts QEMU's migration.
+    pub(super) async fn begin(&mut self, generation: Generation) -> Result<(), Stop> {
+        self.on(SourceEvent::Begin(generation)).await;
+        if self.is_migrating() {
+            return Ok(());
+        }
+        let text = format!("QEMU does not migrate this VM: {}", self.owner.words());
+        Err(Refusal::new(RefusalKind::Refused, text).into())
+    }
+
+    /// QEMU's figures while it migrates. A migration that failed is given up here.
+    pub(super) async fn stats(&mut self) -> Result<Option<MigrationStats>, Stop> {
+        if !self.is_migrating() {
+            return Ok(None);
+        }
+        let stats = self.ask_stats().await?;
+        if stats.status.is_settled() && stats.status != MigrationStatus::Completed {
+            let why = stats.error.clone().unwrap_or_else(|| stats.status.to_string());
+            tracing::warn!(job = %self.s.job, "QEMU gave the migration up: {why}");
+            self.look().await;
+            self.let_go().await;
+            return Ok(None);
+        }
+        Ok(Some(stats))
+    }
+
+    async fn ask_stats(&self) -> Result<MigrationStats, Stop> {
+        let stats = outgoing::stats(&self.s.qmp).await;
+        stats.map_err(|error| Refusal::because(RefusalKind::Refused, &error).into())
+    }
+
+    pub(super) fn ram_out(&self) -> Option<&Arc<RamOut>> {
+        self.ram.as_ref()
+    }
+
+    pub(super) fn ram_view(&self) -> Option<RamView> {
+        self.ram.as_ref().map(|ram| ram.view())
+    }
+
+    /// Whether QEMU has stopped the VM by itself: nothing was left to send.
+    pub(super) async fn stopped_unasked(&mut self) -> Result<bool, Stop> {
+        let stats = self.ask_stats().await?;
+        if stats.status != MigrationStatus::PreSwitchover {
+            return Ok(false);
+        }
+        self.on(SourceEvent::Qemu(SourceQemu::PreSwitchover)).await;
+        Ok(true)
+    }
+
+    /// Has QEMU stop the VM. `false` where it did not within the limit, and iterates on.
+    pub(super) async fn switch_over(&mut self) -> Result<bool, Stop> {
+        let Some(outgoing) = &self.outgoing else {
+            return Ok(false);
+        };
+        let refused =
+            |error: &dyn std::error::Error| Stop::from(Refusal::because(RefusalKind::Refused, error));
+        outgoing
+            .switch_over(&self.s.qmp)
+            .await
+            .map_err(|error| refused(&error))?;
+        match outgoing.wait_pre_switchover(&self.s.qmp, STOP_LIMIT).await {
+            Ok(()) => {
+                self.on(SourceEvent::Qemu(SourceQemu::PreSwitchover)).await;
+                Ok(true)
+            }
+            Err(error) => {
+                tracing::warn!(job = %self.s.job, "the VM was not stopped: {error}");
+                outgoing
+                    .hold_back(&self.s.qmp)
+                    .await
+                    .map_err(|error| refused(&error))?;
+                self.look().await;
+                Ok(false)
+            }
+        }
+    }
+
+    /// Slows the guest down; `None` leaves as it is.
+    pub(super) async fn slow(&mut self, cpu: Option<u8>, _io: Option<u64>) -> Result<(), Stop> {
+        if let Some(percent) = cpu {
+            self.slowed = percent > 0;
+            let slowed = outgoing::throttle(&self.s.qmp, percent > 0).await;
+            slowed.map_err(|error| Stop::from(Refusal::because(RefusalKind::Refused, &error)))?;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn undo_slowing(&mut self) {
+        if std::mem::take(&mut self.slowed)
+            && let Err(error) = outgoing::throttle(&self.s.qmp, false).await
+        {
+            tracing::warn!(job = %self.s.job, "the guest may still be slowed: {error}");
+        }
+    }
+
+    /// Gives this generation up; the VM runs on here.
+    pub(super) async fn give_up(&mut self, reason: Reason) -> Result<(), Stop> {
+        self.on(SourceEvent::Stop(reason)).await;
+        let limit = Instant::now() + CANCEL_LIMIT;
+        while matches!(self.owner.state(), SourceState::Settling { .. }) && Instant::now() < limit {
+            tokio::time::sleep(LOOK).await;
+            self.look().await;
+        }
+        self.let_go().await;
+        match self.owner.state() {
+            SourceState::Settling { .. } => {
+                let text =
+                    "QEMU does not end its migration; the VM may stand: look at it with `query-status`";
+                Err(Refusal::new(RefusalKind::Refused, text).into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What belongs to a generation that is over.
+    async fn let_go(&mut self) {
+        if let Some(ram) = self.ram.take() {
+            ram.close();
+        }
+        self.s.ram.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(outgoing) = self.outgoing.take()
+            && let Err(error) = outgoing.saved().put_back(&self.s.qmp).await
+        {
+            tracing::warn!(job = %self.s.job, "QEMU's migration settings are not as they were: {error}");
+        }
+    }
+
+    /// The last disk round is on its way: takes the rest of RAM, hands over, waits for the target's word. `true`: the VM is its.
+    pub(super) async fn finish(
+        &mut self,
+        uplink: &Arc<Uplink>,
+        last: Vec<Batch>,
+        round: u32,
+        stopped: Instant,
+        outcome: &mut LiveOutcome,
+    ) -> Result<bool, Stop> {
+        let mut step = |name: &str| {
+            outcome
+                .steps_ms
+                .push((name.to_owned(), stopped.elapsed().as_millis() as u64));
+        };
+        self.on(SourceEvent::LastRoundRead).await;
+        step("told to go on");
+        let Some(ram) = self.ram.clone() else {
+            return Ok(false);
+        };
+        let stream = self.take_tail(&ram, uplink).await;
+        step("stream ended");
+        if let Some(stream) = stream {
+            (outcome.stream_bytes, outcome.stream_digest) = (stream.len, stream.hash);
+            let end = ToTarget::StreamEnd {
+                generation: ram.generation,
+                stream,
+            };
+            self.s.tell(&end).await;
+            let disk_batches = last.len() as u64;
+            self.on(SourceEvent::StreamEnded(Facts { disk_batches, stream }))
+                .await;
+            self.wait_completed().await;
+            step("handed over");
+            self.wait_answer(uplink, &last, round, end).await;
+            step("target's answer");
+        }
+        match self.owner.state() {
+            SourceState::Released { .. } => {
+                self.close_released().await;
+                step("source QEMU ended");
+                Ok(true)
+            }
+            SourceState::Settling { .. } => {
+                self.give_up(Reason::MigrationFailed).await?;
+                Ok(false)
+            }
+            _ => {
+                self.let_go().await;
+                Ok(false)
+            }
+        }
+    }
+
+    /// Waits for the stream's end, or for a reason to call the VM back.
+    async fn take_tail(&mut self, ram: &Arc<RamOut>, uplink: &Arc<Uplink>) -> Option<Stream> {
+        let since = Instant::now();
+        let ended = tokio::select! {
+            ended = ram.ended() => ended,
+            () = uplink.ended() => Err("the link to the target was lost while the VM stood".to_owned()),
+            () = tokio::time::sleep(self.limits.device) => Err("the rest of RAM took too long".to_owned()),
+        };
+        match ended {
+            Ok(stream) if matches!(self.owner.state(), SourceState::Continuing { .. }) => Some(stream),
+            Ok(_) => None,
+            Err(why) => {
+                tracing::warn!(job = %self.s.job, after_ms = since.elapsed().as_millis() as u64, "{why}; the VM is called back");
+                self.on(SourceEvent::Stop(Reason::TooSlow)).await;
+                None
+            }
+        }
+    }
+
+    async fn wait_completed(&mut self) {
+        let limit = Instant::now() + self.limits.device;
+        while matches!(self.owner.state(), SourceState::Continuing { .. }) {
+            if Instant::now() > limit {
+                return self.on(SourceEvent::Stop(Reason::TooSlow)).await;
+            }
+            tokio::time::sleep(LOOK).await;
+            self.look().await;
+        }
+    }
+
+    /// Handed over: until the target says that it runs the VM, or never will.
+    async fn wait_answer(&mut self, uplink: &Arc<Uplink>, last: &[Batch], round: u32, end: ToTarget) {
+        let mut uplinks = self.s.uplink.subscribe();
+        let mut on = uplink.attempt;
+        let mut since = Instant::now();
+        let mut recalled = false;
+        while let SourceState::HandedOver { .. } = self.owner.state() {
+            let waited = since.elapsed();
+            if !recalled && let Some(overdue) = self.owner.overdue(waited, waited, &self.limits) {
+                tracing::warn!(job = %self.s.job, "{overdue}; the target is asked to give the VM up");
+                (recalled, since) = (true, Instant::now());
+                self.on(overdue.event).await;
+                continue;
+            }
+            tokio::select! {
+                word = self.words.recv() => match word {
+                    Some(word) => self.on(SourceEvent::Heard(word)).await,
+                    None => return,
+                },
+                _ = uplinks.changed() => {}
+                () = tokio::time::sleep(REMIND) => {
+                    self.s.tell(&end).await;
+                    self.on(SourceEvent::Remind).await;
+                }
+            }
+            let found = uplinks
+                .borrow_and_update()
+                .clone()
+                .filter(|uplink| uplink.attempt > on);
+            if let Some(uplink) = found {
+                on = uplink.attempt;
+                // The new attempt bars what the old one had on its way: the last round goes once more.
+                for batch in last {
+                    let Ok((header, data)) = batch.addressed(&uplink, Round(round), true) else {
+                        continue;
+                    };
+                    if uplink.send_disk(&header, data).await.is_err() {
+                        break;
+                    }
+                }
+                self.s.tell(&end).await;
+                self.on(SourceEvent::Remind).await;
+            }
+        }
+    }
+
+    async fn close_released(&mut self) {
+        let limit = Instant::now() + CANCEL_LIMIT;
+        while !self.owner.is_closed() && Instant::now() < limit {
+            self.look().await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        if let Some(ram) = self.ram.take() {
+            ram.close();
+        }
+        self.outgoing = None;
+    }
+
+    async fn look(&mut self) {
+        self.perform(vec![Effect::Look]).await;
+    }
+
+    async fn on(&mut self, event: SourceEvent) {
+        let effects = self.owner.on(event);
+        self.perform(effects).await;
+    }
+
+    /// Does what the machine wants, in order, and what it wants then.
+    async fn perform(&mut self, effects: Vec<Effect>) {
+        let mut lists = vec![effects.into_iter()];
+        while let Some(list) = lists.last_mut() {
+            let Some(effect) = list.next() else {
+                lists.pop();
+                continue;
+            };
+            match self.act(effect).await {
+                Ok(None) => {}
+                Ok(Some(event)) => {
+                    let more = self.owner.on(event);
+                    lists.push(more.into_iter());
+                }
+                Err(why) => {
+                    tracing::warn!(job = %self.s.job, ?effect, "a step of the handover failed: {why}");
+                    lists.clear();
+                    let more = self.owner.on(SourceEvent::Failed(effect));
+                    lists.push(more.into_iter());
+                }
+            }
+        }
+    }
+
+    /// Carries one effect out. Gives what was learned.
+    async fn act(&mut self, effect: Effect) -> Result<Option<SourceEvent>, String> {
+        match effect {
+            Effect::Journal(record) => self.append(record).await?,
+            Effect::Send(word) => self.s.tell(&ToTarget::Handover(word)).await,
+            Effect::Report(note) => self.report(note).await,
+            Effect::Look => return Ok(Some(SourceEvent::Qemu(qemu_state(&self.s.qmp).await))),
+            Effect::Migrate => self.migrate().await?,
+            Effect::MigrateContinue => {
+                if let Some(ram) = &self.ram {
+                    ram.begin_tail();
+                }
+                let outgoing = self.outgoing.as_ref().ok_or("nothing migrates")?;
+                outgoing
+                    .go_on(&self.s.qmp)
+                    .await
+                    .map_err(|error| error.to_string())?;
+            }
+            Effect::CloseStream => {
+                if let Some(ram) = &self.ram {
+                    ram.close();
+                }
+            }
+            Effect::Cancel | Effect::Cont => {
+                let saved = self.outgoing.as_ref().map(Outgoing::saved);
+                let cancelled = outgoing::cancel(&self.s.qmp, saved, CANCEL_LIMIT).await;
+                cancelled.map_err(|error| error.to_string())?;
+            }
+            Effect::MakeUnrunnable => self.old_copy.bar().await?,
+            Effect::MakeRunnable => self.old_copy.free().await?,
+            Effect::Quit => {
+                // An answer that never comes is the wish fulfilled; `Look` says what is true.
+                let _ = self.s.qmp.execute("quit", json!({})).await;
+            }
+            Effect::StartIncoming | Effect::KillIncoming => return Err("an effect of the target".to_owned()),
+            Effect::BootFromDisks => {
+                tracing::error!(job = %self.s.job, "the VM's QEMU is gone: start the VM from its disks on this host");
+            }
+        }
+        Ok(None)
+    }
+
+    async fn append(&mut self, record: crate::vm::handover::Record) -> Result<(), String> {
+        let mut journal = self.journal.take().ok_or("the journal is in use")?;
+        let appended = on_thread("journal", move || {
+            let appended = journal.append(record);
+            (journal, appended)
+        });
+        let (journal, appended) = appended.await.map_err(|error| error.to_string())?;
+        self.journal = Some(journal);
+        appended.map_err(|error| error.to_string())
+    }
+
+    async fn migrate(&mut self) -> Result<(), String> {
+        let generation = self.owner.generation();
+        let started = Outgoing::start(&self.s.qmp, SEND_BUFFER, |_| {}).await;
+        let (outgoing, socket) = started.map_err(|error| error.to_string())?;
+        self.outgoing = Some(outgoing);
+        let memory = self.s.agent.settings.vm.ram_memory.0;
+        let ram = RamOut::start(generation, socket, memory, self.s.uplink.subscribe());
+        let ram = ram.map_err(|error| error.to_string())?;
+        *self.s.ram.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&ram));
+        self.ram = Some(ram);
+        Ok(())
+    }
+
+    async fn report(&self, note: Note) {
+        tracing::info!(job = %self.s.job, "{note}");
+        if note != Note::InDoubt {
+            return;
+        }
+        let uplink = self.s.uplink.borrow().clone();
+        if let Some(uplink) = uplink {
+            let state = LiveState {
+                stage: LiveStage::InDoubt,
+                decision: note.to_string(),
+                ..LiveState::default()
+            };
+            uplink.say(FromSource::Live(state)).await;
+        }
+    }
+}
+
+/// How the source's QEMU is, asked now.
+async fn qemu_state(qmp: &Qmp) -> SourceQemu {
+    match outgoing::stats(qmp).await {
+        Ok(stats) => match stats.status {
+            MigrationStatus::None | MigrationStatus::Cancelled | MigrationStatus::Failed => SourceQemu::Idle,
+            MigrationStatus::PreSwitchover => SourceQemu::PreSwitchover,
+            MigrationStatus::Device => SourceQemu::Device,
+            MigrationStatus::Completed => completed(qmp).await,
+            _ => SourceQemu::Iterating,
+        },
+        Err(error) if error.is_lost() => SourceQemu::Gone,
+        // Busy with its lock held: it iterates or writes its tail; the next look says more.
+        Err(_) => SourceQemu::Iterating,
+    }
+}
+
+/// Completed, and the guest stands; where it runs (again), nothing of the migration is left.
+async fn completed(qmp: &Qmp) -> SourceQemu {
+    #[derive(serde::Deserialize)]
+    struct Status {
+        running: bool,
+    }
+    match qmp.query::<Status>("query-status").await {
+        Ok(Status { running: true }) => SourceQemu::Idle,
+        Ok(_) => SourceQemu::Completed,
+        Err(error) if error.is_lost() => SourceQemu::Gone,
+        Err(_) => SourceQemu::Completed,
+    }
+}
+
+/// Where the old copy's images lie.
+pub(super) type Files = Vec<PathBuf>;

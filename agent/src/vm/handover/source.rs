@@ -293,7 +293,12 @@ impl SourceOwner {
     /// What the state asks for, as often as anyone likes.
     fn duties(&self) -> Vec<Effect> {
         let mut effects = self.qemu_duties();
-        effects.extend(self.word_due().map(Effect::Send));
+        let word = self.word_due().map(Effect::Send);
+        match self.state {
+            // What is called back may be so because it cannot be barred.
+            SourceState::HandedOver { recalled: Some(_), .. } => effects.splice(0..0, word).for_each(drop),
+            _ => effects.extend(word),
+        }
         effects
     }
 

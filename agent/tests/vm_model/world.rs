@@ -18,7 +18,7 @@ pub(crate) struct Bounds {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Fault {
     CommitBeforeJournal,
-    CommitBeforeBarring,
+    BarringUnchecked,
     OldCopyNotBarred,
     ContBeforeJournal,
     AckBeforeJournal,
@@ -35,7 +35,7 @@ pub(crate) enum Fault {
 impl Fault {
     pub(crate) const ALL: [Self; 13] = [
         Self::CommitBeforeJournal,
-        Self::CommitBeforeBarring,
+        Self::BarringUnchecked,
         Self::OldCopyNotBarred,
         Self::ContBeforeJournal,
         Self::AckBeforeJournal,
@@ -285,9 +285,6 @@ impl World {
                 matches!(effect, Effect::Send(Word::Commit { .. }))
             });
         }
-        if self.fault == Some(Fault::CommitBeforeBarring) {
-            effects.sort_by_key(|effect| *effect == Effect::MakeUnrunnable);
-        }
         self.source.pending = effects;
     }
 
@@ -424,6 +421,9 @@ impl World {
             Effect::MakeUnrunnable if self.source_runs() => false,
             Effect::MakeUnrunnable => {
                 self.barred = !self.is(Fault::OldCopyNotBarred);
+                if self.is(Fault::BarringUnchecked) {
+                    self.source_event(SourceEvent::Qemu(SourceQemu::Completed));
+                }
                 true
             }
             Effect::MakeRunnable => {
@@ -683,7 +683,9 @@ impl World {
         let target = self.target.machine.as_ref().map(|target| *target.state());
         let started = matches!(target, Some(TargetState::Running { started: true, .. }));
         if self.target_qemu == TargetQemu::Gone && started {
-            self.step(steps, "somebody boots the VM at the target", |world| world.run_target(true));
+            self.step(steps, "somebody boots the VM at the target", |world| {
+                world.run_target(true)
+            });
         }
         if self.target_qemu == TargetQemu::Loading {
             if self.arrived != Arrived::Part {

@@ -12,11 +12,13 @@
 //!    | last round read: migrate-continue           |
 //! Continuing                                       |
 //!    | completed, stream ended                     |
+//! Barring      (old copy made unrunnable)          |
+//!    | still completed                             |
 //! HandedOver   (durable)  ----- Commit --------->  |--- all equal --> Running (durable) -> cont
 //!    |------------------- <---- Ack ------------------------------------'
 //! Released     (durable)                           |--- anything else, or Abort -> Aborted (durable)
 //!    '- or TakenBack (durable) <-- Aborted ---------------------------------------'
-//! before HandedOver: any failure -> Settling (cancel, or `cont` after completed) -> Kept (durable)
+//! before HandedOver: any failure -> Settling (runnable again; cancel, or `cont` after completed) -> Kept (durable)
 //! ```
 //!
 //! What the session has to keep:

@@ -479,7 +479,9 @@ impl TargetOwner {
             };
         }
         match (word, self.state) {
-            (Word::Unknown { .. }, TargetState::Waiting) if self.loaded || self.noted => vec![Effect::Report(Note::Forgotten)],
+            (Word::Unknown { .. }, TargetState::Waiting) if self.loaded || self.noted => {
+                vec![Effect::Report(Note::Forgotten)]
+            }
             (Word::Ack { .. } | Word::Aborted { .. } | Word::Undecided { .. } | Word::Unknown { .. }, _) => {
                 Vec::new()
             }

@@ -76,7 +76,7 @@ pub enum Effect {
     /// At both roles. At the source QEMU's answer may be an error before the migration is over: report it as `Failed`. At the
     /// target: assert that no writable export is left, add the bitmap for the way back, then `cont`.
     Cont,
-    /// Lock and rename the images so that nobody can start the old copy.
+    /// Lock and rename the images so that nobody can start the old copy. Fails where somebody else has them open.
     MakeUnrunnable,
     /// Undo it.
     MakeRunnable,

@@ -12,17 +12,20 @@
 //!    | last round read: migrate-continue           |
 //! Continuing                                       |
 //!    | completed, stream ended                     |
+//! Barring      (old copy made unrunnable)          |
+//!    | still completed                             |
 //! HandedOver   (durable)  ----- Commit --------->  |--- all equal --> Running (durable) -> cont
 //!    |------------------- <---- Ack ------------------------------------'
 //! Released     (durable)                           |--- anything else, or Abort -> Aborted (durable)
 //!    '- or TakenBack (durable) <-- Aborted ---------------------------------------'
-//! before HandedOver: any failure -> Settling (cancel, or `cont` after completed) -> Kept (durable)
+//! before HandedOver: any failure -> Settling (runnable again; cancel, or `cont` after completed) -> Kept (durable)
 //! ```
 //!
 //! What the session has to keep:
 //! 1. Effects are done in order. `Journal` is durable before the next effect begins. Where one fails, the rest of its list is
 //!    dropped and `Failed` goes in. Between two events all effects of the first were done or failed.
 //! 2. What is said of a QEMU is the answer to a query that was asked after the last effect was done, never a queued event.
+//!    From `Begin` until the source is kept or handed over, another process in the place of its QEMU is `Gone`.
 //! 3. `Begin` goes in only after the target said that the same generation is prepared.
 //! 4. All effects may be repeated: `Cont` on a running VM, `KillIncoming` of a dead one and so on succeed.
 //! 5. `Remind` goes in about once a second and whenever the link came back: it repeats what may have been lost.

@@ -52,6 +52,8 @@ pub enum SourceState {
     PreSwitchover,
     /// The memory's tail is being taken.
     Continuing { ended: Option<Facts>, completed: bool },
+    /// The old copy is being made unrunnable.
+    Barring { facts: Facts },
     /// Given up; waits for QEMU to be out of the migration.
     Settling { reason: Reason },
     /// The source runs on.
@@ -274,6 +276,7 @@ impl SourceOwner {
             SourceState::Iterating
             | SourceState::PreSwitchover
             | SourceState::Continuing { .. }
+            | SourceState::Barring { .. }
             | SourceState::Settling { .. } => Some(Record::Began { generation }),
             SourceState::Kept { reason, gone } => Some(Record::Kept {
                 generation,
@@ -293,7 +296,14 @@ impl SourceOwner {
     /// What the state asks for, as often as anyone likes.
     fn duties(&self) -> Vec<Effect> {
         let mut effects = self.qemu_duties();
-        effects.extend(self.word_due().map(Effect::Send));
+        let word = self.word_due().map(Effect::Send);
+        match self.state {
+            // What is called back may be so because it cannot be barred.
+            SourceState::HandedOver {
+                recalled: Some(_), ..
+            } => effects.splice(0..0, word).for_each(drop),
+            _ => effects.extend(word),
+        }
         effects
     }
 
@@ -302,8 +312,11 @@ impl SourceOwner {
             return Vec::new();
         }
         match self.state {
-            SourceState::Settling { .. } => vec![Effect::Cancel, Effect::Look],
-            SourceState::Kept { gone: true, .. } => vec![Effect::BootFromDisks, Effect::Look],
+            SourceState::Settling { .. } => vec![Effect::MakeRunnable, Effect::Cancel, Effect::Look],
+            SourceState::Kept { gone: true, .. } => {
+                vec![Effect::MakeRunnable, Effect::BootFromDisks, Effect::Look]
+            }
+            SourceState::Barring { .. } => vec![Effect::MakeUnrunnable, Effect::Look],
             SourceState::HandedOver { .. } => vec![Effect::MakeUnrunnable],
             SourceState::TakenBack { gone: false, .. } => {
                 vec![Effect::MakeRunnable, Effect::Cont, Effect::Look]
@@ -416,6 +429,9 @@ impl SourceOwner {
             }
             (S::Iterating | S::PreSwitchover, Q::Device | Q::Completed) => self.stop(Reason::Meddled),
             (S::Continuing { ended, .. }, Q::Completed) => self.hand_over_if(ended, true),
+            (S::Barring { facts }, Q::Completed) => self.hand_over(facts),
+            (S::Barring { .. }, Q::Gone) => self.stop(Reason::SourceQemuDied),
+            (S::Barring { .. }, _) => self.stop(Reason::Meddled),
             (S::Settling { reason }, Q::Idle) => self.keep(reason, false),
             (S::Settling { reason }, Q::Gone) => self.keep(reason, true),
             (S::Settling { .. }, Q::Completed) => vec![Effect::Cont, Effect::Look],
@@ -478,26 +494,34 @@ impl SourceOwner {
         }
     }
 
-    /// The point of no return: QEMU says completed and every byte of its stream was taken.
+    /// QEMU says completed and every byte of its stream was taken: nobody may start it from here on.
     fn hand_over_if(&mut self, ended: Option<Facts>, completed: bool) -> Vec<Effect> {
         let (Some(facts), true) = (ended, completed) else {
             self.state = SourceState::Continuing { ended, completed };
             return Vec::new();
         };
-        self.enter(
-            SourceState::HandedOver {
-                facts,
-                recalled: None,
-                fresh: true,
-            },
-            Note::HandedOver,
-        )
+        self.state = SourceState::Barring { facts };
+        self.duties()
+    }
+
+    /// The copy cannot be started any more, and the very QEMU that completed still stands: nobody ran it in between.
+    fn hand_over(&mut self, facts: Facts) -> Vec<Effect> {
+        let state = SourceState::HandedOver {
+            facts,
+            recalled: None,
+            fresh: true,
+        };
+        self.state = state;
+        let journal = self.record().map(Effect::Journal);
+        let commit = self.word_due().map(Effect::Send);
+        let note = Some(Effect::Report(Note::HandedOver));
+        [journal, commit, note].into_iter().flatten().collect()
     }
 
     fn stop(&mut self, reason: Reason) -> Vec<Effect> {
         use SourceState as S;
         match self.state {
-            S::Iterating | S::PreSwitchover | S::Continuing { .. } => {}
+            S::Iterating | S::PreSwitchover | S::Continuing { .. } | S::Barring { .. } => {}
             S::HandedOver {
                 facts,
                 recalled,
@@ -514,8 +538,8 @@ impl SourceOwner {
         }
         self.state = S::Settling { reason };
         // After `migrate-continue` QMP may be deaf until QEMU is freed from its stream: so that comes first.
-        let mut effects = vec![Effect::CloseStream, Effect::Cancel, Effect::Look];
-        effects.extend(self.word_due().map(Effect::Send));
+        let mut effects = vec![Effect::CloseStream];
+        effects.extend(self.duties());
         effects
     }
 
@@ -577,9 +601,10 @@ impl SourceOwner {
         self.told = true;
         match self.state {
             SourceState::HandedOver { .. } => self.take_back(By::Protocol, reason),
-            SourceState::Iterating | SourceState::PreSwitchover | SourceState::Continuing { .. } => {
-                self.stop(reason)
-            }
+            SourceState::Iterating
+            | SourceState::PreSwitchover
+            | SourceState::Continuing { .. }
+            | SourceState::Barring { .. } => self.stop(reason),
             SourceState::Released { by: By::Operator } => vec![Effect::Report(Note::NoOwner)],
             _ => Vec::new(),
         }
@@ -602,7 +627,7 @@ impl SourceOwner {
             (Resolve::Source, S::HandedOver { .. } | S::Released { by: By::Operator }) => {
                 self.take_back(By::Operator, Reason::Operator)
             }
-            (Resolve::Source, S::Iterating | S::PreSwitchover | S::Continuing { .. }) => {
+            (Resolve::Source, S::Iterating | S::PreSwitchover | S::Continuing { .. } | S::Barring { .. }) => {
                 self.stop(Reason::Operator)
             }
             (Resolve::Target, S::HandedOver { .. }) => {
@@ -646,10 +671,12 @@ impl SourceOwner {
             (Effect::Journal(Record::HandedOver { .. }), S::HandedOver { fresh: true, .. }) => {
                 self.take_back(By::Protocol, Reason::JournalFailed)
             }
-            (Effect::MakeUnrunnable, S::HandedOver { fresh: true, .. }) => {
-                self.take_back(By::Protocol, Reason::NotBarred)
+            (Effect::MakeUnrunnable, _) => self.stop(Reason::NotBarred),
+            // A guest that runs from images which nobody finds is not kept: silence until that is undone.
+            (Effect::MakeRunnable, S::Settling { .. }) => {
+                self.unwritten = true;
+                Vec::new()
             }
-            (Effect::MakeUnrunnable, S::HandedOver { .. }) => self.stop(Reason::NotBarred),
             (Effect::Journal(Record::Began { .. }), S::Iterating) => {
                 // Nothing was started, whether or not the record is there.
                 self.state = S::Settling {
@@ -678,6 +705,7 @@ impl SourceOwner {
             SourceState::Iterating => "the VM runs here while its memory is copied",
             SourceState::PreSwitchover => "the VM stands while the last disk blocks are read",
             SourceState::Continuing { .. } => "the VM stands while the rest of its memory is read",
+            SourceState::Barring { .. } => "the VM stands while its old copy is made unrunnable",
             SourceState::Settling { .. } => "the migration is being cancelled, the VM stays here",
             SourceState::Kept { .. } => "the VM stays here",
             SourceState::HandedOver { recalled: None, .. } => {

@@ -243,7 +243,7 @@ impl TargetOwner {
         let generation = self.generation;
         match self.state {
             TargetState::Fresh | TargetState::Running { started: true, .. } => Vec::new(),
-            TargetState::Waiting if self.commit.is_none() && (self.loaded || self.lost || self.noted) => {
+            TargetState::Waiting if self.commit.is_none() && (self.loaded || self.noted) => {
                 vec![Effect::Look, Effect::Send(Word::Ask { generation })]
             }
             TargetState::Waiting => vec![Effect::Look],
@@ -479,7 +479,9 @@ impl TargetOwner {
             };
         }
         match (word, self.state) {
-            (Word::Unknown { .. }, TargetState::Waiting) => vec![Effect::Report(Note::Forgotten)],
+            (Word::Unknown { .. }, TargetState::Waiting) if self.loaded || self.noted => {
+                vec![Effect::Report(Note::Forgotten)]
+            }
             (Word::Ack { .. } | Word::Aborted { .. } | Word::Undecided { .. } | Word::Unknown { .. }, _) => {
                 Vec::new()
             }

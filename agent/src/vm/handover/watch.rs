@@ -115,7 +115,7 @@ impl SourceOwner {
                 limits.pre_switchover,
                 stop(Reason::TooSlow),
             ),
-            SourceState::Continuing { .. } => {
+            SourceState::Continuing { .. } | SourceState::Barring { .. } => {
                 overdue(Wait::Tail, in_state, limits.device, stop(Reason::TooSlow))
             }
             SourceState::HandedOver { recalled: None, .. } => {

@@ -1,0 +1,875 @@
+//! Two agents, two QEMUs, two journals and everything that was ever said: one state of the model, and what may happen next.
+//!
+//! Owns the session as the machines expect it (effects in order, journal first), QEMU as it was measured, and the invariants.
+//! Leaves the search to `explore`. The machines are the ones that run.
+
+use std::time::Duration;
+
+use longhaul_agent::vm::handover::*;
+use longhaul_common::digest::Digest;
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bounds {
+    pub(crate) mishaps: u8,
+    pub(crate) generations: u8,
+}
+
+/// Ways to run the machines wrongly, each of which has to be found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Fault {
+    CommitBeforeJournal,
+    BarringUnchecked,
+    OldCopyNotBarred,
+    ContBeforeJournal,
+    AckBeforeJournal,
+    AbortedBeforeJournal,
+    TargetJournalNotSynced,
+    SourceJournalNotSynced,
+    SourceTimesOut,
+    TargetTimesOut,
+    HashNotChecked,
+    DisksNotFlushed,
+    HandoverUnobserved,
+}
+
+impl Fault {
+    pub(crate) const ALL: [Self; 13] = [
+        Self::CommitBeforeJournal,
+        Self::BarringUnchecked,
+        Self::OldCopyNotBarred,
+        Self::ContBeforeJournal,
+        Self::AckBeforeJournal,
+        Self::AbortedBeforeJournal,
+        Self::TargetJournalNotSynced,
+        Self::SourceJournalNotSynced,
+        Self::SourceTimesOut,
+        Self::TargetTimesOut,
+        Self::HashNotChecked,
+        Self::DisksNotFlushed,
+        Self::HandoverUnobserved,
+    ];
+}
+
+/// One agent: its machine while it lives, what it still has to do, and its journal.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Agent<Machine> {
+    machine: Option<Machine>,
+    pending: Vec<Effect>,
+    journal: Vec<Record>,
+    /// The last record's sync failed: it may be there, and the next append writes the file without it.
+    doubtful: bool,
+    /// The last record was written and not synced (only by a fault).
+    unsynced: bool,
+}
+
+impl<Machine> Agent<Machine> {
+    fn new(machine: Machine) -> Self {
+        Self {
+            machine: Some(machine),
+            pending: Vec::new(),
+            journal: Vec::new(),
+            doubtful: false,
+            unsynced: false,
+        }
+    }
+
+    fn append(&mut self, record: Record, unsynced: bool) {
+        if std::mem::take(&mut self.doubtful) {
+            self.journal.pop();
+        }
+        self.journal.push(record);
+        self.unsynced = unsynced;
+    }
+
+    fn crash(&mut self) {
+        self.machine = None;
+        self.pending.clear();
+        self.doubtful = false;
+        if std::mem::take(&mut self.unsynced) {
+            self.journal.pop();
+        }
+    }
+
+    /// The machine, where it waits for an event.
+    fn idle(&self) -> Option<&Machine> {
+        self.machine.as_ref().filter(|_| self.pending.is_empty())
+    }
+}
+
+/// What of the stream is in the target's QEMU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Arrived {
+    Part,
+    Whole,
+    Corrupt,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct World {
+    fault: Option<Fault>,
+    mishaps: u8,
+    generations: u32,
+    source: Agent<SourceOwner>,
+    target: Agent<TargetOwner>,
+    source_qemu: SourceQemu,
+    target_qemu: TargetQemu,
+    /// The source agent holds its end of QEMU's stream.
+    socket: bool,
+    /// The stream's end was taken by this life of the source agent, which still has its tail.
+    tail: bool,
+    /// The target agent holds its end of the incoming stream.
+    incoming: bool,
+    arrived: Arrived,
+    /// The generation that the target's QEMU was started for.
+    loads: u32,
+    prepare: u32,
+    sent_batches: u8,
+    durable: u8,
+    told_batches: u8,
+    barred: bool,
+    /// The source's guest ran after it stood for this generation.
+    resumed: bool,
+    /// The target's guest has run.
+    target_ran: bool,
+    source_lost: bool,
+    target_lost: bool,
+    resolved: bool,
+    said: Vec<Word>,
+    broken: Option<&'static str>,
+}
+
+pub(crate) struct Step {
+    pub(crate) what: String,
+    pub(crate) world: World,
+    pub(crate) mishap: bool,
+}
+
+fn stream(generation: u32) -> Stream {
+    Stream {
+        len: u64::from(generation),
+        hash: Digest([1; 32]),
+    }
+}
+
+fn facts(generation: u32) -> Facts {
+    Facts {
+        disk_batches: u64::from(generation),
+        stream: stream(generation),
+    }
+}
+
+impl World {
+    pub(crate) fn new(bounds: Bounds, fault: Option<Fault>) -> Self {
+        Self {
+            fault,
+            mishaps: bounds.mishaps,
+            generations: bounds.generations.into(),
+            source: Agent::new(SourceOwner::new()),
+            target: Agent::new(TargetOwner::new()),
+            source_qemu: SourceQemu::Idle,
+            target_qemu: TargetQemu::Gone,
+            socket: false,
+            tail: false,
+            incoming: false,
+            arrived: Arrived::Part,
+            loads: 0,
+            prepare: 0,
+            sent_batches: 0,
+            durable: 0,
+            told_batches: 0,
+            barred: false,
+            resumed: false,
+            target_ran: false,
+            source_lost: false,
+            target_lost: false,
+            resolved: false,
+            said: Vec::new(),
+            broken: None,
+        }
+    }
+
+    pub(crate) fn source_runs(&self) -> bool {
+        matches!(self.source_qemu, SourceQemu::Idle | SourceQemu::Iterating)
+    }
+
+    pub(crate) fn target_runs(&self) -> bool {
+        self.target_qemu == TargetQemu::Running
+    }
+
+    /// Somebody runs the VM, and their machine agrees.
+    pub(crate) fn is_good(&self) -> bool {
+        let source = self.source.idle().is_some_and(SourceOwner::is_quiet);
+        let target = self.target.idle().is_some_and(TargetOwner::owns);
+        self.source_runs() && source || self.target_runs() && target || self.burnt()
+    }
+
+    /// The only side that ever had a right to it burnt down: no protocol brings that VM back.
+    fn burnt(&self) -> bool {
+        let target = self.target.idle().map(|target| *target.state());
+        let none = matches!(target, Some(TargetState::Fresh | TargetState::Aborted { .. }));
+        let source = self.source.idle().map(|source| *source.state());
+        let given = matches!(source, Some(SourceState::Released { .. }));
+        self.source_lost && none || self.target_lost && given
+    }
+
+    pub(crate) fn broken(&self) -> Option<&'static str> {
+        if self.broken.is_some() {
+            return self.broken;
+        }
+        if self.source_runs() && self.target_runs() {
+            return Some("two owners: both guests run");
+        }
+        if self.source_runs() && self.target_ran {
+            return Some("a write is lost: the source runs after the target has run");
+        }
+        if self.target_runs() && !self.barred && !self.source_lost {
+            return Some("two owners: the old copy can be started while the target runs");
+        }
+        None
+    }
+
+    fn break_if(&mut self, condition: bool, why: &'static str) {
+        if condition {
+            self.broken.get_or_insert(why);
+        }
+    }
+
+    fn is(&self, fault: Fault) -> bool {
+        self.fault == Some(fault)
+    }
+
+    /// Everything that may happen now.
+    pub(crate) fn steps(&self) -> Vec<Step> {
+        let mut steps = Vec::new();
+        self.source_steps(&mut steps);
+        self.target_steps(&mut steps);
+        self.qemu_steps(&mut steps);
+        self.transport_steps(&mut steps);
+        if self.mishaps > 0 {
+            self.mishap_steps(&mut steps);
+        }
+        steps
+    }
+
+    fn step(&self, steps: &mut Vec<Step>, what: impl Into<String>, change: impl FnOnce(&mut Self)) {
+        let mut world = self.clone();
+        change(&mut world);
+        world.settle_quiet_effects();
+        if world != *self {
+            steps.push(Step {
+                what: what.into(),
+                world,
+                mishap: false,
+            });
+        }
+    }
+
+    fn mishap(&self, steps: &mut Vec<Step>, what: impl Into<String>, change: impl FnOnce(&mut Self)) {
+        let first = steps.len();
+        self.step(steps, what, |world| {
+            world.mishaps -= 1;
+            change(world);
+        });
+        steps[first..].iter_mut().for_each(|step| step.mishap = true);
+    }
+
+    // ---- the source agent
+
+    fn source_event(&mut self, event: SourceEvent) {
+        let Some(machine) = &mut self.source.machine else {
+            return;
+        };
+        let mut effects = machine.on(event);
+        if self.fault == Some(Fault::CommitBeforeJournal) {
+            move_first(&mut effects, |effect| {
+                matches!(effect, Effect::Send(Word::Commit { .. }))
+            });
+        }
+        self.source.pending = effects;
+    }
+
+    fn source_steps(&self, steps: &mut Vec<Step>) {
+        let Some(machine) = &self.source.machine else {
+            if !self.source_lost {
+                self.step(steps, "the source agent restarts", Self::restart_source);
+            }
+            return;
+        };
+        if let Some(effect) = self.source.pending.first().copied() {
+            self.step(steps, format!("source does {effect:?}"), |world| {
+                world.source_does(effect)
+            });
+            return;
+        }
+        let mut event = |event: SourceEvent| {
+            self.step(steps, format!("source <- {event:?}"), |world| {
+                world.source_event(event)
+            });
+        };
+        event(SourceEvent::Qemu(self.source_qemu));
+        event(SourceEvent::Remind);
+        event(SourceEvent::Stop(Reason::Cancelled));
+        for word in self.said.iter().filter(|word| is_for_source(word)) {
+            event(SourceEvent::Heard(*word));
+        }
+        let ever = Duration::MAX;
+        if let Some(overdue) = machine.overdue(ever, ever, &Limits::default()) {
+            event(overdue.event);
+        }
+        if self.target_lost || self.is(Fault::SourceTimesOut) {
+            self.step(steps, "the operator resolves source", |world| {
+                world.resolved = true;
+                world.source_event(SourceEvent::Resolve(Resolve::Source));
+            });
+        }
+        self.source_progress(steps, machine);
+    }
+
+    fn source_progress(&self, steps: &mut Vec<Step>, machine: &SourceOwner) {
+        let generation = machine.generation().0;
+        let next = generation + 1;
+        let prepared = self
+            .target
+            .idle()
+            .is_some_and(|target| target.generation().0 == next && self.loads == next);
+        if machine.is_quiet() && next <= self.generations && !self.target_ran {
+            self.step(steps, "the source asks for preparation", |world| {
+                world.prepare = next
+            });
+            if prepared && self.source_qemu == SourceQemu::Idle {
+                self.step(steps, "source <- Begin", |world| {
+                    world.resumed = false;
+                    world.source_event(SourceEvent::Begin(Generation(next)));
+                });
+            }
+        }
+        if *machine.state() == SourceState::PreSwitchover {
+            self.step(steps, "source <- LastRoundRead", |world| {
+                world.sent_batches = generation as u8;
+                world.source_event(SourceEvent::LastRoundRead);
+            });
+        }
+        // The stream also ends where QEMU fails.
+        let over = !matches!(
+            self.source_qemu,
+            SourceQemu::Device | SourceQemu::Iterating | SourceQemu::PreSwitchover
+        );
+        let ended = over || self.is(Fault::HandoverUnobserved);
+        if matches!(machine.state(), SourceState::Continuing { .. }) && self.socket && ended && !self.tail {
+            self.step(steps, "source <- StreamEnded", |world| {
+                world.tail = true;
+                world.source_event(SourceEvent::StreamEnded(facts(generation)));
+                if world.is(Fault::HandoverUnobserved) {
+                    world.source_event(SourceEvent::Qemu(SourceQemu::Completed));
+                }
+            });
+        }
+    }
+
+    fn restart_source(&mut self) {
+        match SourceOwner::restore(&self.source.journal) {
+            Ok((machine, effects)) => {
+                self.source.machine = Some(machine);
+                self.source.pending = effects;
+            }
+            Err(_) => self.break_if(true, "the source cannot read its own journal"),
+        }
+    }
+
+    fn source_does(&mut self, effect: Effect) {
+        self.source.pending.remove(0);
+        let done = match effect {
+            Effect::Journal(record) => {
+                let unsynced = self.is(Fault::SourceJournalNotSynced);
+                self.source.append(record, unsynced);
+                true
+            }
+            Effect::Send(word) => {
+                self.say(word);
+                true
+            }
+            Effect::Migrate => {
+                let idle = self.source_qemu == SourceQemu::Idle;
+                if idle {
+                    self.source_qemu = SourceQemu::Iterating;
+                    self.socket = true;
+                    self.tail = false;
+                }
+                idle
+            }
+            Effect::MigrateContinue => {
+                let stands = self.source_qemu == SourceQemu::PreSwitchover;
+                if stands {
+                    self.source_qemu = SourceQemu::Device;
+                }
+                stands
+            }
+            Effect::Cancel => {
+                if in_migration(self.source_qemu) {
+                    self.resume_source();
+                }
+                true
+            }
+            Effect::Cont => match self.source_qemu {
+                SourceQemu::Completed if !self.barred => {
+                    self.resume_source();
+                    true
+                }
+                other => other == SourceQemu::Idle,
+            },
+            // Whoever runs from the images holds their locks.
+            Effect::MakeUnrunnable if self.source_runs() => false,
+            Effect::MakeUnrunnable => {
+                self.barred = !self.is(Fault::OldCopyNotBarred);
+                if self.is(Fault::BarringUnchecked) {
+                    self.source_event(SourceEvent::Qemu(SourceQemu::Completed));
+                }
+                true
+            }
+            Effect::MakeRunnable => {
+                self.barred = false;
+                true
+            }
+            Effect::Quit => {
+                self.break_if(self.source_runs(), "a running guest was ended at the source");
+                self.source_qemu = SourceQemu::Gone;
+                true
+            }
+            Effect::BootFromDisks => {
+                if self.source_qemu == SourceQemu::Gone && !self.barred {
+                    self.resume_source();
+                }
+                !self.barred
+            }
+            _ => true,
+        };
+        if !done {
+            self.source_failed(effect);
+        }
+    }
+
+    fn source_failed(&mut self, effect: Effect) {
+        self.source.pending.clear();
+        self.source_event(SourceEvent::Failed(effect));
+    }
+
+    fn resume_source(&mut self) {
+        self.source_qemu = SourceQemu::Idle;
+        self.socket = false;
+        self.resumed = true;
+    }
+
+    // ---- the target agent
+
+    fn target_event(&mut self, event: TargetEvent) {
+        let Some(machine) = &mut self.target.machine else {
+            return;
+        };
+        let mut effects = machine.on(event);
+        match self.fault {
+            Some(Fault::ContBeforeJournal) => move_first(&mut effects, |effect| *effect == Effect::Cont),
+            Some(Fault::AckBeforeJournal) => {
+                move_first(&mut effects, |effect| {
+                    matches!(effect, Effect::Send(Word::Ack { .. }))
+                });
+            }
+            Some(Fault::AbortedBeforeJournal) => {
+                move_first(&mut effects, |effect| {
+                    matches!(effect, Effect::Send(Word::Aborted { .. }))
+                });
+            }
+            _ => {}
+        }
+        self.target.pending = effects;
+    }
+
+    fn target_steps(&self, steps: &mut Vec<Step>) {
+        let Some(machine) = &self.target.machine else {
+            if !self.target_lost {
+                self.step(steps, "the target agent restarts", Self::restart_target);
+            }
+            return;
+        };
+        if let Some(effect) = self.target.pending.first().copied() {
+            self.step(steps, format!("target does {effect:?}"), |world| {
+                world.target_does(effect)
+            });
+            return;
+        }
+        let mut event = |event: TargetEvent| {
+            self.step(steps, format!("target <- {event:?}"), |world| {
+                world.target_event(event)
+            });
+        };
+        for generation in 1..=self.prepare {
+            event(TargetEvent::Prepare(Generation(generation)));
+        }
+        event(TargetEvent::Qemu(self.target_qemu));
+        event(TargetEvent::Remind);
+        for word in self.said.iter().filter(|word| is_for_target(word)) {
+            event(TargetEvent::Heard(*word));
+        }
+        if let Some(overdue) = machine.overdue(Duration::MAX, &Limits::default()) {
+            event(overdue.event);
+        }
+        match self.arrived {
+            _ if !self.incoming => {}
+            Arrived::Part => {}
+            Arrived::Corrupt if !self.is(Fault::HashNotChecked) => {
+                let wrong = Stream {
+                    len: 0,
+                    hash: Digest([0; 32]),
+                };
+                event(TargetEvent::StreamWritten(wrong));
+            }
+            _ => event(TargetEvent::StreamWritten(stream(self.loads))),
+        }
+        self.target_disks_and_words(steps);
+    }
+
+    fn target_disks_and_words(&self, steps: &mut Vec<Step>) {
+        let flushed = if self.is(Fault::DisksNotFlushed) {
+            self.sent_batches
+        } else {
+            self.durable
+        };
+        if self.told_batches != flushed {
+            self.step(steps, format!("target <- DisksDurable({flushed})"), |world| {
+                world.told_batches = flushed;
+                world.target_event(TargetEvent::DisksDurable(flushed.into()));
+            });
+        }
+        let stale = self.is(Fault::TargetTimesOut) && self.target_qemu == TargetQemu::Loaded;
+        if self.source_lost || stale {
+            self.step(steps, "the operator resolves target", |world| {
+                world.resolved |= !stale;
+                world.target_event(TargetEvent::Resolve(Resolve::Target));
+            });
+        }
+    }
+
+    fn restart_target(&mut self) {
+        match TargetOwner::restore(&self.target.journal) {
+            Ok((machine, effects)) => {
+                self.target.machine = Some(machine);
+                self.target.pending = effects;
+            }
+            Err(_) => self.break_if(true, "the target cannot read its own journal"),
+        }
+    }
+
+    fn target_does(&mut self, effect: Effect) {
+        self.target.pending.remove(0);
+        let done = match effect {
+            Effect::Journal(record) => {
+                let unsynced = self.is(Fault::TargetJournalNotSynced);
+                self.target.append(record, unsynced);
+                true
+            }
+            Effect::Send(word) => {
+                self.say(word);
+                true
+            }
+            Effect::StartIncoming => {
+                self.target_qemu = TargetQemu::Loading;
+                self.arrived = Arrived::Part;
+                self.incoming = true;
+                self.loads = self
+                    .target
+                    .machine
+                    .as_ref()
+                    .map_or(0, |machine| machine.generation().0);
+                true
+            }
+            Effect::KillIncoming => {
+                self.target_qemu = TargetQemu::Gone;
+                true
+            }
+            Effect::Cont => match self.target_qemu {
+                TargetQemu::Loaded => {
+                    self.run_target(self.arrived == Arrived::Whole);
+                    true
+                }
+                other => {
+                    self.break_if(
+                        other == TargetQemu::Loading,
+                        "`cont` while the target's QEMU was loading",
+                    );
+                    other == TargetQemu::Running
+                }
+            },
+            Effect::BootFromDisks => {
+                if !self.target_runs() {
+                    self.run_target(true);
+                }
+                true
+            }
+            _ => true,
+        };
+        if !done {
+            self.target.pending.clear();
+            self.target_event(TargetEvent::Failed(effect));
+        }
+    }
+
+    fn run_target(&mut self, memory: bool) {
+        self.target_qemu = TargetQemu::Running;
+        self.target_ran = true;
+        let disks = self.durable == self.loads as u8;
+        let sound = memory && disks && !self.resumed;
+        self.break_if(
+            !sound && !self.source_lost,
+            "a write is lost: the target runs something old or incomplete",
+        );
+    }
+
+    // ---- everything else
+
+    /// Effects that neither a crash nor anybody else can tell from not having been done yet.
+    fn settle_quiet_effects(&mut self) {
+        while let Some(effect) = self.source.pending.first().copied().filter(is_quiet) {
+            self.source.pending.remove(0);
+            if effect == Effect::CloseStream {
+                self.socket = false;
+            }
+            self.hear_note(effect);
+        }
+        while let Some(effect) = self.target.pending.first().copied().filter(is_quiet) {
+            self.target.pending.remove(0);
+            self.hear_note(effect);
+        }
+    }
+
+    fn hear_note(&mut self, effect: Effect) {
+        // After an operator's word a late word of a lost site is rightly noticed.
+        let noticed = effect == Effect::Report(Note::TwoOwners) && !self.resolved;
+        self.break_if(noticed, "a machine noticed two owners");
+        self.break_if(
+            effect == Effect::Report(Note::Forgotten),
+            "a journal was forgotten",
+        );
+    }
+
+    fn say(&mut self, word: Word) {
+        let deaf = matches!(word, Word::Undecided { .. });
+        if let (false, Err(at)) = (deaf, self.said.binary_search_by_key(&place(&word), place)) {
+            self.said.insert(at, word);
+        }
+    }
+
+    fn qemu_steps(&self, steps: &mut Vec<Step>) {
+        match self.source_qemu {
+            SourceQemu::Gone if !self.barred && !self.source_lost => {
+                self.step(steps, "somebody boots the VM at the source", Self::resume_source);
+            }
+            SourceQemu::Iterating => {
+                self.step(steps, "the source's QEMU stops the guest", |world| {
+                    world.source_qemu = SourceQemu::PreSwitchover;
+                    world.resumed = false;
+                });
+            }
+            SourceQemu::Device => self.step(steps, "the source's QEMU completes", |world| {
+                world.source_qemu = SourceQemu::Completed;
+            }),
+            _ => {}
+        }
+        if !self.socket && matches!(self.source_qemu, SourceQemu::Iterating | SourceQemu::Device) {
+            self.step(
+                steps,
+                "the source's QEMU fails on its closed stream",
+                Self::resume_source,
+            );
+        }
+        let target = self.target.machine.as_ref().map(|target| *target.state());
+        let started = matches!(target, Some(TargetState::Running { started: true, .. }));
+        if self.target_qemu == TargetQemu::Gone && started {
+            self.step(steps, "somebody boots the VM at the target", |world| {
+                world.run_target(true)
+            });
+        }
+        if self.target_qemu == TargetQemu::Loading {
+            if self.arrived != Arrived::Part {
+                self.step(steps, "the target's QEMU has loaded", |world| {
+                    world.target_qemu = TargetQemu::Loaded
+                });
+            } else if !self.incoming {
+                self.step(steps, "the target's QEMU fails on its closed stream", |world| {
+                    world.target_qemu = TargetQemu::Gone;
+                });
+            }
+        }
+    }
+
+    fn transport_steps(&self, steps: &mut Vec<Step>) {
+        let loading =
+            self.target_qemu == TargetQemu::Loading && self.incoming && self.arrived == Arrived::Part;
+        let same = self
+            .source
+            .machine
+            .as_ref()
+            .is_some_and(|source| source.generation().0 == self.loads);
+        if loading && same && self.tail && self.target.machine.is_some() {
+            self.step(steps, "the stream's end arrives", |world| {
+                world.arrived = Arrived::Whole
+            });
+            if self.mishaps > 0 {
+                self.mishap(steps, "the stream arrives corrupt", |world| {
+                    world.arrived = Arrived::Corrupt
+                });
+            }
+        }
+        if self.durable < self.sent_batches && self.source.machine.is_some() && self.target.machine.is_some()
+        {
+            self.step(steps, "the disk batches are durable", |world| {
+                world.durable = world.sent_batches
+            });
+        }
+    }
+
+    fn mishap_steps(&self, steps: &mut Vec<Step>) {
+        if self.source.machine.is_some() {
+            self.mishap(steps, "the source agent is killed", Self::kill_source);
+            if let Some(Effect::Journal(record)) = self.source.pending.first().copied() {
+                self.mishap(steps, "the source's journal fails", |world| {
+                    world.source_failed(Effect::Journal(record))
+                });
+                self.mishap(
+                    steps,
+                    "the source's journal fails, but the record is there",
+                    |world| {
+                        world.source.append(record, false);
+                        world.source.doubtful = true;
+                        world.source_failed(Effect::Journal(record));
+                    },
+                );
+            }
+            if self.source.pending.first() == Some(&Effect::MakeUnrunnable) {
+                self.mishap(steps, "the old copy cannot be barred", |world| {
+                    world.source_failed(Effect::MakeUnrunnable)
+                });
+            }
+        }
+        if self.target.machine.is_some() {
+            self.mishap(steps, "the target agent is killed", Self::kill_target);
+            if let Some(Effect::Journal(record)) = self.target.pending.first().copied() {
+                self.mishap(steps, "the target's journal fails", |world| {
+                    world.target_failed(record)
+                });
+                self.mishap(
+                    steps,
+                    "the target's journal fails, but the record is there",
+                    |world| {
+                        world.target.append(record, false);
+                        world.target.doubtful = true;
+                        world.target_failed(record);
+                    },
+                );
+            }
+            if self.target.pending.is_empty() {
+                self.mishap(steps, "a target disk fails", |world| {
+                    world.target_event(TargetEvent::Stop(Reason::DiskFailed));
+                });
+            }
+        }
+        self.mishap_qemus(steps);
+        self.mishap_sites(steps);
+    }
+
+    fn mishap_qemus(&self, steps: &mut Vec<Step>) {
+        if self.source_qemu != SourceQemu::Gone {
+            self.mishap(steps, "the source's QEMU dies", |world| {
+                world.source_qemu = SourceQemu::Gone;
+            });
+        }
+        if in_migration(self.source_qemu) {
+            self.mishap(
+                steps,
+                "the source's QEMU fails, or somebody cancels it",
+                Self::resume_source,
+            );
+        }
+        if self.source_qemu == SourceQemu::PreSwitchover {
+            self.mishap(steps, "somebody continues the source's QEMU", |world| {
+                world.source_qemu = SourceQemu::Device
+            });
+        }
+        if self.target_qemu != TargetQemu::Gone {
+            self.mishap(steps, "the target's QEMU dies", |world| {
+                world.target_qemu = TargetQemu::Gone
+            });
+        }
+    }
+
+    fn mishap_sites(&self, steps: &mut Vec<Step>) {
+        if !self.target_lost && !self.source_lost {
+            self.mishap(steps, "the source's site burns down", |world| {
+                world.kill_source();
+                world.source_qemu = SourceQemu::Gone;
+                world.source_lost = true;
+            });
+            // What the target wrote burns with it: the source's copy is all that is left.
+            self.mishap(steps, "the target's site burns down", |world| {
+                world.kill_target();
+                world.target_qemu = TargetQemu::Gone;
+                world.target_lost = true;
+                world.target_ran = false;
+            });
+        }
+    }
+
+    fn kill_source(&mut self) {
+        self.source.crash();
+        self.socket = false;
+        self.tail = false;
+    }
+
+    fn kill_target(&mut self) {
+        self.target.crash();
+        self.incoming = false;
+        self.told_batches = 0;
+    }
+
+    fn target_failed(&mut self, record: Record) {
+        self.target.pending.clear();
+        self.target_event(TargetEvent::Failed(Effect::Journal(record)));
+    }
+}
+
+fn is_quiet(effect: &Effect) -> bool {
+    matches!(effect, Effect::Report(_) | Effect::Look | Effect::CloseStream)
+}
+
+fn in_migration(qemu: SourceQemu) -> bool {
+    matches!(
+        qemu,
+        SourceQemu::Iterating | SourceQemu::PreSwitchover | SourceQemu::Device
+    )
+}
+
+fn move_first(effects: &mut Vec<Effect>, is: impl Fn(&Effect) -> bool) {
+    let (first, rest): (Vec<_>, Vec<_>) = effects.drain(..).partition(is);
+    effects.extend(first.into_iter().chain(rest));
+}
+
+fn is_for_source(word: &Word) -> bool {
+    !matches!(word, Word::Commit { .. } | Word::Abort { .. })
+}
+
+/// `Ask` and `Unknown` go both ways; each side hears what either said, which is only worse.
+fn is_for_target(word: &Word) -> bool {
+    !matches!(word, Word::Ack { .. } | Word::Aborted { .. })
+}
+
+/// A word without its reason: which reason it gives decides nothing.
+fn place(word: &Word) -> (u32, u8) {
+    let kind = match word {
+        Word::Commit { .. } => 0,
+        Word::Abort { .. } => 1,
+        Word::Ack { .. } => 2,
+        Word::Aborted { .. } => 3,
+        Word::Ask { .. } => 4,
+        Word::Undecided { .. } => 5,
+        Word::Unknown { .. } => 6,
+    };
+    (word.generation().0, kind)
+}

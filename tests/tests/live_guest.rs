@@ -123,11 +123,14 @@ fn what_was_acknowledged_survives_a_power_loss_and_damage_is_found() {
         .unwrap();
     assert!(matches!(fsck.status.code(), Some(0 | 1)), "{fsck:?}");
     let listing = bench.debugfs("disk.raw", "ls -p /longhaul-load/w1");
-    let file = listing
-        .split('/')
-        .find(|word| word.starts_with('f'))
-        .unwrap()
-        .to_owned();
+    // The oldest file: what was heard of it cannot be newer than what was heard.
+    let files = listing.split('/').filter_map(|word| word.strip_prefix('f'));
+    let age = |name: &&str| {
+        name.split('.')
+            .next()
+            .and_then(|digits| digits.parse::<u64>().ok())
+    };
+    let file = format!("f{}", files.min_by_key(age).unwrap());
     let path = format!("/longhaul-load/w1/{file}");
     let block: u64 = bench
         .debugfs("disk.raw", &format!("bmap {path} 0"))
@@ -175,6 +178,8 @@ fn a_guest_moved_by_qemu_itself_is_whole_and_its_pause_is_measured() {
         source.monitor(),
         target.monitor(),
         &bench.path("stream"),
+        // Slow enough for several passes over what the guest writes meanwhile.
+        24_000_000,
         &mut || plain::copy_changes(&source_disk, &target_disk).map(|_| ()),
     )
     .unwrap();

@@ -95,7 +95,9 @@ impl Consoles {
     pub fn wait_for(&self, beginning: &str, from: Duration, limit: Duration) -> io::Result<String> {
         let heard = wait_until(limit, || {
             let hearing = self.hearing();
-            let failed = hearing.said("LONGHAUL-GUEST-FAILED", from);
+            let failed = ["LONGHAUL-GUEST-FAILED", "Kernel panic"]
+                .iter()
+                .find_map(|words| hearing.said(words, Duration::ZERO));
             let said = hearing.said(beginning, from).map(|(_, rest)| Ok(rest));
             said.or_else(|| {
                 failed.map(|(_, cause)| Err(io::Error::other(format!("the guest failed: {cause}"))))

@@ -12,6 +12,12 @@ use crate::guest::workload::{Workload, command_line};
 /// Known by QEMU 7.2 and all later versions of this machine type.
 pub const MACHINE_TYPE: &str = "pc-q35-7.2";
 
+/// Added to every guest's memory, so that it is no multiple of 256 KiB. QEMU 7.2 (until 9.0) forgets under
+/// software emulation to watch pages again that its fast scan of such memory found dirty: after the second
+/// pass writes are missed, and the guest dies at the target. Memory of another size takes the slow scan,
+/// which is right. Seen in 8 of 8 migrations by QEMU alone without this, and in none with it.
+const ODD_KIB: u64 = 8;
+
 /// A disk of the machine; its device is called `disk0`, `disk1`, and so on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Disk {
@@ -133,7 +139,7 @@ impl Machine {
             ("-accel", accelerator),
             ("-cpu", "max".to_owned()),
             ("-smp", self.cpus.to_string()),
-            ("-m", self.ram_mib.to_string()),
+            ("-m", format!("{}k", self.ram_mib * 1024 + ODD_KIB)),
             ("-display", "none".to_owned()),
             ("-kernel", self.vmlinuz.clone()),
             ("-initrd", self.initrd.clone()),

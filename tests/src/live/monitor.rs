@@ -145,26 +145,6 @@ impl Monitor {
         self.lock().events.clone()
     }
 
-    /// When the last event of this name happened after `from`.
-    pub fn last(&self, name: &str, from: f64) -> Option<f64> {
-        let state = self.lock();
-        let times = state
-            .events
-            .iter()
-            .filter(|event| event.name == name)
-            .map(|event| event.time);
-        times.filter(|time| *time >= from).next_back()
-    }
-
-    /// Waits until QEMU has connected.
-    ///
-    /// # Errors
-    /// When it has not in time.
-    pub fn wait_connected(&self, limit: Duration) -> io::Result<()> {
-        crate::usage::wait_until(limit, || self.is_connected().then_some(()))
-            .ok_or_else(|| io::Error::other("QEMU did not start in time"))
-    }
-
     /// Executes a command and gives what it returns.
     ///
     /// # Errors

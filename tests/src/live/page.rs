@@ -11,9 +11,6 @@ use crate::page::{bits, size, span};
 pub fn page(live: &LiveReport) -> String {
     let mut page = String::new();
     let report = &live.report;
-    let row = |page: &mut String, name: &str, value: String| {
-        let _ = writeln!(page, "  {name:<26}{value}");
-    };
     heading(&mut page, "The guest");
     let beat = ms(live.heartbeat_before_ms);
     row(
@@ -40,33 +37,7 @@ pub fn page(live: &LiveReport) -> String {
     }
     row(&mut page, "speed of its work", speed(live));
     heading(&mut page, "How it went");
-    row(&mut page, "time", span(report.seconds));
-    if let Some(link) = &report.link {
-        let rate = bits(link.rate_bit_per_s as f64);
-        let loss = if link.loss > 0.0 {
-            format!(", {} % loss", link.loss * 100.0)
-        } else {
-            String::new()
-        };
-        row(
-            &mut page,
-            "link",
-            format!("{rate}, {:.0} ms round trip{loss}", link.rtt_ms),
-        );
-    }
-    if let Some((forth, back)) = live.link_bytes {
-        row(
-            &mut page,
-            "on the link",
-            format!("{}, and {} back", size(forth), size(back)),
-        );
-    }
-    if let Some(rounds) = live.rounds {
-        row(&mut page, "rounds", rounds.to_string());
-    }
-    for (phase, ms) in &live.phases_ms {
-        row(&mut page, &format!("  {phase}"), format!("{:>9.0} ms", ms));
-    }
+    journey(&mut page, live);
     heading(&mut page, "What it took");
     for (name, part) in &report.programs {
         let memory = size(part.usage.peak_rss_bytes);
@@ -85,6 +56,41 @@ pub fn page(live: &LiveReport) -> String {
     heading(&mut page, "Proof");
     proof(&mut page, live);
     page
+}
+
+fn journey(page: &mut String, live: &LiveReport) {
+    let report = &live.report;
+    row(page, "time", span(report.seconds));
+    if let Some(link) = &report.link {
+        let rate = bits(link.rate_bit_per_s as f64);
+        let loss = if link.loss > 0.0 {
+            format!(", {} % loss", link.loss * 100.0)
+        } else {
+            String::new()
+        };
+        row(
+            page,
+            "link",
+            format!("{rate}, {:.0} ms round trip{loss}", link.rtt_ms),
+        );
+    }
+    if let Some((forth, back)) = live.link_bytes {
+        row(
+            page,
+            "on the link",
+            format!("{}, and {} back", size(forth), size(back)),
+        );
+    }
+    if let Some(rounds) = live.rounds {
+        row(page, "rounds", rounds.to_string());
+    }
+    for (phase, ms) in &live.phases_ms {
+        row(page, &format!("  {phase}"), format!("{:>9.0} ms", ms));
+    }
+}
+
+fn row(page: &mut String, name: &str, value: impl std::fmt::Display) {
+    let _ = writeln!(page, "  {name:<26}{value}");
 }
 
 fn proof(page: &mut String, live: &LiveReport) {

@@ -20,7 +20,7 @@ use crate::usage::wait_until;
 const LIMIT: Duration = Duration::from_secs(120);
 const CHUNK: usize = 64 << 10;
 
-/// Moves a guest from one QEMU to another; `copy_disks` is called while it stands still.
+/// Moves a guest from one QEMU to another, its RAM at this rate (0 is unlimited); `copy_disks` is called while it stands still.
 ///
 /// # Errors
 /// QEMU's own words, or the state that was not reached in time.
@@ -28,13 +28,14 @@ pub fn migrate(
     source: &Monitor,
     target: &Monitor,
     stream: &Path,
+    bytes_per_s: u64,
     copy_disks: &mut dyn FnMut() -> io::Result<()>,
 ) -> io::Result<()> {
     let uri = format!("unix:{}", stream.display());
     capabilities(target, &["events", "late-block-activate"])?;
     target.execute("migrate-incoming", json!({"uri": uri}))?;
     capabilities(source, &["events", "pause-before-switchover"])?;
-    source.execute("migrate-set-parameters", json!({"max-bandwidth": 0}))?;
+    source.execute("migrate-set-parameters", json!({"max-bandwidth": bytes_per_s}))?;
     source.execute("migrate", json!({"uri": uri}))?;
     wait_status(source, "pre-switchover", LIMIT)?;
     copy_disks()?;

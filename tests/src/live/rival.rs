@@ -91,7 +91,7 @@ impl Rival {
         let all = ["events", "late-block-activate"];
         capabilities(&self.target, &[&all[..], self.extra()].concat())?;
         self.parameters(&self.target)?;
-        let server = json!({"type": "inet", "host": "0.0.0.0", "port": DISK_PORT.to_string()});
+        let server = json!({"type": "inet", "data": {"host": "0.0.0.0", "port": DISK_PORT.to_string()}});
         self.target.execute("nbd-server-start", json!({"addr": server}))?;
         for number in 0..self.disks {
             self.mirror(number)?;

@@ -67,12 +67,7 @@ impl Stage {
         if let Some(programs) = programs {
             programs.prepare(&lab, &args.link, &job)?;
         }
-        for end in [End::Source, End::Target] {
-            fs::create_dir_all(settings::qmp_folder(&directory, end))?;
-            if let Some(folder) = settings::disk(&directory, end, 0).parent() {
-                fs::create_dir_all(folder)?;
-            }
-        }
+        make_folders(&directory)?;
         say("making the guest's disk".to_owned());
         make_disk(args, &image, &|step| eprintln!("{step} ..."))?;
         let consoles = Consoles::listen(&directory)?;
@@ -198,6 +193,16 @@ impl Stage {
             None => self.target_used,
         }
     }
+}
+
+fn make_folders(directory: &Path) -> io::Result<()> {
+    for end in [End::Source, End::Target] {
+        fs::create_dir_all(settings::qmp_folder(directory, end))?;
+        if let Some(folder) = settings::disk(directory, end, 0).parent() {
+            fs::create_dir_all(folder)?;
+        }
+    }
+    Ok(())
 }
 
 fn make_disk(args: &LiveArgs, image: &Path, say: &dyn Fn(&str)) -> io::Result<()> {

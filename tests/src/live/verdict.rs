@@ -60,8 +60,7 @@ pub struct LiveReport {
 impl LiveReport {
     /// Takes over what the job says of itself.
     pub fn read_job(&mut self, job: Value) {
-        let number = |name: &str| job[name].as_f64();
-        self.predicted_blackout_ms = number("predicted_blackout_ms");
+        self.predicted_blackout_ms = job["predicted_blackout_ms"].as_f64();
         self.rounds = job["rounds"]
             .as_u64()
             .or_else(|| Some(job["rounds"].as_array()?.len() as u64));
@@ -162,7 +161,8 @@ mod tests {
             (report.predicted_blackout_ms, report.phases_ms["ram"]),
             (Some(210.0), 12.5)
         );
-        let spoil: [(fn(&mut LiveReport), bool); 7] = [
+        type Spoil = fn(&mut LiveReport);
+        let spoil: [(Spoil, bool); 7] = [
             (|report| report.owner = "both".to_owned(), false),
             (|report| report.owner = "nobody".to_owned(), false),
             (|report| report.owner = "source".to_owned(), true),

@@ -47,7 +47,7 @@ fn build(guest: &Guest, number: u64) -> io::Result<()> {
     for source in 0..SOURCES {
         let folder = tree.join(format!("d{}", source / 8));
         fs::create_dir_all(&folder)?;
-        let seed = mix(guest.order.seed ^ mix(source << 32 | number % 7));
+        let seed = mix(guest.order.seed ^ mix((source << 32) | (number % 7)));
         let mut text = vec![0; 1000 + (seed % 19_000) as usize];
         fill(&mut text, seed);
         // Text has few different characters.

@@ -25,7 +25,7 @@ pub fn encode(seed: u64, stream: u32, number: u64, payload: usize) -> Vec<u8> {
     let mut bytes = vec![0; HEAD + payload];
     fill(
         &mut bytes[HEAD..],
-        mix(seed ^ mix(u64::from(stream) << 48 ^ number)),
+        mix(seed ^ mix((u64::from(stream) << 48) ^ number)),
     );
     bytes[..8].copy_from_slice(MAGIC);
     bytes[8..12].copy_from_slice(&stream.to_le_bytes());
@@ -45,7 +45,7 @@ fn sum(record: &[u8]) -> u64 {
 pub fn decode(bytes: &[u8]) -> Option<(u32, u64, usize)> {
     let head = bytes.get(..HEAD)?;
     let word = |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
-    let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
+    let long = |at: usize| u64::from(word(at)) | (u64::from(word(at + 4)) << 32);
     let payload = word(12) as usize;
     if &head[..8] != MAGIC || payload > PAYLOAD_MAX {
         return None;

@@ -52,7 +52,7 @@ pub(super) fn chunk(head: &[u8]) -> Result<Chunk, OpaqueReason> {
         (0, 0, _) => 0,
         (0, _, 0) => 20,
         (0, _, _) => 12,
-        (_, 0, _) => 9,
+        (_, 0, _) => 5,
         _ => return Err(OpaqueReason::DirtyBitmap),
     };
     if head.len() < at + own {

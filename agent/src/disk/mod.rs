@@ -8,6 +8,7 @@ pub mod free_map;
 pub mod fs;
 pub(crate) mod have;
 pub mod image;
+pub mod live_free;
 pub(crate) mod reader;
 pub mod roots;
 pub mod scan;

@@ -8,6 +8,7 @@ use longhaul_common::extent::Extent;
 use serde::{Deserialize, Serialize};
 
 use super::free_map::FreeMap;
+use super::fs::Committed;
 use super::volume::doubt::doubt;
 use super::volume::judge::{Outcome, Probe, judge};
 use super::volume::lvm::LvmUnproven;
@@ -61,6 +62,25 @@ pub enum Proof {
     Unmounted,
     /// LVM metadata: the extents belong to no logical volume.
     FreeExtents,
+    /// On a running VM: frozen by the guest's agent while the dirty bitmap was switched on.
+    Frozen,
+    /// On a running VM: free in a transaction of the journal that began after the dirty bitmap was switched on.
+    Journal,
+    /// On a running VM: a dirty bitmap has been on for long, and the journal's file system commits within that time.
+    Age,
+}
+
+impl Proof {
+    /// As the report says it.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::Unmounted => "unmounted",
+            Self::FreeExtents => "free extents",
+            Self::Frozen => "frozen",
+            Self::Journal => "journal",
+            Self::Age => "age",
+        }
+    }
 }
 
 /// Scans a disk that nothing writes to.
@@ -70,12 +90,33 @@ pub fn scan(disk: &dyn ReadAt) -> Scan {
 
 /// Scans with a given set of file systems.
 pub fn scan_with(disk: &dyn ReadAt, probes: &[Probe]) -> Scan {
+    scan_seen(disk, probes).0
+}
+
+/// What a part with free extents is made of, beyond its line of the report: lets two scans of a running disk be compared.
+#[derive(Clone, Debug)]
+pub(crate) struct Seen {
+    /// Index of its line.
+    pub(crate) line: usize,
+    /// "partition 2", "logical volume vg/root", "whole disk".
+    pub(crate) place: String,
+    /// Ranges of the disk in which its free extents lie.
+    pub(crate) ranges: Vec<Extent>,
+    /// Of a file system that may be in use.
+    pub(crate) committed: Option<Committed>,
+    /// Of a physical volume: BLAKE3 of what its metadata says.
+    pub(crate) metadata: Option<[u8; 32]>,
+}
+
+/// Scans, and gives for every part with a proof what it was made of.
+pub(crate) fn scan_seen(disk: &dyn ReadAt, probes: &[Probe]) -> (Scan, Vec<Seen>) {
     let mut scanner = Scanner {
         disk,
         probes,
         physicals: Vec::new(),
         damaged: false,
         judged: 0,
+        seen: Vec::new(),
         found: Scan {
             free: FreeMap::new(disk.size()),
             parts: Vec::new(),
@@ -93,7 +134,7 @@ pub fn scan_with(disk: &dyn ReadAt, probes: &[Probe]) -> Scan {
         },
     }
     scanner.groups();
-    scanner.found
+    (scanner.found, scanner.seen)
 }
 
 struct Scanner<'a> {
@@ -104,6 +145,7 @@ struct Scanner<'a> {
     /// Whether a physical volume was met whose metadata does not hold: it might describe the others anew.
     damaged: bool,
     judged: usize,
+    seen: Vec<Seen>,
     found: Scan,
 }
 
@@ -164,7 +206,16 @@ impl Scanner<'_> {
         });
         let (proof, reason) = match judgement.outcome {
             Outcome::Physical => return None,
-            Outcome::Proven => (Some(Proof::Unmounted), None),
+            Outcome::Proven => {
+                self.seen.push(Seen {
+                    line: self.found.parts.len(),
+                    place: name.to_owned(),
+                    ranges: layout.disk_ranges().collect(),
+                    committed: judgement.committed,
+                    metadata: None,
+                });
+                (Some(Proof::Unmounted), None)
+            }
             Outcome::Copied(why) => {
                 layout.disk_ranges().for_each(|range| free.clear(&range));
                 free_bytes = 0;
@@ -249,7 +300,14 @@ impl Scanner<'_> {
     }
 
     fn placed(&mut self, group: &[(usize, Found)], placed: &Placed) {
-        for ((line, _), free) in group.iter().zip(&placed.free) {
+        for ((line, found), free) in group.iter().zip(&placed.free) {
+            self.seen.push(Seen {
+                line: *line,
+                place: self.found.parts[*line].name.clone(),
+                ranges: free.clone(),
+                committed: None,
+                metadata: Some(fingerprint(found)),
+            });
             let free_bytes = free.iter().map(|range| self.found.free.mark(range)).sum();
             let part = &mut self.found.parts[*line];
             part.name = format!("{} of {}", part.name, placed.group);
@@ -296,6 +354,22 @@ impl Scanner<'_> {
                 .push(format!("{name} needs an image of {end} bytes, but it has {size}"));
         }
     }
+}
+
+fn fingerprint(found: &Found) -> [u8; 32] {
+    let physical = &found.physical;
+    let mut hasher = blake3::Hasher::new();
+    for number in [
+        found.range.offset(),
+        found.range.len(),
+        physical.data,
+        physical.size,
+    ] {
+        hasher.update(&number.to_le_bytes());
+    }
+    hasher.update(physical.uuid.as_bytes());
+    hasher.update(&physical.text);
+    *hasher.finalize().as_bytes()
 }
 
 fn too_many() -> String {

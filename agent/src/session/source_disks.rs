@@ -339,10 +339,7 @@ fn part_report(part: &scan::Part, free_bytes: u64) -> PartReport {
 }
 
 fn proof_words(proof: Proof) -> &'static str {
-    match proof {
-        Proof::Unmounted => "unmounted",
-        Proof::FreeExtents => "free extents",
-    }
+    proof.words()
 }
 
 pub(super) fn read_definition(path: &Path, settings: &AgentSettings) -> Result<Vec<u8>, Refusal> {

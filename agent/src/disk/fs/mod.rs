@@ -48,12 +48,33 @@ pub enum Unproven {
         needed: u64,
         size: u64,
     },
+    #[error("{kind} is on a running VM, and {what}")]
+    InUse { kind: &'static str, what: String },
     #[error("{kind} metadata cannot be read")]
     Read {
         kind: &'static str,
         #[source]
         source: io::Error,
     },
+}
+
+/// Which state the free extents of a file system that may be in use reflect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Committed {
+    /// The file system's own identifier.
+    pub uuid: [u8; 16],
+    /// Whether the superblock says that a mount is writing; `false` for one that is not mounted, read-only or frozen.
+    pub is_mounted: bool,
+    /// The journal that was laid over; `None` where there is none, and only a freeze can prove anything.
+    pub journal: Option<JournalState>,
+}
+
+/// A journal, and how far a complete scan of it came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct JournalState {
+    pub uuid: [u8; 16],
+    /// Sequence number of the newest committed transaction; numbers wrap around.
+    pub newest: u32,
 }
 
 /// A file system that recognised its volume.
@@ -67,4 +88,9 @@ pub trait FileSystem: Send {
     /// Gives every free extent, in bytes from the volume's start, in any order, each once, merged where cheaply possible. On an
     /// error the caller forgets every extent already given.
     fn scan(&self, volume: &dyn ReadAt, free: &mut dyn FnMut(Extent)) -> Result<FsSummary, Unproven>;
+
+    /// After a successful scan of a volume that may be in use: the state it saw. `None` for all that read unmounted volumes.
+    fn committed(&self) -> Option<Committed> {
+        None
+    }
 }

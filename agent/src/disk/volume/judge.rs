@@ -9,7 +9,7 @@ use longhaul_common::extent::Extent;
 use super::signature::{self, Signature};
 use super::{printable, sentence};
 use crate::disk::ReadAt;
-use crate::disk::fs::{FileSystem, Unproven};
+use crate::disk::fs::{Committed, FileSystem, Unproven};
 
 /// Recognises one kind of file system, as [`crate::disk::fs`] documents it.
 pub type Probe = fn(&dyn ReadAt) -> Result<Option<Box<dyn FileSystem>>, Unproven>;
@@ -22,6 +22,8 @@ pub(crate) struct Judgement {
     pub(crate) label: String,
     /// Bytes that the file system needs from the volume's start; 0 where nothing says so.
     pub(crate) needs: u64,
+    /// The state that the free extents of a volume that may be in use reflect.
+    pub(crate) committed: Option<Committed>,
     pub(crate) outcome: Outcome,
 }
 
@@ -149,6 +151,7 @@ fn judge_fs(volume: &dyn ReadAt, fs: &dyn FileSystem, free: &mut dyn FnMut(Exten
             kind: summary.kind.to_owned(),
             label: printable(&summary.label),
             needs: size,
+            committed: fs.committed(),
             outcome: Outcome::Proven,
         },
         Err(why) => copied(sentence(&why)),
@@ -204,6 +207,7 @@ const fn kind_of(why: &Unproven) -> &'static str {
         | Unproven::Checksum { kind, .. }
         | Unproven::Inconsistent { kind, .. }
         | Unproven::Truncated { kind, .. }
+        | Unproven::InUse { kind, .. }
         | Unproven::Read { kind, .. } => kind,
     }
 }
@@ -220,6 +224,7 @@ impl Judgement {
             kind: kind.to_owned(),
             label: String::new(),
             needs: 0,
+            committed: None,
             outcome: Outcome::Copied(reason),
         }
     }

@@ -86,7 +86,7 @@ impl<'a> Descriptors<'a> {
 }
 
 /// The block that holds block `index` of the descriptors.
-fn location(ext: &Ext<'_>, index: u32) -> u64 {
+pub(super) fn location(ext: &Ext<'_>, index: u32) -> u64 {
     let superblock = &ext.superblock;
     if !superblock.features.has(META_BG) || index < superblock.first_meta_bg {
         return superblock.super_block(0) + 1 + u64::from(index);

@@ -16,6 +16,7 @@ pub(super) enum Flag {
 }
 
 pub(super) const HAS_JOURNAL: Flag = Flag::Compat(0x4);
+pub(super) const FAST_COMMIT: Flag = Flag::Compat(0x400);
 pub(super) const RESIZE_INODE: Flag = Flag::Compat(0x10);
 pub(super) const SPARSE_SUPER2: Flag = Flag::Compat(0x200);
 pub(super) const NEEDS_RECOVERY: Flag = Flag::Incompat(0x4);

@@ -9,10 +9,34 @@ use super::bitmap::BlockBitmaps;
 use super::superblock::Superblock;
 use super::{Ext, FsSummary, Unproven, bits, walk};
 
-/// Gives every free extent of the file system, proven.
+/// Gives every free extent of an unmounted file system, proven.
 pub(super) fn scan(ext: &Ext<'_>, free: &mut dyn FnMut(Extent)) -> Result<FsSummary, Unproven> {
     let superblock = &ext.superblock;
     let mut bitmaps = BlockBitmaps::open(ext)?;
+    let (free, free_clusters) = runs(ext, &mut bitmaps, free)?;
+    check_total(superblock, free_clusters)?;
+    if !superblock.bitmaps_have_full_checksums() {
+        let used = superblock.size() - free;
+        walk::check(ext, &mut bitmaps, used / u64::from(superblock.block_size))?;
+    }
+    Ok(summary(superblock, free))
+}
+
+/// Gives every extent that the group descriptors and block bitmaps of `ext` call free. Neither the superblock's count nor the
+/// inodes are asked: on a mounted volume they are older than the bitmaps.
+pub(super) fn scan_bitmaps(ext: &Ext<'_>, free: &mut dyn FnMut(Extent)) -> Result<FsSummary, Unproven> {
+    let mut bitmaps = BlockBitmaps::open(ext)?;
+    let (free, _) = runs(ext, &mut bitmaps, free)?;
+    Ok(summary(&ext.superblock, free))
+}
+
+/// Gives the free runs of all groups; how many bytes and how many clusters they are.
+fn runs<'a>(
+    ext: &'a Ext<'a>,
+    bitmaps: &mut BlockBitmaps<'a>,
+    free: &mut dyn FnMut(Extent),
+) -> Result<(u64, u64), Unproven> {
+    let superblock = &ext.superblock;
     let mut runs = FreeRuns::new(superblock, free);
     let mut bitmap = vec![0; superblock.block_size as usize];
     let mut free_clusters = 0;
@@ -23,19 +47,17 @@ pub(super) fn scan(ext: &Ext<'_>, free: &mut dyn FnMut(Extent)) -> Result<FsSumm
             runs.add(group, run.start, run.end);
         }
     }
-    let free = runs.finish();
-    check_total(superblock, free_clusters)?;
-    if !superblock.bitmaps_have_full_checksums() {
-        let used = superblock.size() - free;
-        walk::check(ext, &mut bitmaps, used / u64::from(superblock.block_size))?;
-    }
-    Ok(FsSummary {
+    Ok((runs.finish(), free_clusters))
+}
+
+fn summary(superblock: &Superblock, free: u64) -> FsSummary {
+    FsSummary {
         kind: superblock.kind.0,
         label: superblock.label.clone(),
         block_size: superblock.block_size * superblock.cluster_blocks,
         size: superblock.size(),
         free,
-    })
+    }
 }
 
 /// The superblock's own count, written at every unmount, is the sum over the groups. Whether the missing blocks of a last,

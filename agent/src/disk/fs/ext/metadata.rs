@@ -1,8 +1,8 @@
 //! How metadata of an ext file system is read, and in which words its faults are told.
 //!
 //! Owns the one door through which every byte of metadata comes (nothing else in `ext` touches the volume) and the making of
-//! errors that name the file system. Leaves alone what the bytes mean. A committed journal can be laid over the volume here one
-//! day without anything else knowing.
+//! errors that name the file system. Leaves alone what the bytes mean. The volume may be one with a committed journal laid over it
+//! (`journal::overlay`); nothing here knows.
 
 use std::io;
 
@@ -23,6 +23,13 @@ impl Kind {
 
     pub(super) fn unknown(self, what: impl Into<String>) -> Unproven {
         Unproven::UnknownFeature {
+            kind: self.0,
+            what: what.into(),
+        }
+    }
+
+    pub(super) fn in_use(self, what: impl Into<String>) -> Unproven {
+        Unproven::InUse {
             kind: self.0,
             what: what.into(),
         }

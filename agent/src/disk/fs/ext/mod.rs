@@ -6,6 +6,8 @@
 //! without checksum contradicts its group's count, the file system's own metadata, or a file; a damaged description of the
 //! file system contradicts the copies of the superblock or the sums over all groups.
 //!
+//! A volume that may be mounted is read by `journal`, which lays the committed journal over it and then uses the same code.
+//!
 //! ```text
 //! superblock -> backup -> clean -> descriptor -> layout -> bitmap -> (walk -> mapping) -> free extents
 //!                  everything reads through metadata::Metadata
@@ -20,6 +22,7 @@ mod descriptor;
 mod features;
 mod free;
 mod inode;
+mod journal;
 mod layout;
 mod mapping;
 mod metadata;
@@ -28,6 +31,8 @@ mod walk;
 
 use longhaul_common::extent::Extent;
 
+pub(in crate::disk) use self::journal::is_after;
+pub use self::journal::running::{probe_frozen, probe_running};
 use self::metadata::Metadata;
 use self::superblock::Superblock;
 use super::{FileSystem, FsSummary, Unproven};

@@ -42,17 +42,18 @@ const CHUNK: u32 = 128;
 
 /// Refuses the volume unless its log ends in an unmount record; gives the place at which the next record would be written.
 pub(super) fn require_clean(reader: &Reader<'_>, superblock: &Superblock) -> Result<Lsn, Unproven> {
-    let place = superblock.log;
-    let blocks_per = reader.geometry.block_size / BLOCK as u32;
-    let log = Log {
-        reader,
-        start: reader.geometry.offset(place.ag, place.start),
-        // At most 2 GiB: the superblock was refused otherwise.
-        blocks: place.blocks.saturating_mul(blocks_per),
-    };
+    let log = Log::of(reader, superblock);
     let head = log.find_head()?;
     log.check_window(&head)?;
     log.check_unmount_record(&head, &superblock.uuid)?;
+    Ok(Lsn::new(head.next_cycle(), head.block))
+}
+
+/// The same place in the log of a frozen file system, whatever record it ends in.
+pub(super) fn head(reader: &Reader<'_>, superblock: &Superblock) -> Result<Lsn, Unproven> {
+    let log = Log::of(reader, superblock);
+    let head = log.find_head()?;
+    log.check_window(&head)?;
     Ok(Lsn::new(head.next_cycle(), head.block))
 }
 
@@ -94,7 +95,18 @@ impl Head {
     }
 }
 
-impl Log<'_> {
+impl<'a> Log<'a> {
+    fn of(reader: &'a Reader<'a>, superblock: &Superblock) -> Self {
+        let place = superblock.log;
+        let blocks_per = reader.geometry.block_size / BLOCK as u32;
+        Self {
+            reader,
+            start: reader.geometry.offset(place.ag, place.start),
+            // At most 2 GiB: the superblock was refused otherwise.
+            blocks: place.blocks.saturating_mul(blocks_per),
+        }
+    }
+
     fn find_head(&self) -> Result<Head, Unproven> {
         let first = self.cycle_at(0)?;
         let last = self.cycle_at(self.blocks - 1)?;

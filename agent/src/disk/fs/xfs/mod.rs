@@ -22,7 +22,7 @@ use longhaul_common::extent::Extent;
 use self::group::Group;
 use self::reader::Reader;
 use self::superblock::Superblock;
-use super::{FileSystem, FsSummary, Unproven};
+use super::{Committed, FileSystem, FsSummary, Unproven};
 use crate::disk::ReadAt;
 
 const KIND: &str = "xfs";
@@ -33,8 +33,64 @@ pub fn probe(volume: &dyn ReadAt) -> Result<Option<Box<dyn FileSystem>>, Unprove
     Ok(superblock.map(|superblock| Box::new(Xfs { superblock }) as Box<dyn FileSystem>))
 }
 
+/// The same for a file system that the guest's agent has frozen: all its metadata is in place, and its log ends in a record that
+/// only says so.
+pub fn probe_frozen(volume: &dyn ReadAt) -> Result<Option<Box<dyn FileSystem>>, Unproven> {
+    let superblock = Superblock::read(volume)?;
+    Ok(superblock.map(|superblock| Box::new(Frozen(Xfs { superblock })) as Box<dyn FileSystem>))
+}
+
+/// The same for one that runs: it is recognised and gives nothing.
+pub fn probe_running(volume: &dyn ReadAt) -> Result<Option<Box<dyn FileSystem>>, Unproven> {
+    let superblock = Superblock::read(volume)?;
+    Ok(superblock.map(|superblock| Box::new(Running(Xfs { superblock })) as Box<dyn FileSystem>))
+}
+
 struct Xfs {
     superblock: Superblock,
+}
+
+struct Frozen(Xfs);
+
+impl FileSystem for Frozen {
+    fn kind(&self) -> &'static str {
+        KIND
+    }
+
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn scan(&self, volume: &dyn ReadAt, free: &mut dyn FnMut(Extent)) -> Result<FsSummary, Unproven> {
+        self.0.scan_from(volume, log::head, free)
+    }
+
+    fn committed(&self) -> Option<Committed> {
+        Some(Committed {
+            uuid: self.0.superblock.uuid,
+            is_mounted: true,
+            journal: None,
+        })
+    }
+}
+
+struct Running(Xfs);
+
+impl FileSystem for Running {
+    fn kind(&self) -> &'static str {
+        KIND
+    }
+
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn scan(&self, _: &dyn ReadAt, _: &mut dyn FnMut(Extent)) -> Result<FsSummary, Unproven> {
+        Err(Unproven::InUse {
+            kind: KIND,
+            what: "it keeps metadata in memory without limit: only a freeze by the guest's agent proves what is free".into(),
+        })
+    }
 }
 
 impl FileSystem for Xfs {
@@ -47,6 +103,20 @@ impl FileSystem for Xfs {
     }
 
     fn scan(&self, volume: &dyn ReadAt, free: &mut dyn FnMut(Extent)) -> Result<FsSummary, Unproven> {
+        self.scan_from(volume, log::require_clean, free)
+    }
+}
+
+/// Gives the place at which the next record of the log would be written, or why the log speaks against the free-space trees.
+type FindHead = fn(&Reader<'_>, &Superblock) -> Result<reader::Lsn, Unproven>;
+
+impl Xfs {
+    fn scan_from(
+        &self,
+        volume: &dyn ReadAt,
+        find_head: FindHead,
+        free: &mut dyn FnMut(Extent),
+    ) -> Result<FsSummary, Unproven> {
         let superblock = &self.superblock;
         let geometry = &superblock.geometry;
         if volume.size() < self.size() {
@@ -57,7 +127,7 @@ impl FileSystem for Xfs {
             });
         }
         let mut reader = Reader::new(volume, geometry, superblock.metadata_uuid);
-        let head = log::require_clean(&reader, superblock)?;
+        let head = find_head(&reader, superblock)?;
         reader.allow_up_to(head, superblock.lsn)?;
         let mut total = 0;
         for number in 0..geometry.ag_count {

@@ -368,11 +368,15 @@ pub(super) mod tests {
         );
         assert_eq!(findings(|vm| vm.cpu.count = 1), [(Subject::Cpu, true)]);
         assert_eq!(
-            findings(|vm| drop(vm.cpu.features.insert("0x1.0.ECX".into(), 4))),
+            findings(|vm| {
+                let _ = vm.cpu.features.insert("0x1.0.ECX".into(), 4);
+            }),
             [(Subject::Cpu, true)]
         );
         assert_eq!(
-            findings(|vm| drop(vm.cpu.features.insert("0x7.0.EBX".into(), 4))),
+            findings(|vm| {
+                let _ = vm.cpu.features.insert("0x7.0.EBX".into(), 4);
+            }),
             [(Subject::Cpu, true)]
         );
         assert_eq!(
@@ -405,7 +409,9 @@ pub(super) mod tests {
         assert_eq!(findings(|vm| vm.version.minor = 1), [(Subject::Version, false)]);
         assert_eq!(findings(|vm| vm.version.major = 10), []);
         assert_eq!(
-            findings(|vm| drop(vm.built_in.insert("hpet".into(), 1))),
+            findings(|vm| {
+                let _ = vm.built_in.insert("hpet".into(), 1);
+            }),
             [(Subject::Device, false)]
         );
     }

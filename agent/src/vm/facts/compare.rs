@@ -139,10 +139,10 @@ fn ram(source: &VmFacts, target: &VmFacts) -> Vec<Finding> {
             ),
             // What can be resized is, as long as it fits.
             Some(there) if block.used < block.total && block.used <= there.total => continue,
-            Some(there) if block.used != there.used => (
+            Some(there) if block.used != there.used || block.used > there.total => (
                 format!(
-                    "the RAM block '{name}' has {} bytes at the source and {} at the target",
-                    block.used, there.used
+                    "the RAM block '{name}' has {} bytes at the source and room for {} at the target",
+                    block.used, there.total
                 ),
                 "give the target the same memory (-m), video memory and ROM files".to_owned(),
             ),

@@ -1,5 +1,7 @@
 //! A whole migration between two real QEMUs, the bytes carried by this test; and the way back from every state.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod vm_qemu;
 
 use std::io::{Read, Write};
@@ -11,9 +13,11 @@ use std::time::Duration;
 use longhaul_agent::disk::ReadAt;
 use longhaul_agent::disk::image::LiveImage;
 use longhaul_agent::vm::incoming::{Files, Incoming, IncomingError, Template, Values};
-use longhaul_agent::vm::outgoing::{Cancelled, Outgoing, Saved, cancel, stats};
+use longhaul_agent::vm::outgoing::{
+    Cancelled, Outgoing, OutgoingError, OutgoingOptions, Saved, cancel, stats, throttle,
+};
 use longhaul_agent::vm::qmp::{MigrationStatus, Qmp};
-use longhaul_agent::vm::rounds::{GRANULARITY, Rounds, RoundsOptions, bitmaps, exports, sweep};
+use longhaul_agent::vm::rounds::{GRANULARITY, Rounds, RoundsOptions, add_bitmaps, bitmaps, exports, sweep};
 use longhaul_common::extent::Extent;
 use serde_json::{Value, json};
 use vm_qemu::{DISK, Qemu, UUID, write};
@@ -67,14 +71,9 @@ async fn is_running(qmp: &Qmp) -> bool {
 }
 
 async fn rounds(qemu: &Qemu, qmp: &Qmp) -> Rounds {
-    let blocks: Vec<Value> = qmp.query("query-block").await.unwrap();
-    let of = |device: &str| {
-        let block = blocks.iter().find(|block| block["device"] == device).unwrap();
-        block["inserted"]["node-name"].as_str().unwrap().to_owned()
-    };
     let options = RoundsOptions {
         job: "feedbeef".into(),
-        nodes: vec![of("d0"), of("d1")],
+        nodes: nodes(qmp).await,
         granularity: GRANULARITY,
         socket: qemu.path("nbd.sock"),
         foreign_socket: None,
@@ -97,12 +96,13 @@ fn carry(mut from: UnixStream, to: Option<UnixStream>) -> JoinHandle<u64> {
 }
 
 /// Copies what the open round says is dirty (all, in round 0) into plain memory.
-async fn copy(rounds: &Rounds, disks: &mut [Vec<u8>]) {
+async fn copy(rounds: &mut Rounds, disks: &mut [Vec<u8>]) {
     for (export, disk) in rounds.exports().to_vec().into_iter().zip(disks) {
         let mut copy = std::mem::take(disk);
+        let sockets = rounds.sockets(2).await.unwrap();
         *disk = tokio::task::spawn_blocking(move || {
             let bitmap = export.bitmap.as_deref();
-            let image = LiveImage::connect(&export.socket, &export.export, bitmap, 2).unwrap();
+            let image = LiveImage::connect(&export.socket, &export.export, bitmap, sockets).unwrap();
             let whole = Extent::between(0, DISK);
             let extents = match bitmap {
                 Some(_) => image.dirty(whole).unwrap(),
@@ -127,7 +127,7 @@ async fn a_running_vm_moves_with_its_disks() {
     write(&qmp, "d0", 0x41, 1 << 20, 1 << 20).await;
     let mut disks = vec![vec![0; DISK as usize]; 2];
     let mut rounds = rounds(&source, &qmp).await;
-    copy(&rounds, &mut disks).await;
+    copy(&mut rounds, &mut disks).await;
     write(&qmp, "d0", 0x42, 3 << 20, 100_000).await;
     write(&qmp, "d1", 0x43, 7 << 20, 5_000).await;
     rounds.finish().await.unwrap();
@@ -135,11 +135,13 @@ async fn a_running_vm_moves_with_its_disks() {
     let mut target = target().await;
     let socket = target.folder.path().join("ram.sock");
     target.incoming.listen(&socket).await.unwrap();
-    let (outgoing, stream) = Outgoing::start(&qmp, 64 << 10, |_| {}).await.unwrap();
+    let (outgoing, stream) = Outgoing::start(&qmp, &OutgoingOptions::default(), |_| {})
+        .await
+        .unwrap();
     outgoing.wait_active(&qmp, LIMIT).await.unwrap();
     // While nobody reads, QEMU cannot come to an end: the guest runs on.
     rounds.next().await.unwrap();
-    copy(&rounds, &mut disks).await;
+    copy(&mut rounds, &mut disks).await;
     write(&qmp, "d1", 0x44, 9 << 20, 5_000).await;
     rounds.finish().await.unwrap();
     assert!(is_running(&qmp).await);
@@ -153,7 +155,7 @@ async fn a_running_vm_moves_with_its_disks() {
     outgoing.wait_pre_switchover(&qmp, LIMIT).await.unwrap();
     assert!(!is_running(&qmp).await);
     rounds.next().await.unwrap();
-    copy(&rounds, &mut disks).await;
+    copy(&mut rounds, &mut disks).await;
     rounds.finish().await.unwrap();
     rounds.remove().await.unwrap();
     assert_eq!(bitmaps(&qmp).await.unwrap(), []);
@@ -163,6 +165,11 @@ async fn a_running_vm_moves_with_its_disks() {
     outgoing.go_on(&qmp).await.unwrap();
     outgoing.wait_completed(&qmp, LIMIT).await.unwrap();
     target.incoming.wait_loaded(LIMIT).await.unwrap();
+    // For the way back: on before the first write of the guest.
+    let back = nodes(target.incoming.qmp()).await;
+    add_bitmaps(target.incoming.qmp(), &back, "longhaul-back", GRANULARITY)
+        .await
+        .unwrap();
     target.incoming.run().await.unwrap();
     assert!(target.incoming.is_running().await.unwrap());
     assert!(carried.join().unwrap() > 100_000);
@@ -181,7 +188,20 @@ async fn a_running_vm_moves_with_its_disks() {
         (4, false),
         "{log}"
     );
+    write(target.incoming.qmp(), "d1", 0x45, 0, 4096).await;
+    let counts = bitmaps(target.incoming.qmp()).await.unwrap();
+    let dirty = |node: &String| counts.iter().find(|info| info.node == *node).unwrap().count;
+    assert_eq!(back.iter().map(dirty).collect::<Vec<_>>(), [0, 65536]);
     target.incoming.abort().await;
+}
+
+async fn nodes(qmp: &Qmp) -> Vec<String> {
+    let blocks: Vec<Value> = qmp.query("query-block").await.unwrap();
+    let of = |device: &str| {
+        let block = blocks.iter().find(|block| block["device"] == device).unwrap();
+        block["inserted"]["node-name"].as_str().unwrap().to_owned()
+    };
+    vec![of("d0"), of("d1")]
 }
 
 fn fill_qcow2(path: &Path, content: &[u8]) {
@@ -217,9 +237,18 @@ async fn called_back_from_every_state_the_vm_runs_as_before() {
     use MigrationStatus::{Active, Cancelled as Off, Completed, PreSwitchover};
 
     // While RAM flows and nobody reads: the socket is full.
-    let (outgoing, stream) = Outgoing::start(&qmp, 16 << 10, |_| {}).await.unwrap();
+    let small = OutgoingOptions {
+        send_buffer: 16 << 10,
+        may_throttle: true,
+        listen: None,
+    };
+    let (outgoing, stream) = Outgoing::start(&qmp, &small, |_| {}).await.unwrap();
     outgoing.wait_active(&qmp, LIMIT).await.unwrap();
+    throttle(&qmp, Some(60)).await.unwrap();
+    throttle(&qmp, None).await.unwrap();
     assert_ne!(settings(&qmp).await, before);
+    let twice = Outgoing::start(&qmp, &small, |_| {}).await.unwrap_err();
+    assert!(matches!(twice, OutgoingError::AlreadyMigrating), "{twice}");
     assert_eq!(
         outgoing.cancel(&qmp, LIMIT).await.unwrap(),
         running(Active, Off, false)
@@ -230,7 +259,9 @@ async fn called_back_from_every_state_the_vm_runs_as_before() {
     // In pre-switchover, with a round open; the bitmaps go on.
     let mut rounds = rounds(&source, &qmp).await;
     rounds.finish().await.unwrap();
-    let (outgoing, stream) = Outgoing::start(&qmp, 64 << 10, |_| {}).await.unwrap();
+    let (outgoing, stream) = Outgoing::start(&qmp, &OutgoingOptions::default(), |_| {})
+        .await
+        .unwrap();
     let carried = carry(stream, None);
     outgoing.switch_over(&qmp).await.unwrap();
     outgoing.wait_pre_switchover(&qmp, LIMIT).await.unwrap();
@@ -243,7 +274,9 @@ async fn called_back_from_every_state_the_vm_runs_as_before() {
     rounds.give_back().await.unwrap();
 
     // After `completed`.
-    let (outgoing, stream) = Outgoing::start(&qmp, 64 << 10, |_| {}).await.unwrap();
+    let (outgoing, stream) = Outgoing::start(&qmp, &OutgoingOptions::default(), |_| {})
+        .await
+        .unwrap();
     let carried = carry(stream, None);
     outgoing.switch_over(&qmp).await.unwrap();
     outgoing.wait_pre_switchover(&qmp, LIMIT).await.unwrap();
@@ -274,7 +307,7 @@ async fn an_agent_that_died_in_pre_switchover_is_cleaned_up_after() {
     let mut rounds = rounds(&source, &qmp).await;
     rounds.finish().await.unwrap();
     let mut journal = Vec::new();
-    let (outgoing, stream) = Outgoing::start(&qmp, 64 << 10, |saved| {
+    let (outgoing, stream) = Outgoing::start(&qmp, &OutgoingOptions::default(), |saved| {
         journal = serde_json::to_vec(saved).unwrap();
     })
     .await
@@ -358,4 +391,103 @@ async fn a_waiting_qemu_is_adopted_and_a_running_one_is_not() {
     assert!(!adopted.is_ours());
     adopted.abort().await;
     waiting.qmp().await; // It was not ours to end.
+}
+
+#[tokio::test]
+async fn a_tail_that_nobody_takes_is_given_up_by_closing_the_socket() {
+    let source = Qemu::busy();
+    let qmp = source.qmp().await;
+    vm_qemu::wait_busy(&qmp).await;
+    let small = OutgoingOptions {
+        send_buffer: 16 << 10,
+        ..OutgoingOptions::default()
+    };
+    let (outgoing, mut stream) = Outgoing::start(&qmp, &small, |_| {}).await.unwrap();
+    outgoing.switch_over(&qmp).await.unwrap();
+    let mut waiting = Box::pin(outgoing.wait_pre_switchover(&qmp, LIMIT));
+    let mut piece = vec![0; 64 << 10];
+    stream.set_nonblocking(true).unwrap();
+    loop {
+        let _ = stream.read(&mut piece);
+        let moment = tokio::time::timeout(Duration::from_millis(1), &mut waiting).await;
+        if let Ok(reached) = moment {
+            reached.unwrap();
+            break;
+        }
+    }
+    drop(waiting);
+    // The device state alone is more than the socket holds: QEMU blocks, and its monitor with it.
+    outgoing.go_on(&qmp).await.unwrap();
+    let until = std::time::Instant::now() + Duration::from_secs(10);
+    let deaf = async || {
+        let asked = qmp.execute_within("query-status", json!({}), Duration::from_millis(300));
+        asked.await.is_err()
+    };
+    while !deaf().await {
+        assert!(std::time::Instant::now() < until, "QEMU still answers");
+    }
+    drop(stream);
+    let called_back = outgoing.cancel(&qmp, LIMIT).await.unwrap();
+    assert!(called_back.running, "{called_back:?}");
+    // Which of the two ends comes first is QEMU's affair.
+    use MigrationStatus::{Cancelled, Failed};
+    assert!(
+        matches!(called_back.settled, Failed | Cancelled),
+        "{called_back:?}"
+    );
+}
+
+#[tokio::test]
+async fn ram_flows_through_a_path_too() {
+    let source = Qemu::start();
+    let qmp = source.qmp().await;
+    let path = source.path("ram.sock");
+    let options = OutgoingOptions {
+        listen: Some(path.clone()),
+        ..OutgoingOptions::default()
+    };
+    let (outgoing, mut stream) = Outgoing::start(&qmp, &options, |_| {}).await.unwrap();
+    assert!(!path.exists());
+    let mut magic = [0; 4];
+    stream.read_exact(&mut magic).unwrap();
+    assert_eq!(&magic, b"QEVM");
+    assert!(outgoing.cancel(&qmp, LIMIT).await.unwrap().running);
+}
+
+#[tokio::test]
+async fn a_command_that_fails_is_told_with_its_last_words() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = Files::in_folder(folder.path(), "target");
+    let values = Values {
+        disks: &[],
+        qmp: &folder.path().join("qmp.sock"),
+        pid_file: &files.pid,
+        name: "web",
+        uuid: None,
+    };
+    let parts = [
+        &vm_qemu::program(),
+        "-S",
+        "-incoming",
+        "defer",
+        "-qmp",
+        "unix:{qmp},server=on,wait=off",
+        "-pidfile",
+        "{pidfile}",
+        "-device",
+        "nonsense",
+    ];
+    let template = Template(parts.iter().map(|&part| part.to_owned()).collect());
+    let error = Incoming::start(&template, &values, &files).await.unwrap_err();
+    assert!(
+        matches!(error, IncomingError::Died { .. }) && error.to_string().contains("nonsense"),
+        "{error}"
+    );
+    let missing = Template(
+        std::iter::once("no-such-program".to_owned())
+            .chain(template.0[1..].iter().cloned())
+            .collect(),
+    );
+    let error = Incoming::start(&missing, &values, &files).await.unwrap_err();
+    assert!(error.to_string().contains("no-such-program"), "{error}");
 }

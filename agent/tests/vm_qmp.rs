@@ -1,5 +1,7 @@
 //! The monitor's client against a real QEMU and against hostile ones; the facts of a real VM.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod vm_qemu;
 
 use std::io::{Read, Write};
@@ -63,8 +65,13 @@ async fn commands_errors_events_and_descriptors() {
     assert_eq!(ours.read(&mut [0; 1]).unwrap(), 0, "QEMU had it, and closed it");
 
     // A caller that leaves does no harm.
-    let given_up = tokio::time::timeout(Duration::ZERO, qmp.query::<Value>("query-block")).await;
-    assert!(given_up.is_err());
+    for _ in 0..20 {
+        tokio::select! {
+            biased;
+            _ = qmp.query::<Value>("query-block") => {}
+            () = tokio::task::yield_now() => {}
+        }
+    }
     qmp.query::<Value>("query-status").await.unwrap();
 
     qemu.kill();

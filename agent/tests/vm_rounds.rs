@@ -1,5 +1,7 @@
 //! Rounds on a real QEMU: what a bitmap holds, what its export shows, and that nothing is left behind.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod vm_qemu;
 
 use std::path::PathBuf;
@@ -7,9 +9,7 @@ use std::path::PathBuf;
 use longhaul_agent::disk::ReadAt;
 use longhaul_agent::disk::image::LiveImage;
 use longhaul_agent::vm::qmp::Qmp;
-use longhaul_agent::vm::rounds::{
-    GRANULARITY, RoundExport, Rounds, RoundsError, RoundsOptions, bitmaps, exports, sweep,
-};
+use longhaul_agent::vm::rounds::{GRANULARITY, Rounds, RoundsError, RoundsOptions, bitmaps, exports, sweep};
 use longhaul_common::extent::Extent;
 use serde_json::{Value, json};
 use vm_qemu::{DISK, Qemu, write};
@@ -38,19 +38,21 @@ async fn options(qemu: &Qemu, qmp: &Qmp) -> RoundsOptions {
 
 /// Reads on a thread: a `LiveImage` blocks.
 async fn with_image<R: Send + 'static>(
-    export: &RoundExport,
+    rounds: &mut Rounds,
+    disk: usize,
     look: impl FnOnce(LiveImage) -> R + Send + 'static,
 ) -> R {
-    let export = export.clone();
+    let export = rounds.exports()[disk].clone();
+    let sockets = rounds.sockets(4).await.unwrap();
     let reading = tokio::task::spawn_blocking(move || {
         let bitmap = export.bitmap.as_deref();
-        look(LiveImage::connect(&export.socket, &export.export, bitmap, 4).unwrap())
+        look(LiveImage::connect(&export.socket, &export.export, bitmap, sockets).unwrap())
     });
     reading.await.unwrap()
 }
 
-async fn dirty(export: &RoundExport) -> Vec<(u64, u64)> {
-    with_image(export, |image| {
+async fn dirty(rounds: &mut Rounds, disk: usize) -> Vec<(u64, u64)> {
+    with_image(rounds, disk, |image| {
         let mut all = Vec::new();
         let add = |extents: Vec<Extent>| all.extend(extents.iter().map(|e| (e.offset(), e.end())));
         image.each_dirty(add).unwrap();
@@ -67,8 +69,7 @@ async fn rounds_hold_what_was_written_and_leave_nothing() {
     write(&qmp, "d0", 0x11, 1 << 20, 65536).await;
     write(&qmp, "d1", 0x22, 5 << 20, 4096).await;
     assert_eq!(rounds.round(), 0);
-    let base = rounds.exports().to_vec();
-    let first = with_image(&base[0], |image| {
+    let first = with_image(&mut rounds, 0, |image| {
         assert_eq!(image.size(), DISK);
         let threads: Vec<u8> = std::thread::scope(|scope| {
             let readers: Vec<_> = (0..8)
@@ -94,18 +95,16 @@ async fn rounds_hold_what_was_written_and_leave_nothing() {
     rounds.finish().await.unwrap();
 
     assert_eq!(rounds.next().await.unwrap(), 1);
-    let round = rounds.exports().to_vec();
     write(&qmp, "d0", 0x33, 2 << 20, 65536 * 2).await;
-    assert_eq!(dirty(&round[0]).await, [(1 << 20, (1 << 20) + 65536)]);
-    assert_eq!(dirty(&round[1]).await, [(5 << 20, (5 << 20) + 65536)]);
+    assert_eq!(dirty(&mut rounds, 0).await, [(1 << 20, (1 << 20) + 65536)]);
+    assert_eq!(dirty(&mut rounds, 1).await, [(5 << 20, (5 << 20) + 65536)]);
     assert_eq!(rounds.dirty_bytes().await.unwrap(), [131_072, 0]);
     rounds.give_back().await.unwrap();
     assert_eq!(rounds.dirty_bytes().await.unwrap(), [196_608, 65536]);
 
     rounds.next().await.unwrap();
-    let round = rounds.exports().to_vec();
     let both = [(1 << 20, (1 << 20) + 65536), (2 << 20, (2 << 20) + 131_072)];
-    assert_eq!(dirty(&round[0]).await, both);
+    assert_eq!(dirty(&mut rounds, 0).await, both);
     rounds.finish().await.unwrap();
     rounds.remove().await.unwrap();
     nothing_left(&qmp).await;
@@ -127,9 +126,8 @@ async fn what_a_crash_left_is_swept() {
     let mut rounds = Rounds::start(&qmp, options.clone()).await.unwrap();
     rounds.finish().await.unwrap();
     rounds.next().await.unwrap();
-    let export = rounds.exports()[0].clone();
     // A reader that is still connected does not hold the sweep up.
-    let (image, ended) = with_image(&export, |image| (image, ())).await;
+    let (image, ended) = with_image(&mut rounds, 0, |image| (image, ())).await;
     drop((rounds, qmp));
     let _: () = ended;
 
@@ -176,10 +174,34 @@ async fn somebody_elses_nbd_server_is_used_or_refused_and_never_stopped() {
     let refused = Rounds::start(&qmp, options.clone()).await.unwrap_err();
     assert!(matches!(refused, RoundsError::NotItsServer(_)), "{refused}");
     options.foreign_socket = Some(foreign);
-    let rounds = Rounds::start(&qmp, options.clone()).await.unwrap();
-    assert_eq!(with_image(&rounds.exports()[1], |image| image.size()).await, DISK);
+    let mut rounds = Rounds::start(&qmp, options.clone()).await.unwrap();
+    assert_eq!(with_image(&mut rounds, 1, |image| image.size()).await, DISK);
     rounds.remove().await.unwrap();
     assert_eq!(exports(&qmp).await.unwrap(), []);
     assert!(sweep(&qmp, &options.socket, |_| false).await.unwrap().is_empty());
     qmp.execute("nbd-server-stop", json!({})).await.unwrap();
+}
+
+/// What a `kill -9` of the agent does: all of its sockets close at once, in the middle of a round. In QEMU 7.2 a client that
+/// leaves an export in an I/O thread takes the VM with it.
+#[tokio::test]
+async fn the_vm_survives_a_reader_that_vanishes() {
+    for _ in 0..5 {
+        let qemu = Qemu::start();
+        let qmp = qemu.qmp().await;
+        let options = options(&qemu, &qmp).await;
+        let mut rounds = Rounds::start(&qmp, options.clone()).await.unwrap();
+        for disk in [0, 1] {
+            let read = with_image(&mut rounds, disk, |image| image.read_exact_at(&mut [0; 4096], 0)).await;
+            read.unwrap();
+        }
+        drop((rounds, qmp));
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        let qmp = qemu.qmp().await;
+        let status: Value = qmp.query("query-status").await.unwrap();
+        assert_eq!(status["running"], true);
+        sweep(&qmp, &options.socket, |_| false).await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        nothing_left(&qmp).await;
+    }
 }

@@ -2,10 +2,15 @@
 //!
 //! Owns the connections to one export. Leaves alone exports, bitmaps and rounds (`vm::rounds`) and the protocol (`nbd`).
 //! All calls block; any number of threads may read at once. Promises: read-only; the peer is not trusted; what is told of
-//! dirty and stored extents is bounded, and covers exactly what was asked for.
+//! dirty and stored extents is bounded, and covers exactly what was asked for; no goodbye is said. Versions of QEMU abort, and
+//! the VM with them, where a client leaves an export whose disk runs in an I/O thread (7.2.14 and later of 7.2: seen): the
+//! sockets are QEMU's as well (`vm::rounds`), so that closing ours, even by our death, is not noticed, and it is QEMU that
+//! ends the connections with the export.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use longhaul_common::extent::Extent;
 
@@ -20,6 +25,8 @@ const STATUS_STEP: u64 = 1 << 30;
 #[derive(Debug)]
 pub struct LiveImage {
     pool: Pool,
+    /// Those not used yet.
+    sockets: Mutex<Vec<OwnedFd>>,
     socket: PathBuf,
     export: String,
     options: ConnectOptions,
@@ -30,8 +37,8 @@ pub struct LiveImage {
 }
 
 impl LiveImage {
-    /// Connects to `export` of the NBD server at `socket`, with up to `connections` (1 to 64) at a time. With `bitmap`,
-    /// [`Self::dirty`] tells what it holds.
+    /// Connects to `export` of the NBD server at `socket`, with as many connections at a time as there are `sockets` (at
+    /// least 1; see `vm::rounds::Rounds::sockets`). With `bitmap`, [`Self::dirty`] tells what it holds.
     ///
     /// # Errors
     /// What the server refused, or [`NbdError::Unusable`] where it does not give the bitmap.
@@ -39,12 +46,13 @@ impl LiveImage {
         socket: &Path,
         export: &str,
         bitmap: Option<&str>,
-        connections: usize,
+        mut sockets: Vec<OwnedFd>,
     ) -> Result<Self, NbdError> {
+        let connections = sockets.len();
         let dirty = bitmap.map(|name| format!("qemu:dirty-bitmap:{name}"));
         let mut options = ConnectOptions::default();
         options.contexts.extend(dirty.clone());
-        let first = Connection::connect_with(socket, export, &options)?;
+        let first = Connection::connect_on(next(&mut sockets)?, socket, export, &options)?;
         let told = first.export();
         let has = |name: &str| told.contexts.iter().any(|context| context.name == name);
         if let Some(missing) = dirty.as_deref().filter(|name| !has(name)) {
@@ -55,7 +63,8 @@ impl LiveImage {
         let image = Self {
             has_allocation: has(BASE_ALLOCATION),
             size: told.size,
-            pool: Pool::new(connections.clamp(1, 64)),
+            pool: Pool::new(connections),
+            sockets: Mutex::new(sockets),
             socket: socket.to_owned(),
             export: export.to_owned(),
             options,
@@ -140,18 +149,14 @@ impl LiveImage {
         Ok(())
     }
 
-    /// Says goodbye on all connections.
-    pub fn close(self) {
-        self.pool.finish();
-    }
-
     fn ask(&self, context: &str, range: Extent) -> io::Result<Vec<StatusRun>> {
         self.with_connection(|connection| connection.block_status(context, range))
     }
 
     fn with_connection<R>(&self, ask: impl FnOnce(&mut Connection) -> Result<R, NbdError>) -> io::Result<R> {
         let connect = || {
-            let connection = Connection::connect_with(&self.socket, &self.export, &self.options)?;
+            let fd = next(&mut self.sockets.lock().unwrap_or_else(PoisonError::into_inner))?;
+            let connection = Connection::connect_on(fd, &self.socket, &self.export, &self.options)?;
             if connection.export().size == self.size {
                 return Ok(connection);
             }
@@ -188,6 +193,11 @@ impl ReadAt for LiveImage {
         self.check_range(offset, buf.len() as u64)?;
         self.with_connection(|connection| connection.read(buf, offset))
     }
+}
+
+fn next(sockets: &mut Vec<OwnedFd>) -> Result<OwnedFd, NbdError> {
+    let none = || NbdError::Unusable("all connections to this export failed; open the round again".into());
+    sockets.pop().ok_or_else(none)
 }
 
 fn step(at: u64, end: u64) -> Extent {

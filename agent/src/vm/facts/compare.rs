@@ -139,10 +139,10 @@ fn ram(source: &VmFacts, target: &VmFacts) -> Vec<Finding> {
             ),
             // What can be resized is, as long as it fits.
             Some(there) if block.used < block.total && block.used <= there.total => continue,
-            Some(there) if block.used != there.used => (
+            Some(there) if block.used != there.used || block.used > there.total => (
                 format!(
-                    "the RAM block '{name}' has {} bytes at the source and {} at the target",
-                    block.used, there.used
+                    "the RAM block '{name}' has {} bytes at the source and room for {} at the target",
+                    block.used, there.total
                 ),
                 "give the target the same memory (-m), video memory and ROM files".to_owned(),
             ),
@@ -368,11 +368,15 @@ pub(super) mod tests {
         );
         assert_eq!(findings(|vm| vm.cpu.count = 1), [(Subject::Cpu, true)]);
         assert_eq!(
-            findings(|vm| drop(vm.cpu.features.insert("0x1.0.ECX".into(), 4))),
+            findings(|vm| {
+                let _ = vm.cpu.features.insert("0x1.0.ECX".into(), 4);
+            }),
             [(Subject::Cpu, true)]
         );
         assert_eq!(
-            findings(|vm| drop(vm.cpu.features.insert("0x7.0.EBX".into(), 4))),
+            findings(|vm| {
+                let _ = vm.cpu.features.insert("0x7.0.EBX".into(), 4);
+            }),
             [(Subject::Cpu, true)]
         );
         assert_eq!(
@@ -405,7 +409,9 @@ pub(super) mod tests {
         assert_eq!(findings(|vm| vm.version.minor = 1), [(Subject::Version, false)]);
         assert_eq!(findings(|vm| vm.version.major = 10), []);
         assert_eq!(
-            findings(|vm| drop(vm.built_in.insert("hpet".into(), 1))),
+            findings(|vm| {
+                let _ = vm.built_in.insert("hpet".into(), 1);
+            }),
             [(Subject::Device, false)]
         );
     }

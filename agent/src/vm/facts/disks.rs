@@ -101,7 +101,11 @@ fn disk(block: &Value) -> Option<DiskFacts> {
     let number = |value: &Value| value.as_u64().and_then(|n| u32::try_from(n).ok());
     let inserted = block.get("inserted")?;
     let image = &inserted["image"];
-    let path = text(&block["qdev"]);
+    // A device with an id is told by it, others by their path.
+    let path = match text(&block["qdev"]) {
+        id if id.is_empty() || id.starts_with('/') => id,
+        id => format!("/machine/peripheral/{id}"),
+    };
     let backend = text(&block["device"]);
     let device = path.strip_suffix("/virtio-backend").unwrap_or(&path).to_owned();
     let id = device.strip_prefix("/machine/peripheral/").map(str::to_owned);
@@ -149,6 +153,7 @@ mod tests {
             block("/machine/system.flash0", "").unwrap().name,
             "/machine/system.flash0"
         );
+        assert_eq!(block("cd0", "c0").unwrap().device, "/machine/peripheral/cd0");
         assert_eq!(block("", ""), None);
         assert_eq!(disk(&json!({ "device": "cd", "tray_open": true })), None);
         assert_eq!(

@@ -25,18 +25,11 @@ pub enum OutgoingError {
              'cont' on its monitor"
     )]
     NotRunning { status: String },
-    #[error("cannot make a socket pair for QEMU's migration: {source}")]
-    Pair {
+    #[error("cannot make a socket for QEMU's migration: {source}")]
+    Socket {
         #[source]
         source: Arc<io::Error>,
     },
-}
-
-impl OutgoingError {
-    pub(super) fn pair(source: &io::Error) -> Self {
-        let source = Arc::new(io::Error::from(source.kind()));
-        Self::Pair { source }
-    }
 }
 
 fn because(desc: &str) -> String {

@@ -11,9 +11,10 @@ mod cancel;
 mod error;
 mod settings;
 mod stats;
+mod stream;
 
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::json;
@@ -26,12 +27,33 @@ pub(crate) use self::settings::{Capability, set_capabilities};
 pub use self::settings::{Saved, throttle};
 pub use self::stats::{MigrationStats, RamStats, stats};
 
-/// The name under which QEMU knows its end of the pair.
-const FD_NAME: &str = "longhaul-ram";
 /// A downtime limit that no VM meets by chance unless nothing is left to send, in milliseconds.
 const HOLD_BACK: u64 = 1;
 /// QEMU's largest downtime limit, in milliseconds: switch over as soon as you can.
 const SWITCH_OVER: u64 = 2_000_000;
+
+/// How a migration is started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OutgoingOptions {
+    /// What is asked for on QEMU's side of the socket pair, in bytes (SO_SNDBUF; the kernel doubles it): it bounds what QEMU
+    /// believes to be sent and is not.
+    pub send_buffer: usize,
+    /// Whether [`throttle`] may be used in this move.
+    pub may_throttle: bool,
+    /// Instead of a socket pair: a unix socket that QEMU connects to, for a monitor that cannot pass descriptors. Its buffer
+    /// is the system's default.
+    pub listen: Option<PathBuf>,
+}
+
+impl Default for OutgoingOptions {
+    fn default() -> Self {
+        Self {
+            send_buffer: 64 << 10,
+            may_throttle: false,
+            listen: None,
+        }
+    }
+}
 
 /// A migration that flows out of this QEMU.
 #[derive(Debug)]
@@ -40,9 +62,8 @@ pub struct Outgoing {
 }
 
 impl Outgoing {
-    /// Starts the migration into a socket pair, and gives our end of it: blocking, to be read by a thread or made
-    /// asynchronous by its user. `send_buffer` bytes is what is asked for QEMU's side (SO_SNDBUF; the kernel doubles it):
-    /// it bounds what QEMU believes to be sent and is not.
+    /// Starts the migration, and gives our end of its socket: blocking, to be read by a thread or made asynchronous by its
+    /// user.
     ///
     /// `journal` gets what has to be put back after a crash, before anything is changed.
     ///
@@ -50,7 +71,7 @@ impl Outgoing {
     /// See [`OutgoingError`]; settings are back as they were.
     pub async fn start(
         qmp: &Qmp,
-        send_buffer: usize,
+        options: &OutgoingOptions,
         journal: impl FnOnce(&Saved),
     ) -> Result<(Self, UnixStream), OutgoingError> {
         let saved = Saved::read(qmp).await?;
@@ -59,8 +80,11 @@ impl Outgoing {
         }
         journal(&saved);
         let started = async {
-            saved.prepare(qmp, HOLD_BACK).await?;
-            launch(qmp, send_buffer).await
+            saved.prepare(qmp, HOLD_BACK, options.may_throttle).await?;
+            match &options.listen {
+                None => stream::pair(qmp, options.send_buffer).await,
+                Some(path) => stream::listen(qmp, path).await,
+            }
         };
         match started.await {
             Ok(stream) => Ok((Self { saved }, stream)),
@@ -159,20 +183,6 @@ async fn wait_for(
         }
         watch.again(what).await?;
     }
-}
-
-async fn launch(qmp: &Qmp, send_buffer: usize) -> Result<UnixStream, OutgoingError> {
-    let (ours, theirs) = UnixStream::pair().map_err(|source| OutgoingError::pair(&source))?;
-    let buffer = |fd: &UnixStream| rustix::net::sockopt::set_socket_send_buffer_size(fd, send_buffer);
-    buffer(&theirs).map_err(|source| OutgoingError::pair(&source.into()))?;
-    qmp.send_fd(FD_NAME, OwnedFd::from(theirs)).await?;
-    let uri = format!("fd:{FD_NAME}");
-    if let Err(error) = qmp.execute("migrate", json!({ "uri": uri })).await {
-        // Where QEMU has not taken it, our name would stay.
-        let _ = qmp.execute("closefd", json!({ "fdname": FD_NAME })).await;
-        return Err(error.into());
-    }
-    Ok(ours)
 }
 
 impl From<QmpError> for OutgoingError {

@@ -9,22 +9,29 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::error::OutgoingError;
+use crate::vm::qmp::wire::printable;
 use crate::vm::qmp::{Qmp, QmpError};
 
 /// Capabilities that have to be on. All others have to be off: each changes the stream, needs a way back for bytes or frees
 /// memory that the VM still needs if it runs on.
 const ON: [&str; 2] = ["events", "pause-before-switchover"];
-/// May be on or off, as the config says.
+/// On where the config allows that the guest is slowed down. It cannot be switched while RAM flows, so that what it may do
+/// is set by its parameters.
 const THROTTLE: &str = "auto-converge";
+/// Parameters that are changed.
+const PARAMETERS: [&str; 5] = [
+    "max-bandwidth",
+    "downtime-limit",
+    "cpu-throttle-initial",
+    "cpu-throttle-increment",
+    "max-cpu-throttle",
+];
 
 /// Settings as they were before the move.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Saved {
     capabilities: BTreeMap<String, bool>,
-    /// Bytes per second.
-    max_bandwidth: Option<u64>,
-    /// Milliseconds.
-    downtime_limit: Option<u64>,
+    parameters: BTreeMap<String, u64>,
     /// Whether the VM ran when the move began.
     was_running: bool,
 }
@@ -40,15 +47,6 @@ pub(crate) struct Capability {
     pub(crate) state: bool,
 }
 
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct Parameters {
-    max_bandwidth: Option<u64>,
-    downtime_limit: Option<u64>,
-    #[serde(default)]
-    tls_creds: Option<String>,
-}
-
 impl Saved {
     /// Reads them.
     ///
@@ -56,10 +54,11 @@ impl Saved {
     /// [`OutgoingError::Tls`] where QEMU would encrypt the stream itself; [`OutgoingError::Capability`] where it is too old.
     pub async fn read(qmp: &Qmp) -> Result<Self, OutgoingError> {
         let capabilities: Vec<Capability> = qmp.query("query-migrate-capabilities").await?;
-        let parameters: Parameters = qmp.query("query-migrate-parameters").await?;
-        if let Some(tls) = parameters.tls_creds.filter(|creds| !creds.is_empty()) {
-            return Err(OutgoingError::Tls(tls));
+        let told: Value = qmp.query("query-migrate-parameters").await?;
+        if let Some(tls) = told["tls-creds"].as_str().filter(|creds| !creds.is_empty()) {
+            return Err(OutgoingError::Tls(printable(tls)));
         }
+        let parameter = |name: &str| Some((name.to_owned(), told[name].as_u64()?));
         let capabilities: BTreeMap<_, _> = capabilities
             .into_iter()
             .take(256)
@@ -70,8 +69,7 @@ impl Saved {
         }
         Ok(Self {
             capabilities,
-            max_bandwidth: parameters.max_bandwidth,
-            downtime_limit: parameters.downtime_limit,
+            parameters: PARAMETERS.into_iter().filter_map(parameter).collect(),
             was_running: qmp.query::<Status>("query-status").await?.running,
         })
     }
@@ -82,9 +80,14 @@ impl Saved {
     }
 
     /// Sets what a move needs.
-    pub(super) async fn prepare(&self, qmp: &Qmp, downtime_limit: u64) -> Result<(), QmpError> {
+    pub(super) async fn prepare(
+        &self,
+        qmp: &Qmp,
+        downtime_limit: u64,
+        may_throttle: bool,
+    ) -> Result<(), QmpError> {
         let wanted = self.capabilities.iter().map(|(name, &was)| {
-            let wanted = ON.contains(&name.as_str());
+            let wanted = ON.contains(&name.as_str()) || (may_throttle && name == THROTTLE);
             (name.as_str(), was, wanted)
         });
         let changed = wanted.filter(|(_, was, wanted)| was != wanted);
@@ -92,6 +95,9 @@ impl Saved {
         // 0 is no limit: pacing is the agent's, which reads no faster than the target takes.
         let parameters = json!({ "max-bandwidth": 0, "downtime-limit": downtime_limit });
         qmp.execute("migrate-set-parameters", parameters).await?;
+        if may_throttle {
+            throttle(qmp, None).await?;
+        }
         Ok(())
     }
 
@@ -103,24 +109,29 @@ impl Saved {
             (was != now.state).then_some((now.capability.as_str(), was))
         });
         set_capabilities(qmp, changed).await?;
-        let mut parameters = serde_json::Map::new();
-        let mut put = |name: &str, value: Option<u64>| {
-            value.map(|value| parameters.insert(name.to_owned(), Value::from(value)))
-        };
-        put("max-bandwidth", self.max_bandwidth);
-        put("downtime-limit", self.downtime_limit);
-        qmp.execute("migrate-set-parameters", Value::Object(parameters))
-            .await?;
+        let parameters = serde_json::to_value(&self.parameters);
+        let parameters =
+            parameters.map_err(|error| QmpError::answer("query-migrate-parameters", error.to_string()))?;
+        qmp.execute("migrate-set-parameters", parameters).await?;
         Ok(())
     }
 }
 
-/// Lets QEMU slow the guest down so that its RAM converges, or stops that: also while a migration runs.
+/// Lets QEMU take up to `most` percent (1 to 99) of the guest's CPU time so that its RAM converges; None: nothing worth
+/// mentioning (1 %, the least that QEMU knows). Works while RAM flows, where the move was started with throttling allowed;
+/// a guest that is slowed down already is let go at the next pass. The migration's end or cancel always ends it.
 ///
 /// # Errors
 /// What QEMU said.
-pub async fn throttle(qmp: &Qmp, on: bool) -> Result<(), QmpError> {
-    set_capabilities(qmp, [(THROTTLE, on)].into_iter()).await
+pub async fn throttle(qmp: &Qmp, most: Option<u8>) -> Result<(), QmpError> {
+    let most = most.unwrap_or(1).clamp(1, 99);
+    let parameters = json!({
+        "cpu-throttle-initial": most.min(20),
+        "cpu-throttle-increment": most.min(10),
+        "max-cpu-throttle": most,
+    });
+    qmp.execute("migrate-set-parameters", parameters).await?;
+    Ok(())
 }
 
 pub(super) async fn downtime_limit(qmp: &Qmp, milliseconds: u64) -> Result<(), QmpError> {

@@ -81,7 +81,7 @@ pub async fn add_bitmaps(
 pub async fn remove_bitmaps(qmp: &Qmp, nodes: &[String], name: &str) -> Result<(), RoundsError> {
     let removes = nodes
         .iter()
-        .map(|node| action("remove", json!({ "node": node, "name": name })));
+        .map(|node| action("remove", &json!({ "node": node, "name": name })));
     transact(qmp, removes.collect()).await
 }
 
@@ -96,7 +96,7 @@ pub(super) async fn swap(
     let adds = nodes.iter().map(|node| add(node, new, granularity));
     let disables = nodes
         .iter()
-        .map(|node| action("disable", json!({ "node": node, "name": old })));
+        .map(|node| action("disable", &json!({ "node": node, "name": old })));
     transact(qmp, adds.chain(disables).collect()).await
 }
 
@@ -104,7 +104,7 @@ pub(super) async fn swap(
 pub(super) async fn merge(qmp: &Qmp, nodes: &[String], from: &str, into: &str) -> Result<(), RoundsError> {
     let merges = nodes.iter().map(|node| {
         let data = json!({ "node": node, "target": into, "bitmaps": [from] });
-        action("merge", data)
+        action("merge", &data)
     });
     let merges = merges.collect();
     // Not in one transaction with the removal: a removal that could not be undone would lose what a failed merge needs.
@@ -114,10 +114,10 @@ pub(super) async fn merge(qmp: &Qmp, nodes: &[String], from: &str, into: &str) -
 
 fn add(node: &str, name: &str, granularity: u32) -> Value {
     let data = json!({ "node": node, "name": name, "granularity": granularity, "persistent": false });
-    action("add", data)
+    action("add", &data)
 }
 
-fn action(verb: &str, data: Value) -> Value {
+fn action(verb: &str, data: &Value) -> Value {
     json!({ "type": format!("block-dirty-bitmap-{verb}"), "data": data })
 }
 

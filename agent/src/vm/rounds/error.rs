@@ -1,6 +1,8 @@
 //! Why a running VM's disks cannot be read.
 
+use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::vm::qmp::QmpError;
 
@@ -30,6 +32,16 @@ pub enum RoundsError {
     BitmapLost { node: String, bitmap: String },
     #[error("a dirty bitmap's granularity is a power of two from 4,096 to 65,536 bytes, not {0}")]
     Granularity(u32),
+    #[error("{count} connections to this VM's disks are too many; at most {max} fit")]
+    TooManySockets { count: usize, max: u32 },
+    #[error("cannot make a socket: {0}")]
+    Socket(#[source] Arc<io::Error>),
     #[error("'{0}' cannot be part of a bitmap's name: 1 to 32 letters and digits")]
     JobName(String),
+}
+
+impl RoundsError {
+    pub(super) fn socket(source: io::Error) -> Self {
+        Self::Socket(Arc::new(source))
+    }
 }

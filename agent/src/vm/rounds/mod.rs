@@ -4,6 +4,8 @@
 //! each further round begins with a swap of all disks' bitmaps in one transaction, which QEMU carries out with all I/O
 //! drained, so that a write lies wholly in one round or the next. Leaves the reading itself to `disk::image::LiveImage`.
 //!
+//! Connections are made through [`Rounds::sockets`] only: a client that leaves by itself makes some versions of QEMU abort.
+//!
 //! Promises: the bitmap of a round is removed only when the caller says that all of it is durable at the target
 //! ([`Rounds::finish`]), or is merged into the next ([`Rounds::give_back`]); everything added is removed again
 //! ([`Rounds::remove`]), and found by its name after a crash ([`sweep`]). Works while the VM is stopped in pre-switchover.
@@ -12,8 +14,10 @@ mod bitmaps;
 mod error;
 mod exports;
 mod server;
+mod sockets;
 mod sweep;
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use crate::vm::PREFIX;
@@ -68,6 +72,8 @@ pub struct Rounds {
     open: Option<Open>,
     /// Makes ids unique.
     serial: u32,
+    /// How many sockets QEMU holds for us.
+    sockets: u32,
 }
 
 #[derive(Debug)]
@@ -92,6 +98,7 @@ impl Rounds {
             recording: 0,
             open: None,
             serial: 0,
+            sockets: 0,
         };
         match rounds.begin().await {
             Ok(()) => Ok(rounds),
@@ -111,6 +118,24 @@ impl Rounds {
     /// The disks of the round that is open, in the order of [`RoundsOptions::nodes`]; empty between rounds.
     pub fn exports(&self) -> &[RoundExport] {
         self.open.as_ref().map_or(&[], |open| &open.exports)
+    }
+
+    /// Sockets for `count` connections to the open round's exports, all disks together; good until the round is finished or
+    /// given back. The one way to connect that a running VM survives in every version of QEMU: see `sockets`.
+    ///
+    /// # Errors
+    /// [`RoundsError::TooManySockets`] beyond 256 in one round.
+    pub async fn sockets(&mut self, count: usize) -> Result<Vec<OwnedFd>, RoundsError> {
+        let max = sockets::SOCKETS_MAX;
+        let too_many = || RoundsError::TooManySockets { count, max };
+        let more = u32::try_from(count).map_err(|_| too_many())?;
+        let all = self
+            .sockets
+            .checked_add(more)
+            .filter(|&all| all <= max)
+            .ok_or_else(too_many)?;
+        let first = std::mem::replace(&mut self.sockets, all);
+        sockets::open(&self.qmp, first, more).await
     }
 
     /// The round that is open, or was last: 0 until the first [`Self::next`]. Round n reads what was written between the
@@ -209,6 +234,8 @@ impl Rounds {
         };
         let ids: Vec<_> = open.exports.iter().map(|export| export.export.as_str()).collect();
         exports::remove(&self.qmp, &ids).await?;
+        sockets::close(&self.qmp).await?;
+        self.sockets = 0;
         Ok(self.open.take().and_then(|open| open.bitmap))
     }
 

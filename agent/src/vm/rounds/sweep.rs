@@ -52,6 +52,7 @@ async fn remove(qmp: &Qmp, prefix: &str, keep: impl Fn(&str) -> bool) -> Result<
     swept.exports = ours.filter(|id| id.starts_with(prefix)).collect();
     let ids: Vec<_> = swept.exports.iter().map(String::as_str).collect();
     exports::remove(qmp, &ids).await?;
+    super::sockets::close(qmp).await?;
     let mut failed = None;
     for bitmap in bitmaps(qmp).await? {
         if !bitmap.name.starts_with(prefix) || keep(&bitmap.name) {

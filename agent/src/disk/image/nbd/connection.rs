@@ -4,6 +4,7 @@
 //! takes split. Leaves alone the exchange of one request (`exchange`), pools of connections and the server's
 //! life. Promises: a command returns only when its reply is whole.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Instant;
@@ -50,6 +51,22 @@ impl Connection<UnixTransport> {
     pub fn connect_with(socket: &Path, export: &str, options: &ConnectOptions) -> Result<Self, NbdError> {
         let deadline = Instant::now() + options.timeouts.handshake;
         let transport = UnixTransport::connect(socket, deadline).map_err(|source| NbdError::Io {
+            during: "connect",
+            source,
+        })?;
+        Self::over(transport, export, options)
+    }
+
+    /// The same with a socket made before, by [`super::unconnected`].
+    pub fn connect_on(
+        fd: OwnedFd,
+        socket: &Path,
+        export: &str,
+        options: &ConnectOptions,
+    ) -> Result<Self, NbdError> {
+        let deadline = Instant::now() + options.timeouts.handshake;
+        let transport = UnixTransport::connect_on(fd, socket, deadline);
+        let transport = transport.map_err(|source| NbdError::Io {
             during: "connect",
             source,
         })?;

@@ -30,7 +30,7 @@ pub use decode::{ServerError, WireError};
 pub use export::{BlockSizes, Context, Export, ExportFlags, Headers};
 pub(super) use pool::Pool;
 pub use replay::replay;
-pub use transport::{Timed, Timeouts, UnixTransport};
+pub use transport::{Timed, Timeouts, UnixTransport, unconnected};
 
 /// The metadata context that says what is a hole and what reads as zero.
 pub const BASE_ALLOCATION: &str = "base:allocation";

@@ -1,6 +1,6 @@
 //! A small pool of connections to one export that any number of threads share.
 //!
-//! Owns who uses which connection. Leaves alone how one is made. Promises: a connection that saw an error is dropped and
+//! Owns who uses which connection. Leaves alone how one is made. Promises: a connection that fell out of step is dropped and
 //! replaced by the next user; never more than the limit at a time.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -43,7 +43,7 @@ impl Pool {
             Some(connection) => ask(connection),
             None => Err(NbdError::Broken),
         };
-        if result.is_err() {
+        if lease.connection.as_ref().is_some_and(Connection::is_broken) {
             lease.connection = None; // Dropped, not returned.
         }
         result

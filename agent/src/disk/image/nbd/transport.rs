@@ -49,14 +49,11 @@ pub struct UnixTransport {
 impl UnixTransport {
     /// Connects, waiting at most until `deadline` for a listener whose queue is full.
     pub(super) fn connect(socket: &Path, deadline: Instant) -> io::Result<Self> {
-        // A blocking connect to a listener that accepts nothing would wait for ever; std offers no timeout
-        // for it.
-        let fd = rustix::net::socket_with(
-            AddressFamily::UNIX,
-            SocketType::STREAM,
-            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-            None,
-        )?;
+        Self::connect_on(unconnected()?, socket, deadline)
+    }
+
+    /// The same with a socket that [`unconnected`] made.
+    pub(super) fn connect_on(fd: OwnedFd, socket: &Path, deadline: Instant) -> io::Result<Self> {
         let address = SocketAddrUnix::new(socket)?;
         loop {
             match rustix::net::connect(&fd, &address) {
@@ -92,6 +89,19 @@ impl UnixTransport {
             left => Ok(left.max(Duration::from_millis(1))),
         }
     }
+}
+
+/// A socket for one connection later on.
+///
+/// It does not block yet: a blocking connect to a listener that accepts nothing would wait for ever; std offers no timeout for
+/// it.
+pub fn unconnected() -> io::Result<OwnedFd> {
+    Ok(rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )?)
 }
 
 impl Timed for UnixTransport {

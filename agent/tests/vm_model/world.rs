@@ -3,6 +3,7 @@
 //! Owns the session as the machines expect it (effects in order, journal first), QEMU as it was measured, and the invariants.
 //! Leaves the search to `explore`. The machines are the ones that run.
 
+use std::fmt;
 use std::time::Duration;
 
 use longhaul_agent::vm::handover::*;
@@ -48,6 +49,13 @@ impl Fault {
         Self::DisksNotFlushed,
         Self::HandoverUnobserved,
     ];
+}
+
+impl Fault {
+    /// How many mishaps it takes to show; the sound machine withstands as many.
+    pub(crate) fn mishaps(self) -> u8 {
+        if self == Self::BarringUnchecked { 2 } else { 1 }
+    }
 }
 
 /// One agent: its machine while it lives, what it still has to do, and its journal.
@@ -142,6 +150,12 @@ pub(crate) struct Step {
     pub(crate) what: String,
     pub(crate) world: World,
     pub(crate) mishap: bool,
+}
+
+/// Steps; their names are made only for a way that is shown.
+struct Steps {
+    named: bool,
+    list: Vec<Step>,
 }
 
 fn stream(generation: u32) -> Stream {
@@ -239,8 +253,11 @@ impl World {
     }
 
     /// Everything that may happen now.
-    pub(crate) fn steps(&self) -> Vec<Step> {
-        let mut steps = Vec::new();
+    pub(crate) fn steps(&self, named: bool) -> Vec<Step> {
+        let mut steps = Steps {
+            named,
+            list: Vec::new(),
+        };
         self.source_steps(&mut steps);
         self.target_steps(&mut steps);
         self.qemu_steps(&mut steps);
@@ -248,29 +265,33 @@ impl World {
         if self.mishaps > 0 {
             self.mishap_steps(&mut steps);
         }
-        steps
+        steps.list
     }
 
-    fn step(&self, steps: &mut Vec<Step>, what: impl Into<String>, change: impl FnOnce(&mut Self)) {
+    fn step(&self, steps: &mut Steps, what: fmt::Arguments<'_>, change: impl FnOnce(&mut Self)) {
         let mut world = self.clone();
         change(&mut world);
         world.settle_quiet_effects();
         if world != *self {
-            steps.push(Step {
-                what: what.into(),
+            steps.list.push(Step {
+                what: if steps.named {
+                    what.to_string()
+                } else {
+                    String::new()
+                },
                 world,
                 mishap: false,
             });
         }
     }
 
-    fn mishap(&self, steps: &mut Vec<Step>, what: impl Into<String>, change: impl FnOnce(&mut Self)) {
-        let first = steps.len();
+    fn mishap(&self, steps: &mut Steps, what: fmt::Arguments<'_>, change: impl FnOnce(&mut Self)) {
+        let first = steps.list.len();
         self.step(steps, what, |world| {
             world.mishaps -= 1;
             change(world);
         });
-        steps[first..].iter_mut().for_each(|step| step.mishap = true);
+        steps.list[first..].iter_mut().for_each(|step| step.mishap = true);
     }
 
     // ---- the source agent
@@ -288,21 +309,25 @@ impl World {
         self.source.pending = effects;
     }
 
-    fn source_steps(&self, steps: &mut Vec<Step>) {
+    fn source_steps(&self, steps: &mut Steps) {
         let Some(machine) = &self.source.machine else {
             if !self.source_lost {
-                self.step(steps, "the source agent restarts", Self::restart_source);
+                self.step(
+                    steps,
+                    format_args!("the source agent restarts"),
+                    Self::restart_source,
+                );
             }
             return;
         };
         if let Some(effect) = self.source.pending.first().copied() {
-            self.step(steps, format!("source does {effect:?}"), |world| {
+            self.step(steps, format_args!("source does {effect:?}"), |world| {
                 world.source_does(effect)
             });
             return;
         }
         let mut event = |event: SourceEvent| {
-            self.step(steps, format!("source <- {event:?}"), |world| {
+            self.step(steps, format_args!("source <- {event:?}"), |world| {
                 world.source_event(event)
             });
         };
@@ -317,7 +342,7 @@ impl World {
             event(overdue.event);
         }
         if self.target_lost || self.is(Fault::SourceTimesOut) {
-            self.step(steps, "the operator resolves source", |world| {
+            self.step(steps, format_args!("the operator resolves source"), |world| {
                 world.resolved = true;
                 world.source_event(SourceEvent::Resolve(Resolve::Source));
             });
@@ -325,7 +350,7 @@ impl World {
         self.source_progress(steps, machine);
     }
 
-    fn source_progress(&self, steps: &mut Vec<Step>, machine: &SourceOwner) {
+    fn source_progress(&self, steps: &mut Steps, machine: &SourceOwner) {
         let generation = machine.generation().0;
         let next = generation + 1;
         let prepared = self
@@ -333,18 +358,18 @@ impl World {
             .idle()
             .is_some_and(|target| target.generation().0 == next && self.loads == next);
         if machine.is_quiet() && next <= self.generations && !self.target_ran {
-            self.step(steps, "the source asks for preparation", |world| {
+            self.step(steps, format_args!("the source asks for preparation"), |world| {
                 world.prepare = next
             });
             if prepared && self.source_qemu == SourceQemu::Idle {
-                self.step(steps, "source <- Begin", |world| {
+                self.step(steps, format_args!("source <- Begin"), |world| {
                     world.resumed = false;
                     world.source_event(SourceEvent::Begin(Generation(next)));
                 });
             }
         }
         if *machine.state() == SourceState::PreSwitchover {
-            self.step(steps, "source <- LastRoundRead", |world| {
+            self.step(steps, format_args!("source <- LastRoundRead"), |world| {
                 world.sent_batches = generation as u8;
                 world.source_event(SourceEvent::LastRoundRead);
             });
@@ -356,7 +381,7 @@ impl World {
         );
         let ended = over || self.is(Fault::HandoverUnobserved);
         if matches!(machine.state(), SourceState::Continuing { .. }) && self.socket && ended && !self.tail {
-            self.step(steps, "source <- StreamEnded", |world| {
+            self.step(steps, format_args!("source <- StreamEnded"), |world| {
                 world.tail = true;
                 world.source_event(SourceEvent::StreamEnded(facts(generation)));
                 if world.is(Fault::HandoverUnobserved) {
@@ -483,21 +508,25 @@ impl World {
         self.target.pending = effects;
     }
 
-    fn target_steps(&self, steps: &mut Vec<Step>) {
+    fn target_steps(&self, steps: &mut Steps) {
         let Some(machine) = &self.target.machine else {
             if !self.target_lost {
-                self.step(steps, "the target agent restarts", Self::restart_target);
+                self.step(
+                    steps,
+                    format_args!("the target agent restarts"),
+                    Self::restart_target,
+                );
             }
             return;
         };
         if let Some(effect) = self.target.pending.first().copied() {
-            self.step(steps, format!("target does {effect:?}"), |world| {
+            self.step(steps, format_args!("target does {effect:?}"), |world| {
                 world.target_does(effect)
             });
             return;
         }
         let mut event = |event: TargetEvent| {
-            self.step(steps, format!("target <- {event:?}"), |world| {
+            self.step(steps, format_args!("target <- {event:?}"), |world| {
                 world.target_event(event)
             });
         };
@@ -527,21 +556,25 @@ impl World {
         self.target_disks_and_words(steps);
     }
 
-    fn target_disks_and_words(&self, steps: &mut Vec<Step>) {
+    fn target_disks_and_words(&self, steps: &mut Steps) {
         let flushed = if self.is(Fault::DisksNotFlushed) {
             self.sent_batches
         } else {
             self.durable
         };
         if self.told_batches != flushed {
-            self.step(steps, format!("target <- DisksDurable({flushed})"), |world| {
-                world.told_batches = flushed;
-                world.target_event(TargetEvent::DisksDurable(flushed.into()));
-            });
+            self.step(
+                steps,
+                format_args!("target <- DisksDurable({flushed})"),
+                |world| {
+                    world.told_batches = flushed;
+                    world.target_event(TargetEvent::DisksDurable(flushed.into()));
+                },
+            );
         }
         let stale = self.is(Fault::TargetTimesOut) && self.target_qemu == TargetQemu::Loaded;
         if self.source_lost || stale {
-            self.step(steps, "the operator resolves target", |world| {
+            self.step(steps, format_args!("the operator resolves target"), |world| {
                 world.resolved |= !stale;
                 world.target_event(TargetEvent::Resolve(Resolve::Target));
             });
@@ -657,18 +690,26 @@ impl World {
         }
     }
 
-    fn qemu_steps(&self, steps: &mut Vec<Step>) {
+    fn qemu_steps(&self, steps: &mut Steps) {
         match self.source_qemu {
             SourceQemu::Gone if !self.barred && !self.source_lost => {
-                self.step(steps, "somebody boots the VM at the source", Self::resume_source);
+                self.step(
+                    steps,
+                    format_args!("somebody boots the VM at the source"),
+                    Self::resume_source,
+                );
             }
             SourceQemu::Iterating => {
-                self.step(steps, "the source's QEMU stops the guest", |world| {
-                    world.source_qemu = SourceQemu::PreSwitchover;
-                    world.resumed = false;
-                });
+                self.step(
+                    steps,
+                    format_args!("the source's QEMU stops the guest"),
+                    |world| {
+                        world.source_qemu = SourceQemu::PreSwitchover;
+                        world.resumed = false;
+                    },
+                );
             }
-            SourceQemu::Device => self.step(steps, "the source's QEMU completes", |world| {
+            SourceQemu::Device => self.step(steps, format_args!("the source's QEMU completes"), |world| {
                 world.source_qemu = SourceQemu::Completed;
             }),
             _ => {}
@@ -676,31 +717,37 @@ impl World {
         if !self.socket && matches!(self.source_qemu, SourceQemu::Iterating | SourceQemu::Device) {
             self.step(
                 steps,
-                "the source's QEMU fails on its closed stream",
+                format_args!("the source's QEMU fails on its closed stream"),
                 Self::resume_source,
             );
         }
         let target = self.target.machine.as_ref().map(|target| *target.state());
         let started = matches!(target, Some(TargetState::Running { started: true, .. }));
         if self.target_qemu == TargetQemu::Gone && started {
-            self.step(steps, "somebody boots the VM at the target", |world| {
-                world.run_target(true)
-            });
+            self.step(
+                steps,
+                format_args!("somebody boots the VM at the target"),
+                |world| world.run_target(true),
+            );
         }
         if self.target_qemu == TargetQemu::Loading {
             if self.arrived != Arrived::Part {
-                self.step(steps, "the target's QEMU has loaded", |world| {
+                self.step(steps, format_args!("the target's QEMU has loaded"), |world| {
                     world.target_qemu = TargetQemu::Loaded
                 });
             } else if !self.incoming {
-                self.step(steps, "the target's QEMU fails on its closed stream", |world| {
-                    world.target_qemu = TargetQemu::Gone;
-                });
+                self.step(
+                    steps,
+                    format_args!("the target's QEMU fails on its closed stream"),
+                    |world| {
+                        world.target_qemu = TargetQemu::Gone;
+                    },
+                );
             }
         }
     }
 
-    fn transport_steps(&self, steps: &mut Vec<Step>) {
+    fn transport_steps(&self, steps: &mut Steps) {
         let loading =
             self.target_qemu == TargetQemu::Loading && self.incoming && self.arrived == Arrived::Part;
         let same = self
@@ -709,33 +756,37 @@ impl World {
             .as_ref()
             .is_some_and(|source| source.generation().0 == self.loads);
         if loading && same && self.tail && self.target.machine.is_some() {
-            self.step(steps, "the stream's end arrives", |world| {
+            self.step(steps, format_args!("the stream's end arrives"), |world| {
                 world.arrived = Arrived::Whole
             });
             if self.mishaps > 0 {
-                self.mishap(steps, "the stream arrives corrupt", |world| {
+                self.mishap(steps, format_args!("the stream arrives corrupt"), |world| {
                     world.arrived = Arrived::Corrupt
                 });
             }
         }
         if self.durable < self.sent_batches && self.source.machine.is_some() && self.target.machine.is_some()
         {
-            self.step(steps, "the disk batches are durable", |world| {
+            self.step(steps, format_args!("the disk batches are durable"), |world| {
                 world.durable = world.sent_batches
             });
         }
     }
 
-    fn mishap_steps(&self, steps: &mut Vec<Step>) {
+    fn mishap_steps(&self, steps: &mut Steps) {
         if self.source.machine.is_some() {
-            self.mishap(steps, "the source agent is killed", Self::kill_source);
+            self.mishap(
+                steps,
+                format_args!("the source agent is killed"),
+                Self::kill_source,
+            );
             if let Some(Effect::Journal(record)) = self.source.pending.first().copied() {
-                self.mishap(steps, "the source's journal fails", |world| {
+                self.mishap(steps, format_args!("the source's journal fails"), |world| {
                     world.source_failed(Effect::Journal(record))
                 });
                 self.mishap(
                     steps,
-                    "the source's journal fails, but the record is there",
+                    format_args!("the source's journal fails, but the record is there"),
                     |world| {
                         world.source.append(record, false);
                         world.source.doubtful = true;
@@ -744,20 +795,24 @@ impl World {
                 );
             }
             if self.source.pending.first() == Some(&Effect::MakeUnrunnable) {
-                self.mishap(steps, "the old copy cannot be barred", |world| {
+                self.mishap(steps, format_args!("the old copy cannot be barred"), |world| {
                     world.source_failed(Effect::MakeUnrunnable)
                 });
             }
         }
         if self.target.machine.is_some() {
-            self.mishap(steps, "the target agent is killed", Self::kill_target);
+            self.mishap(
+                steps,
+                format_args!("the target agent is killed"),
+                Self::kill_target,
+            );
             if let Some(Effect::Journal(record)) = self.target.pending.first().copied() {
-                self.mishap(steps, "the target's journal fails", |world| {
+                self.mishap(steps, format_args!("the target's journal fails"), |world| {
                     world.target_failed(record)
                 });
                 self.mishap(
                     steps,
-                    "the target's journal fails, but the record is there",
+                    format_args!("the target's journal fails, but the record is there"),
                     |world| {
                         world.target.append(record, false);
                         world.target.doubtful = true;
@@ -766,7 +821,7 @@ impl World {
                 );
             }
             if self.target.pending.is_empty() {
-                self.mishap(steps, "a target disk fails", |world| {
+                self.mishap(steps, format_args!("a target disk fails"), |world| {
                     world.target_event(TargetEvent::Stop(Reason::DiskFailed));
                 });
             }
@@ -775,40 +830,42 @@ impl World {
         self.mishap_sites(steps);
     }
 
-    fn mishap_qemus(&self, steps: &mut Vec<Step>) {
+    fn mishap_qemus(&self, steps: &mut Steps) {
         if self.source_qemu != SourceQemu::Gone {
-            self.mishap(steps, "the source's QEMU dies", |world| {
+            self.mishap(steps, format_args!("the source's QEMU dies"), |world| {
                 world.source_qemu = SourceQemu::Gone;
             });
         }
         if in_migration(self.source_qemu) {
             self.mishap(
                 steps,
-                "the source's QEMU fails, or somebody cancels it",
+                format_args!("the source's QEMU fails, or somebody cancels it"),
                 Self::resume_source,
             );
         }
         if self.source_qemu == SourceQemu::PreSwitchover {
-            self.mishap(steps, "somebody continues the source's QEMU", |world| {
-                world.source_qemu = SourceQemu::Device
-            });
+            self.mishap(
+                steps,
+                format_args!("somebody continues the source's QEMU"),
+                |world| world.source_qemu = SourceQemu::Device,
+            );
         }
         if self.target_qemu != TargetQemu::Gone {
-            self.mishap(steps, "the target's QEMU dies", |world| {
+            self.mishap(steps, format_args!("the target's QEMU dies"), |world| {
                 world.target_qemu = TargetQemu::Gone
             });
         }
     }
 
-    fn mishap_sites(&self, steps: &mut Vec<Step>) {
+    fn mishap_sites(&self, steps: &mut Steps) {
         if !self.target_lost && !self.source_lost {
-            self.mishap(steps, "the source's site burns down", |world| {
+            self.mishap(steps, format_args!("the source's site burns down"), |world| {
                 world.kill_source();
                 world.source_qemu = SourceQemu::Gone;
                 world.source_lost = true;
             });
             // What the target wrote burns with it: the source's copy is all that is left.
-            self.mishap(steps, "the target's site burns down", |world| {
+            self.mishap(steps, format_args!("the target's site burns down"), |world| {
                 world.kill_target();
                 world.target_qemu = TargetQemu::Gone;
                 world.target_lost = true;

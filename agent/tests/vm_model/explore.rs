@@ -6,7 +6,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::hash::{Hash, Hasher};
 
-use super::world::{Bounds, Fault, World};
+use super::world::World;
 
 #[derive(Debug)]
 pub(crate) struct Explored {
@@ -61,8 +61,7 @@ fn key(world: &World) -> u128 {
 }
 
 struct Search {
-    bounds: Bounds,
-    fault: Option<Fault>,
+    start: World,
     seen: HashMap<u128, u32>,
     /// For each state: from which, by which of its choices, and how deep.
     from: Vec<(u32, u16, u32)>,
@@ -73,10 +72,9 @@ struct Search {
     explored: Explored,
 }
 
-pub(crate) fn explore(bounds: Bounds, fault: Option<Fault>) -> Result<Explored, String> {
+pub(crate) fn explore(start: World) -> Result<Explored, String> {
     let mut search = Search {
-        bounds,
-        fault,
+        start: start.clone(),
         seen: HashMap::new(),
         from: Vec::new(),
         queue: VecDeque::new(),
@@ -90,7 +88,7 @@ pub(crate) fn explore(bounds: Bounds, fault: Option<Fault>) -> Result<Explored, 
             ran_at_target: 0,
         },
     };
-    search.visit(World::new(bounds, fault), 0, 0, 0);
+    search.visit(start, 0, 0, 0);
     while let Some((id, world)) = search.queue.pop_front() {
         search.expand(id, &world)?;
     }
@@ -161,7 +159,7 @@ impl Search {
             choices.push(choice);
             id = from;
         }
-        let mut world = World::new(self.bounds, self.fault);
+        let mut world = self.start.clone();
         let mut way = String::new();
         for choice in choices.into_iter().rev() {
             let step = world.steps(true).swap_remove(choice.into());

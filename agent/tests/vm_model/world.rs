@@ -202,6 +202,52 @@ impl World {
         }
     }
 
+    /// A first try was handed over, called back and taken back; all that was ever said of it may still arrive.
+    pub(crate) fn second_try(bounds: Bounds) -> Self {
+        let (generation, reason) = (Generation(1), Reason::NoAnswer);
+        let mut world = Self::new(
+            Bounds {
+                generations: 2,
+                ..bounds
+            },
+            None,
+        );
+        world.source.journal = vec![
+            Record::Began { generation },
+            Record::HandedOver {
+                generation,
+                facts: facts(1),
+            },
+            Record::TakenBack {
+                generation,
+                by: By::Protocol,
+                reason,
+            },
+            Record::Closed { generation },
+        ];
+        world.target.journal = vec![
+            Record::Prepared { generation },
+            Record::Loaded {
+                generation,
+                stream: stream(1),
+                disk_batches: 1,
+            },
+            Record::Aborted { generation, reason },
+        ];
+        world.restart_source();
+        world.restart_target();
+        (world.sent_batches, world.durable) = (1, 1);
+        (world.loads, world.prepare) = (1, 1);
+        world.say(Word::Commit {
+            generation,
+            facts: facts(1),
+        });
+        world.say(Word::Abort { generation, reason });
+        world.say(Word::Aborted { generation, reason });
+        world.say(Word::Ask { generation });
+        world
+    }
+
     pub(crate) fn source_runs(&self) -> bool {
         matches!(self.source_qemu, SourceQemu::Idle | SourceQemu::Iterating)
     }

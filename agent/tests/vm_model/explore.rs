@@ -4,9 +4,9 @@
 //! to it, found again by walking the same choices.
 
 use std::collections::{HashMap, VecDeque};
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{Hash, Hasher};
 
-use super::world::{Bounds, Fault, World};
+use super::world::World;
 
 #[derive(Debug)]
 pub(crate) struct Explored {
@@ -17,19 +17,51 @@ pub(crate) struct Explored {
     pub(crate) ran_at_target: usize,
 }
 
+/// Two sums over the same bytes: fast, and equal for two states only by an accident of one in 10^24 here.
+#[derive(Default)]
+struct Wide(u64, u64);
+
+impl Hasher for Wide {
+    fn write(&mut self, bytes: &[u8]) {
+        for chunk in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            self.write_u64(u64::from_le_bytes(word));
+        }
+    }
+
+    fn write_u64(&mut self, word: u64) {
+        self.0 = (self.0.rotate_left(23) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.1 =
+            (self.1.rotate_left(41) ^ word.wrapping_add(self.0 >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    }
+
+    fn write_u8(&mut self, word: u8) {
+        self.write_u64(word.into());
+    }
+
+    fn write_u32(&mut self, word: u32) {
+        self.write_u64(word.into());
+    }
+
+    fn write_usize(&mut self, word: usize) {
+        self.write_u64(word as u64);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0 ^ self.0 >> 31
+    }
+}
+
 fn key(world: &World) -> u128 {
-    let half = |salt: u64| {
-        let mut hasher = DefaultHasher::new();
-        salt.hash(&mut hasher);
-        world.hash(&mut hasher);
-        u128::from(hasher.finish())
-    };
-    half(1) << 64 | half(2)
+    let mut hasher = Wide::default();
+    world.hash(&mut hasher);
+    let low = hasher.1 ^ hasher.1 >> 29;
+    u128::from(hasher.finish()) << 64 | u128::from(low)
 }
 
 struct Search {
-    bounds: Bounds,
-    fault: Option<Fault>,
+    start: World,
     seen: HashMap<u128, u32>,
     /// For each state: from which, by which of its choices, and how deep.
     from: Vec<(u32, u16, u32)>,
@@ -40,10 +72,9 @@ struct Search {
     explored: Explored,
 }
 
-pub(crate) fn explore(bounds: Bounds, fault: Option<Fault>) -> Result<Explored, String> {
+pub(crate) fn explore(start: World) -> Result<Explored, String> {
     let mut search = Search {
-        bounds,
-        fault,
+        start: start.clone(),
         seen: HashMap::new(),
         from: Vec::new(),
         queue: VecDeque::new(),
@@ -57,7 +88,7 @@ pub(crate) fn explore(bounds: Bounds, fault: Option<Fault>) -> Result<Explored, 
             ran_at_target: 0,
         },
     };
-    search.visit(World::new(bounds, fault), 0, 0, 0);
+    search.visit(start, 0, 0, 0);
     while let Some((id, world)) = search.queue.pop_front() {
         search.expand(id, &world)?;
     }
@@ -85,13 +116,14 @@ impl Search {
 
     fn expand(&mut self, id: u32, world: &World) -> Result<(), String> {
         let depth = self.from[id as usize].2 + 1;
-        for (choice, step) in world.steps().into_iter().enumerate() {
+        for (choice, step) in world.steps(false).into_iter().enumerate() {
             self.explored.steps += 1;
-            let next = self.visit(step.world.clone(), id, choice as u16, depth);
-            if let Some(broken) = step.world.broken() {
+            let (mishap, broken) = (step.mishap, step.world.broken());
+            let next = self.visit(step.world, id, choice as u16, depth);
+            if let Some(broken) = broken {
                 return Err(format!("{broken}\n{}", self.way_to(next)));
             }
-            if !step.mishap && next != id {
+            if !mishap && next != id {
                 self.back.push((next, id));
             }
         }
@@ -127,10 +159,10 @@ impl Search {
             choices.push(choice);
             id = from;
         }
-        let mut world = World::new(self.bounds, self.fault);
+        let mut world = self.start.clone();
         let mut way = String::new();
         for choice in choices.into_iter().rev() {
-            let step = world.steps().swap_remove(choice.into());
+            let step = world.steps(true).swap_remove(choice.into());
             way.push_str(&format!("  {}\n", step.what));
             world = step.world;
         }

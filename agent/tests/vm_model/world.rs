@@ -3,7 +3,10 @@
 //! Owns the session as the machines expect it (effects in order, journal first), QEMU as it was measured, and the invariants.
 //! Leaves the search to `explore`. The machines are the ones that run.
 
-use std::time::Duration;
+mod source_agent;
+mod target_agent;
+
+use std::fmt;
 
 use longhaul_agent::vm::handover::*;
 use longhaul_common::digest::Digest;
@@ -48,6 +51,13 @@ impl Fault {
         Self::DisksNotFlushed,
         Self::HandoverUnobserved,
     ];
+}
+
+impl Fault {
+    /// How many mishaps it takes to show; the sound machine withstands as many.
+    pub(crate) fn mishaps(self) -> u8 {
+        if self == Self::BarringUnchecked { 2 } else { 1 }
+    }
 }
 
 /// One agent: its machine while it lives, what it still has to do, and its journal.
@@ -144,6 +154,12 @@ pub(crate) struct Step {
     pub(crate) mishap: bool,
 }
 
+/// Steps; their names are made only for a way that is shown.
+struct Steps {
+    named: bool,
+    list: Vec<Step>,
+}
+
 fn stream(generation: u32) -> Stream {
     Stream {
         len: u64::from(generation),
@@ -186,6 +202,52 @@ impl World {
             said: Vec::new(),
             broken: None,
         }
+    }
+
+    /// A first try was handed over, called back and taken back; all that was ever said of it may still arrive.
+    pub(crate) fn second_try(bounds: Bounds) -> Self {
+        let (generation, reason) = (Generation(1), Reason::NoAnswer);
+        let mut world = Self::new(
+            Bounds {
+                generations: 2,
+                ..bounds
+            },
+            None,
+        );
+        world.source.journal = vec![
+            Record::Began { generation },
+            Record::HandedOver {
+                generation,
+                facts: facts(1),
+            },
+            Record::TakenBack {
+                generation,
+                by: By::Protocol,
+                reason,
+            },
+            Record::Closed { generation },
+        ];
+        world.target.journal = vec![
+            Record::Prepared { generation },
+            Record::Loaded {
+                generation,
+                stream: stream(1),
+                disk_batches: 1,
+            },
+            Record::Aborted { generation, reason },
+        ];
+        world.restart_source();
+        world.restart_target();
+        (world.sent_batches, world.durable) = (1, 1);
+        (world.loads, world.prepare) = (1, 1);
+        world.say(Word::Commit {
+            generation,
+            facts: facts(1),
+        });
+        world.say(Word::Abort { generation, reason });
+        world.say(Word::Aborted { generation, reason });
+        world.say(Word::Ask { generation });
+        world
     }
 
     pub(crate) fn source_runs(&self) -> bool {
@@ -239,8 +301,11 @@ impl World {
     }
 
     /// Everything that may happen now.
-    pub(crate) fn steps(&self) -> Vec<Step> {
-        let mut steps = Vec::new();
+    pub(crate) fn steps(&self, named: bool) -> Vec<Step> {
+        let mut steps = Steps {
+            named,
+            list: Vec::new(),
+        };
         self.source_steps(&mut steps);
         self.target_steps(&mut steps);
         self.qemu_steps(&mut steps);
@@ -248,382 +313,34 @@ impl World {
         if self.mishaps > 0 {
             self.mishap_steps(&mut steps);
         }
-        steps
+        steps.list
     }
 
-    fn step(&self, steps: &mut Vec<Step>, what: impl Into<String>, change: impl FnOnce(&mut Self)) {
+    fn step(&self, steps: &mut Steps, what: fmt::Arguments<'_>, change: impl FnOnce(&mut Self)) {
         let mut world = self.clone();
         change(&mut world);
         world.settle_quiet_effects();
         if world != *self {
-            steps.push(Step {
-                what: what.into(),
+            steps.list.push(Step {
+                what: if steps.named {
+                    what.to_string()
+                } else {
+                    String::new()
+                },
                 world,
                 mishap: false,
             });
         }
     }
 
-    fn mishap(&self, steps: &mut Vec<Step>, what: impl Into<String>, change: impl FnOnce(&mut Self)) {
-        let first = steps.len();
+    fn mishap(&self, steps: &mut Steps, what: fmt::Arguments<'_>, change: impl FnOnce(&mut Self)) {
+        let first = steps.list.len();
         self.step(steps, what, |world| {
             world.mishaps -= 1;
             change(world);
         });
-        steps[first..].iter_mut().for_each(|step| step.mishap = true);
+        steps.list[first..].iter_mut().for_each(|step| step.mishap = true);
     }
-
-    // ---- the source agent
-
-    fn source_event(&mut self, event: SourceEvent) {
-        let Some(machine) = &mut self.source.machine else {
-            return;
-        };
-        let mut effects = machine.on(event);
-        if self.fault == Some(Fault::CommitBeforeJournal) {
-            move_first(&mut effects, |effect| {
-                matches!(effect, Effect::Send(Word::Commit { .. }))
-            });
-        }
-        self.source.pending = effects;
-    }
-
-    fn source_steps(&self, steps: &mut Vec<Step>) {
-        let Some(machine) = &self.source.machine else {
-            if !self.source_lost {
-                self.step(steps, "the source agent restarts", Self::restart_source);
-            }
-            return;
-        };
-        if let Some(effect) = self.source.pending.first().copied() {
-            self.step(steps, format!("source does {effect:?}"), |world| {
-                world.source_does(effect)
-            });
-            return;
-        }
-        let mut event = |event: SourceEvent| {
-            self.step(steps, format!("source <- {event:?}"), |world| {
-                world.source_event(event)
-            });
-        };
-        event(SourceEvent::Qemu(self.source_qemu));
-        event(SourceEvent::Remind);
-        event(SourceEvent::Stop(Reason::Cancelled));
-        for word in self.said.iter().filter(|word| is_for_source(word)) {
-            event(SourceEvent::Heard(*word));
-        }
-        let ever = Duration::MAX;
-        if let Some(overdue) = machine.overdue(ever, ever, &Limits::default()) {
-            event(overdue.event);
-        }
-        if self.target_lost || self.is(Fault::SourceTimesOut) {
-            self.step(steps, "the operator resolves source", |world| {
-                world.resolved = true;
-                world.source_event(SourceEvent::Resolve(Resolve::Source));
-            });
-        }
-        self.source_progress(steps, machine);
-    }
-
-    fn source_progress(&self, steps: &mut Vec<Step>, machine: &SourceOwner) {
-        let generation = machine.generation().0;
-        let next = generation + 1;
-        let prepared = self
-            .target
-            .idle()
-            .is_some_and(|target| target.generation().0 == next && self.loads == next);
-        if machine.is_quiet() && next <= self.generations && !self.target_ran {
-            self.step(steps, "the source asks for preparation", |world| {
-                world.prepare = next
-            });
-            if prepared && self.source_qemu == SourceQemu::Idle {
-                self.step(steps, "source <- Begin", |world| {
-                    world.resumed = false;
-                    world.source_event(SourceEvent::Begin(Generation(next)));
-                });
-            }
-        }
-        if *machine.state() == SourceState::PreSwitchover {
-            self.step(steps, "source <- LastRoundRead", |world| {
-                world.sent_batches = generation as u8;
-                world.source_event(SourceEvent::LastRoundRead);
-            });
-        }
-        // The stream also ends where QEMU fails.
-        let over = !matches!(
-            self.source_qemu,
-            SourceQemu::Device | SourceQemu::Iterating | SourceQemu::PreSwitchover
-        );
-        let ended = over || self.is(Fault::HandoverUnobserved);
-        if matches!(machine.state(), SourceState::Continuing { .. }) && self.socket && ended && !self.tail {
-            self.step(steps, "source <- StreamEnded", |world| {
-                world.tail = true;
-                world.source_event(SourceEvent::StreamEnded(facts(generation)));
-                if world.is(Fault::HandoverUnobserved) {
-                    world.source_event(SourceEvent::Qemu(SourceQemu::Completed));
-                }
-            });
-        }
-    }
-
-    fn restart_source(&mut self) {
-        match SourceOwner::restore(&self.source.journal) {
-            Ok((machine, effects)) => {
-                self.source.machine = Some(machine);
-                self.source.pending = effects;
-            }
-            Err(_) => self.break_if(true, "the source cannot read its own journal"),
-        }
-    }
-
-    fn source_does(&mut self, effect: Effect) {
-        self.source.pending.remove(0);
-        let done = match effect {
-            Effect::Journal(record) => {
-                let unsynced = self.is(Fault::SourceJournalNotSynced);
-                self.source.append(record, unsynced);
-                true
-            }
-            Effect::Send(word) => {
-                self.say(word);
-                true
-            }
-            Effect::Migrate => {
-                let idle = self.source_qemu == SourceQemu::Idle;
-                if idle {
-                    self.source_qemu = SourceQemu::Iterating;
-                    self.socket = true;
-                    self.tail = false;
-                }
-                idle
-            }
-            Effect::MigrateContinue => {
-                let stands = self.source_qemu == SourceQemu::PreSwitchover;
-                if stands {
-                    self.source_qemu = SourceQemu::Device;
-                }
-                stands
-            }
-            Effect::Cancel => {
-                if in_migration(self.source_qemu) {
-                    self.resume_source();
-                }
-                true
-            }
-            Effect::Cont => match self.source_qemu {
-                SourceQemu::Completed if !self.barred => {
-                    self.resume_source();
-                    true
-                }
-                other => other == SourceQemu::Idle,
-            },
-            // Whoever runs from the images holds their locks.
-            Effect::MakeUnrunnable if self.source_runs() => false,
-            Effect::MakeUnrunnable => {
-                self.barred = !self.is(Fault::OldCopyNotBarred);
-                if self.is(Fault::BarringUnchecked) {
-                    self.source_event(SourceEvent::Qemu(SourceQemu::Completed));
-                }
-                true
-            }
-            Effect::MakeRunnable => {
-                self.barred = false;
-                true
-            }
-            Effect::Quit => {
-                self.break_if(self.source_runs(), "a running guest was ended at the source");
-                self.source_qemu = SourceQemu::Gone;
-                true
-            }
-            Effect::BootFromDisks => {
-                if self.source_qemu == SourceQemu::Gone && !self.barred {
-                    self.resume_source();
-                }
-                !self.barred
-            }
-            _ => true,
-        };
-        if !done {
-            self.source_failed(effect);
-        }
-    }
-
-    fn source_failed(&mut self, effect: Effect) {
-        self.source.pending.clear();
-        self.source_event(SourceEvent::Failed(effect));
-    }
-
-    fn resume_source(&mut self) {
-        self.source_qemu = SourceQemu::Idle;
-        self.socket = false;
-        self.resumed = true;
-    }
-
-    // ---- the target agent
-
-    fn target_event(&mut self, event: TargetEvent) {
-        let Some(machine) = &mut self.target.machine else {
-            return;
-        };
-        let mut effects = machine.on(event);
-        match self.fault {
-            Some(Fault::ContBeforeJournal) => move_first(&mut effects, |effect| *effect == Effect::Cont),
-            Some(Fault::AckBeforeJournal) => {
-                move_first(&mut effects, |effect| {
-                    matches!(effect, Effect::Send(Word::Ack { .. }))
-                });
-            }
-            Some(Fault::AbortedBeforeJournal) => {
-                move_first(&mut effects, |effect| {
-                    matches!(effect, Effect::Send(Word::Aborted { .. }))
-                });
-            }
-            _ => {}
-        }
-        self.target.pending = effects;
-    }
-
-    fn target_steps(&self, steps: &mut Vec<Step>) {
-        let Some(machine) = &self.target.machine else {
-            if !self.target_lost {
-                self.step(steps, "the target agent restarts", Self::restart_target);
-            }
-            return;
-        };
-        if let Some(effect) = self.target.pending.first().copied() {
-            self.step(steps, format!("target does {effect:?}"), |world| {
-                world.target_does(effect)
-            });
-            return;
-        }
-        let mut event = |event: TargetEvent| {
-            self.step(steps, format!("target <- {event:?}"), |world| {
-                world.target_event(event)
-            });
-        };
-        for generation in 1..=self.prepare {
-            event(TargetEvent::Prepare(Generation(generation)));
-        }
-        event(TargetEvent::Qemu(self.target_qemu));
-        event(TargetEvent::Remind);
-        for word in self.said.iter().filter(|word| is_for_target(word)) {
-            event(TargetEvent::Heard(*word));
-        }
-        if let Some(overdue) = machine.overdue(Duration::MAX, &Limits::default()) {
-            event(overdue.event);
-        }
-        match self.arrived {
-            _ if !self.incoming => {}
-            Arrived::Part => {}
-            Arrived::Corrupt if !self.is(Fault::HashNotChecked) => {
-                let wrong = Stream {
-                    len: 0,
-                    hash: Digest([0; 32]),
-                };
-                event(TargetEvent::StreamWritten(wrong));
-            }
-            _ => event(TargetEvent::StreamWritten(stream(self.loads))),
-        }
-        self.target_disks_and_words(steps);
-    }
-
-    fn target_disks_and_words(&self, steps: &mut Vec<Step>) {
-        let flushed = if self.is(Fault::DisksNotFlushed) {
-            self.sent_batches
-        } else {
-            self.durable
-        };
-        if self.told_batches != flushed {
-            self.step(steps, format!("target <- DisksDurable({flushed})"), |world| {
-                world.told_batches = flushed;
-                world.target_event(TargetEvent::DisksDurable(flushed.into()));
-            });
-        }
-        let stale = self.is(Fault::TargetTimesOut) && self.target_qemu == TargetQemu::Loaded;
-        if self.source_lost || stale {
-            self.step(steps, "the operator resolves target", |world| {
-                world.resolved |= !stale;
-                world.target_event(TargetEvent::Resolve(Resolve::Target));
-            });
-        }
-    }
-
-    fn restart_target(&mut self) {
-        match TargetOwner::restore(&self.target.journal) {
-            Ok((machine, effects)) => {
-                self.target.machine = Some(machine);
-                self.target.pending = effects;
-            }
-            Err(_) => self.break_if(true, "the target cannot read its own journal"),
-        }
-    }
-
-    fn target_does(&mut self, effect: Effect) {
-        self.target.pending.remove(0);
-        let done = match effect {
-            Effect::Journal(record) => {
-                let unsynced = self.is(Fault::TargetJournalNotSynced);
-                self.target.append(record, unsynced);
-                true
-            }
-            Effect::Send(word) => {
-                self.say(word);
-                true
-            }
-            Effect::StartIncoming => {
-                self.target_qemu = TargetQemu::Loading;
-                self.arrived = Arrived::Part;
-                self.incoming = true;
-                self.loads = self
-                    .target
-                    .machine
-                    .as_ref()
-                    .map_or(0, |machine| machine.generation().0);
-                true
-            }
-            Effect::KillIncoming => {
-                self.target_qemu = TargetQemu::Gone;
-                true
-            }
-            Effect::Cont => match self.target_qemu {
-                TargetQemu::Loaded => {
-                    self.run_target(self.arrived == Arrived::Whole);
-                    true
-                }
-                other => {
-                    self.break_if(
-                        other == TargetQemu::Loading,
-                        "`cont` while the target's QEMU was loading",
-                    );
-                    other == TargetQemu::Running
-                }
-            },
-            Effect::BootFromDisks => {
-                if !self.target_runs() {
-                    self.run_target(true);
-                }
-                true
-            }
-            _ => true,
-        };
-        if !done {
-            self.target.pending.clear();
-            self.target_event(TargetEvent::Failed(effect));
-        }
-    }
-
-    fn run_target(&mut self, memory: bool) {
-        self.target_qemu = TargetQemu::Running;
-        self.target_ran = true;
-        let disks = self.durable == self.loads as u8;
-        let sound = memory && disks && !self.resumed;
-        self.break_if(
-            !sound && !self.source_lost,
-            "a write is lost: the target runs something old or incomplete",
-        );
-    }
-
-    // ---- everything else
 
     /// Effects that neither a crash nor anybody else can tell from not having been done yet.
     fn settle_quiet_effects(&mut self) {
@@ -657,18 +374,26 @@ impl World {
         }
     }
 
-    fn qemu_steps(&self, steps: &mut Vec<Step>) {
+    fn qemu_steps(&self, steps: &mut Steps) {
         match self.source_qemu {
             SourceQemu::Gone if !self.barred && !self.source_lost => {
-                self.step(steps, "somebody boots the VM at the source", Self::resume_source);
+                self.step(
+                    steps,
+                    format_args!("somebody boots the VM at the source"),
+                    Self::resume_source,
+                );
             }
             SourceQemu::Iterating => {
-                self.step(steps, "the source's QEMU stops the guest", |world| {
-                    world.source_qemu = SourceQemu::PreSwitchover;
-                    world.resumed = false;
-                });
+                self.step(
+                    steps,
+                    format_args!("the source's QEMU stops the guest"),
+                    |world| {
+                        world.source_qemu = SourceQemu::PreSwitchover;
+                        world.resumed = false;
+                    },
+                );
             }
-            SourceQemu::Device => self.step(steps, "the source's QEMU completes", |world| {
+            SourceQemu::Device => self.step(steps, format_args!("the source's QEMU completes"), |world| {
                 world.source_qemu = SourceQemu::Completed;
             }),
             _ => {}
@@ -676,31 +401,37 @@ impl World {
         if !self.socket && matches!(self.source_qemu, SourceQemu::Iterating | SourceQemu::Device) {
             self.step(
                 steps,
-                "the source's QEMU fails on its closed stream",
+                format_args!("the source's QEMU fails on its closed stream"),
                 Self::resume_source,
             );
         }
         let target = self.target.machine.as_ref().map(|target| *target.state());
         let started = matches!(target, Some(TargetState::Running { started: true, .. }));
         if self.target_qemu == TargetQemu::Gone && started {
-            self.step(steps, "somebody boots the VM at the target", |world| {
-                world.run_target(true)
-            });
+            self.step(
+                steps,
+                format_args!("somebody boots the VM at the target"),
+                |world| world.run_target(true),
+            );
         }
         if self.target_qemu == TargetQemu::Loading {
             if self.arrived != Arrived::Part {
-                self.step(steps, "the target's QEMU has loaded", |world| {
+                self.step(steps, format_args!("the target's QEMU has loaded"), |world| {
                     world.target_qemu = TargetQemu::Loaded
                 });
             } else if !self.incoming {
-                self.step(steps, "the target's QEMU fails on its closed stream", |world| {
-                    world.target_qemu = TargetQemu::Gone;
-                });
+                self.step(
+                    steps,
+                    format_args!("the target's QEMU fails on its closed stream"),
+                    |world| {
+                        world.target_qemu = TargetQemu::Gone;
+                    },
+                );
             }
         }
     }
 
-    fn transport_steps(&self, steps: &mut Vec<Step>) {
+    fn transport_steps(&self, steps: &mut Steps) {
         let loading =
             self.target_qemu == TargetQemu::Loading && self.incoming && self.arrived == Arrived::Part;
         let same = self
@@ -709,33 +440,37 @@ impl World {
             .as_ref()
             .is_some_and(|source| source.generation().0 == self.loads);
         if loading && same && self.tail && self.target.machine.is_some() {
-            self.step(steps, "the stream's end arrives", |world| {
+            self.step(steps, format_args!("the stream's end arrives"), |world| {
                 world.arrived = Arrived::Whole
             });
             if self.mishaps > 0 {
-                self.mishap(steps, "the stream arrives corrupt", |world| {
+                self.mishap(steps, format_args!("the stream arrives corrupt"), |world| {
                     world.arrived = Arrived::Corrupt
                 });
             }
         }
         if self.durable < self.sent_batches && self.source.machine.is_some() && self.target.machine.is_some()
         {
-            self.step(steps, "the disk batches are durable", |world| {
+            self.step(steps, format_args!("the disk batches are durable"), |world| {
                 world.durable = world.sent_batches
             });
         }
     }
 
-    fn mishap_steps(&self, steps: &mut Vec<Step>) {
+    fn mishap_steps(&self, steps: &mut Steps) {
         if self.source.machine.is_some() {
-            self.mishap(steps, "the source agent is killed", Self::kill_source);
+            self.mishap(
+                steps,
+                format_args!("the source agent is killed"),
+                Self::kill_source,
+            );
             if let Some(Effect::Journal(record)) = self.source.pending.first().copied() {
-                self.mishap(steps, "the source's journal fails", |world| {
+                self.mishap(steps, format_args!("the source's journal fails"), |world| {
                     world.source_failed(Effect::Journal(record))
                 });
                 self.mishap(
                     steps,
-                    "the source's journal fails, but the record is there",
+                    format_args!("the source's journal fails, but the record is there"),
                     |world| {
                         world.source.append(record, false);
                         world.source.doubtful = true;
@@ -744,20 +479,24 @@ impl World {
                 );
             }
             if self.source.pending.first() == Some(&Effect::MakeUnrunnable) {
-                self.mishap(steps, "the old copy cannot be barred", |world| {
+                self.mishap(steps, format_args!("the old copy cannot be barred"), |world| {
                     world.source_failed(Effect::MakeUnrunnable)
                 });
             }
         }
         if self.target.machine.is_some() {
-            self.mishap(steps, "the target agent is killed", Self::kill_target);
+            self.mishap(
+                steps,
+                format_args!("the target agent is killed"),
+                Self::kill_target,
+            );
             if let Some(Effect::Journal(record)) = self.target.pending.first().copied() {
-                self.mishap(steps, "the target's journal fails", |world| {
+                self.mishap(steps, format_args!("the target's journal fails"), |world| {
                     world.target_failed(record)
                 });
                 self.mishap(
                     steps,
-                    "the target's journal fails, but the record is there",
+                    format_args!("the target's journal fails, but the record is there"),
                     |world| {
                         world.target.append(record, false);
                         world.target.doubtful = true;
@@ -766,7 +505,7 @@ impl World {
                 );
             }
             if self.target.pending.is_empty() {
-                self.mishap(steps, "a target disk fails", |world| {
+                self.mishap(steps, format_args!("a target disk fails"), |world| {
                     world.target_event(TargetEvent::Stop(Reason::DiskFailed));
                 });
             }
@@ -775,40 +514,42 @@ impl World {
         self.mishap_sites(steps);
     }
 
-    fn mishap_qemus(&self, steps: &mut Vec<Step>) {
+    fn mishap_qemus(&self, steps: &mut Steps) {
         if self.source_qemu != SourceQemu::Gone {
-            self.mishap(steps, "the source's QEMU dies", |world| {
+            self.mishap(steps, format_args!("the source's QEMU dies"), |world| {
                 world.source_qemu = SourceQemu::Gone;
             });
         }
         if in_migration(self.source_qemu) {
             self.mishap(
                 steps,
-                "the source's QEMU fails, or somebody cancels it",
+                format_args!("the source's QEMU fails, or somebody cancels it"),
                 Self::resume_source,
             );
         }
         if self.source_qemu == SourceQemu::PreSwitchover {
-            self.mishap(steps, "somebody continues the source's QEMU", |world| {
-                world.source_qemu = SourceQemu::Device
-            });
+            self.mishap(
+                steps,
+                format_args!("somebody continues the source's QEMU"),
+                |world| world.source_qemu = SourceQemu::Device,
+            );
         }
         if self.target_qemu != TargetQemu::Gone {
-            self.mishap(steps, "the target's QEMU dies", |world| {
+            self.mishap(steps, format_args!("the target's QEMU dies"), |world| {
                 world.target_qemu = TargetQemu::Gone
             });
         }
     }
 
-    fn mishap_sites(&self, steps: &mut Vec<Step>) {
+    fn mishap_sites(&self, steps: &mut Steps) {
         if !self.target_lost && !self.source_lost {
-            self.mishap(steps, "the source's site burns down", |world| {
+            self.mishap(steps, format_args!("the source's site burns down"), |world| {
                 world.kill_source();
                 world.source_qemu = SourceQemu::Gone;
                 world.source_lost = true;
             });
             // What the target wrote burns with it: the source's copy is all that is left.
-            self.mishap(steps, "the target's site burns down", |world| {
+            self.mishap(steps, format_args!("the target's site burns down"), |world| {
                 world.kill_target();
                 world.target_qemu = TargetQemu::Gone;
                 world.target_lost = true;

@@ -10,6 +10,7 @@ use super::{LinkView, View};
 
 /// From raising QEMU's limit until the guest stands: QEMU looks every 100 ms, after a blocked write.
 const LEAD: Duration = Duration::from_millis(150);
+const LEAD_MIN: Duration = Duration::from_millis(100);
 /// QEMU needs so long for a pass, however few pages it has.
 const PASS_MIN: Duration = Duration::from_millis(150);
 /// Longer than any blackout that somebody would want to know exactly.
@@ -92,9 +93,12 @@ fn residue(view: &View, lead: Duration) -> Blackout {
         .sum();
     let disk_bytes = disks * ratio(view.link.block_ratio) + disk_load(view) * lead.as_secs_f64();
     let ram_bytes = view.ram.map_or(0.0, |ram| {
+        // QEMU goes on sending until it obeys, at the least so long.
+        let sent = sane(view.link.goodput) * (lead.min(LEAD_MIN)).as_secs_f64();
         let counted = ram.remaining as f64 + ram.buffered as f64;
         let uncounted = sane(ram.dirty_rate) * (ram.since_sync.saturating_add(lead)).as_secs_f64();
-        (counted + uncounted) * ratio(view.link.page_ratio)
+        let page_ratio = ratio(view.link.page_ratio);
+        (counted * page_ratio - sent).max(0.0) + uncounted * page_ratio
     });
     whole(view, disk_bytes, ram_bytes)
 }

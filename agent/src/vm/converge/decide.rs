@@ -159,10 +159,12 @@ impl Converge {
         }
         self.round = Some(residue);
         self.not_converging(now, view, policy, "the disks change faster than the link carries")
-            .unwrap_or((
-                Decision::Round,
-                "the disks change fast, which may pass".to_owned(),
-            ))
+            .unwrap_or_else(|| {
+                (
+                    Decision::Round,
+                    "the disks change fast, which may pass".to_owned(),
+                )
+            })
     }
 
     fn start_ram(&mut self, now: Duration, view: &View, reason: &str) -> (Decision, String) {

@@ -352,7 +352,7 @@ fn lock(file: &File, path: &Path) -> Result<(), JournalError> {
 }
 
 fn sync_folder(path: &Path) -> Result<(), JournalError> {
-    let folder = path.parent().unwrap_or(Path::new("/"));
+    let folder = path.parent().unwrap_or_else(|| Path::new("/"));
     File::open(folder)
         .and_then(|folder| folder.sync_all())
         .map_err(during("sync", folder))

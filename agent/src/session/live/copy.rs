@@ -13,7 +13,7 @@ use longhaul_common::wire::batch::{BatchHeader, Content, Leaves, PIECES_MAX, Pie
 use longhaul_common::wire::session::{DiskCounts, Refusal, RefusalKind};
 use tokio::sync::mpsc;
 
-use super::disks;
+use super::disks::{self, Reach};
 use super::drive::Stop;
 use super::source::LiveSource;
 use super::uplink::Uplink;
@@ -23,7 +23,6 @@ use crate::disk::have::HaveLeaves;
 use crate::disk::image::LiveImage;
 use crate::disk::reader::{DiskRead, KnownLeaves, Outgoing};
 use crate::session::outcome;
-use crate::vm::rounds::RoundExport;
 
 /// Batches that are read ahead.
 const READ_AHEAD: usize = 4;
@@ -88,13 +87,13 @@ enum Event {
 pub(super) async fn base(
     session: &Arc<LiveSource>,
     uplink: &Arc<Uplink>,
-    exports: Vec<RoundExport>,
+    reach: Reach,
     have: Vec<HaveLeaves>,
 ) -> Result<Vec<(Digest, DiskCounts)>, Stop> {
     let (events, mut read) = mpsc::channel(READ_AHEAD);
     let stop = StopOnDrop(Arc::default());
     let (reading, with, stopping) = (Arc::clone(session), Arc::clone(uplink), Arc::clone(&stop.0));
-    let body = move || read_base(&reading, &with, &exports, &have, &events, &stopping);
+    let body = move || read_base(&reading, &with, reach, &have, &events, &stopping);
     std::thread::Builder::new()
         .name("live-read".to_owned())
         .spawn(body)
@@ -116,13 +115,13 @@ pub(super) async fn base(
 fn read_base(
     session: &LiveSource,
     uplink: &Uplink,
-    exports: &[RoundExport],
+    reach: Reach,
     have: &[HaveLeaves],
     events: &mpsc::Sender<Event>,
     stop: &AtomicBool,
 ) {
     let threads = session.agent.settings.limits.read_threads;
-    let images = match disks::connect(exports, threads) {
+    let images = match disks::connect(reach) {
         Ok(images) => images,
         Err(refusal) => return drop(events.blocking_send(Event::Failed(refusal))),
     };
@@ -154,14 +153,10 @@ fn read_base(
 }
 
 /// Reads what the exports' bitmaps call dirty, all disks at once. The receiver's end stops the reading.
-pub(super) async fn dirty(
-    session: &Arc<LiveSource>,
-    exports: Vec<RoundExport>,
-) -> Result<mpsc::Receiver<Result<Batch, Refusal>>, Stop> {
+pub(super) async fn dirty(reach: Reach) -> Result<mpsc::Receiver<Result<Batch, Refusal>>, Stop> {
     let (batches, read) = mpsc::channel(READ_AHEAD);
-    let threads = session.agent.settings.limits.read_threads;
     let body = move || {
-        let images = match disks::connect(&exports, threads) {
+        let images = match disks::connect(reach) {
             Ok(images) => images,
             Err(refusal) => return drop(batches.blocking_send(Err(refusal))),
         };
@@ -176,7 +171,6 @@ pub(super) async fn dirty(
                 });
             }
         });
-        images.into_iter().for_each(LiveImage::close);
     };
     std::thread::Builder::new()
         .name("live-round".to_owned())

@@ -3,6 +3,7 @@
 //! Owns finding the disks that a job names, their exports while a round is read, and what the gateway is told of them. Leaves bitmaps
 //! and exports to `vm::rounds`, reading to `disk::reader`.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use longhaul_common::extent::Extent;
@@ -11,7 +12,7 @@ use serde::Deserialize;
 
 use crate::disk::image::{Allocation, LiveImage};
 use crate::vm::qmp::Qmp;
-use crate::vm::rounds::RoundExport;
+use crate::vm::rounds::{RoundExport, Rounds, RoundsError};
 
 /// One disk of the VM.
 #[derive(Clone, Debug)]
@@ -135,16 +136,27 @@ impl Inserted {
     }
 }
 
+/// The exports of a round and, for each, connections that QEMU holds itself.
+pub(super) struct Reach {
+    exports: Vec<(RoundExport, Vec<OwnedFd>)>,
+}
+
+/// Has QEMU hold connections to the exports of the open round.
+pub(super) async fn reach(rounds: &mut Rounds, connections: usize) -> Result<Reach, RoundsError> {
+    let mut exports = Vec::new();
+    for export in rounds.exports().to_vec() {
+        let sockets = rounds.sockets(connections).await?;
+        exports.push((export, sockets));
+    }
+    Ok(Reach { exports })
+}
+
 /// Connects to the exports of a round. Blocks.
-pub(super) fn connect(exports: &[RoundExport], connections: usize) -> Result<Vec<LiveImage>, Refusal> {
-    let images = exports.iter().map(|export| {
-        LiveImage::connect(
-            &export.socket,
-            &export.export,
-            export.bitmap.as_deref(),
-            connections,
-        )
-        .map_err(|error| Refusal::because(RefusalKind::Refused, &error))
+pub(super) fn connect(reach: Reach) -> Result<Vec<LiveImage>, Refusal> {
+    let images = reach.exports.into_iter().map(|(export, sockets)| {
+        let bitmap = export.bitmap.as_deref();
+        let image = LiveImage::connect(&export.socket, &export.export, bitmap, sockets);
+        image.map_err(|error| Refusal::because(RefusalKind::Refused, &error))
     });
     images.collect()
 }

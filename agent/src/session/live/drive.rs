@@ -13,6 +13,7 @@ use longhaul_common::wire::session::{FromSource, LiveOutcome, LiveStage, LiveSta
 use tokio::sync::mpsc;
 
 use super::copy::{self, Batch};
+use super::disks::{self, Reach};
 use super::pace::Pace;
 use super::source::{End, LiveSource};
 use super::source_vm::SourceVm;
@@ -209,8 +210,8 @@ impl Drive {
         if self.rounds.exports().is_empty() {
             self.rounds.open_base().await?;
         }
-        let exports = self.rounds.exports().to_vec();
-        let counts = copy::base(&self.s, uplink, exports, have).await?;
+        let reach = self.reach().await?;
+        let counts = copy::base(&self.s, uplink, reach, have).await?;
         uplink.settle().await?;
         if !self.counted {
             for (index, (digest, counts)) in (0..).map(longhaul_common::ids::DiskIndex).zip(counts) {
@@ -318,8 +319,8 @@ impl Drive {
     }
 
     async fn send_round(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
-        let exports = self.rounds.exports().to_vec();
-        let mut batches = copy::dirty(&self.s, exports).await?;
+        let reach = self.reach().await?;
+        let mut batches = copy::dirty(reach).await?;
         while let Some(batch) = batches.recv().await {
             let batch = batch?;
             self.count(&batch);
@@ -327,6 +328,11 @@ impl Drive {
             uplink.send_disk(&header, data).await?;
         }
         Ok(uplink.settle().await?)
+    }
+
+    async fn reach(&mut self) -> Result<Reach, Stop> {
+        let connections = self.s.agent.settings.limits.read_threads;
+        Ok(disks::reach(&mut self.rounds, connections).await?)
     }
 
     fn count(&mut self, batch: &Batch) {
@@ -418,8 +424,8 @@ impl Drive {
         self.round += 1;
         self.outcome.rounds += 1;
         self.rounds.next().await?;
-        let exports = self.rounds.exports().to_vec();
-        let mut batches = copy::dirty(&self.s, exports).await?;
+        let reach = self.reach().await?;
+        let mut batches = copy::dirty(reach).await?;
         let mut last = Vec::new();
         while let Some(batch) = batches.recv().await {
             let batch = batch?;

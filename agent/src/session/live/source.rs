@@ -135,13 +135,15 @@ impl LiveSource {
             socket: nbd,
             foreign_socket: None,
         };
-        let rounds = Rounds::start(&qmp, options)
+        let mut rounds = Rounds::start(&qmp, options)
             .await
             .map_err(|error| refused(&error))?;
-        let exports = rounds.exports().to_vec();
-        let (threads, shown) = (settings.limits.read_threads, disks.clone());
+        let reach = disks::reach(&mut rounds, 1)
+            .await
+            .map_err(|error| refused(&error));
+        let shown = disks.clone();
         let surveyed = on_thread("live-open", move || {
-            let images = disks::connect(&exports, threads)?;
+            let images = disks::connect(reach?)?;
             shown
                 .iter()
                 .zip(&images)

@@ -27,7 +27,7 @@ use crate::vm::handover::{
     Stream, Word,
 };
 use crate::vm::journal::{Journal, Role};
-use crate::vm::outgoing::{self, MigrationStats, Outgoing};
+use crate::vm::outgoing::{self, MigrationStats, Outgoing, OutgoingOptions};
 use crate::vm::qmp::{MigrationStatus, Qmp};
 
 /// What QEMU believes to be sent and is not, in bytes: bounds the blackout it adds.
@@ -86,7 +86,10 @@ impl SourceVm {
     pub(super) fn is_migrating(&self) -> bool {
         matches!(
             self.owner.state(),
-            SourceState::Iterating | SourceState::PreSwitchover | SourceState::Continuing { .. }
+            SourceState::Iterating
+                | SourceState::PreSwitchover
+                | SourceState::Continuing { .. }
+                | SourceState::Barring { .. }
         )
     }
 
@@ -189,7 +192,7 @@ impl SourceVm {
     pub(super) async fn slow(&mut self, cpu: Option<u8>, _io: Option<u64>) -> Result<(), Stop> {
         if let Some(percent) = cpu {
             self.slowed = percent > 0;
-            let slowed = outgoing::throttle(&self.s.qmp, percent > 0).await;
+            let slowed = outgoing::throttle(&self.s.qmp, (percent > 0).then_some(percent)).await;
             slowed.map_err(|error| Stop::from(Refusal::because(RefusalKind::Refused, &error)))?;
         }
         Ok(())
@@ -197,7 +200,7 @@ impl SourceVm {
 
     pub(super) async fn undo_slowing(&mut self) {
         if std::mem::take(&mut self.slowed)
-            && let Err(error) = outgoing::throttle(&self.s.qmp, false).await
+            && let Err(error) = outgoing::throttle(&self.s.qmp, None).await
         {
             tracing::warn!(job = %self.s.job, "the guest may still be slowed: {error}");
         }
@@ -309,7 +312,10 @@ impl SourceVm {
 
     async fn wait_completed(&mut self) {
         let limit = Instant::now() + self.limits.device;
-        while matches!(self.owner.state(), SourceState::Continuing { .. }) {
+        while matches!(
+            self.owner.state(),
+            SourceState::Continuing { .. } | SourceState::Barring { .. }
+        ) {
             if Instant::now() > limit {
                 return self.on(SourceEvent::Stop(Reason::TooSlow)).await;
             }
@@ -464,7 +470,12 @@ impl SourceVm {
 
     async fn migrate(&mut self) -> Result<(), String> {
         let generation = self.owner.generation();
-        let started = Outgoing::start(&self.s.qmp, SEND_BUFFER, |_| {}).await;
+        let options = OutgoingOptions {
+            send_buffer: SEND_BUFFER,
+            may_throttle: self.s.vm.policy.auto_converge,
+            ..OutgoingOptions::default()
+        };
+        let started = Outgoing::start(&self.s.qmp, &options, |_| {}).await;
         let (outgoing, socket) = started.map_err(|error| error.to_string())?;
         self.outgoing = Some(outgoing);
         let memory = self.s.agent.settings.vm.ram_memory.0;

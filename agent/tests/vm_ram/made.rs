@@ -1,6 +1,7 @@
 //! Streams written by hand, and what every test of the tap asks: the same bytes again.
 
-use bytes::Bytes;
+#![allow(dead_code, reason = "no test needs all of it")]
+
 use longhaul_agent::vm::ram::{Accepted, Part, Rebuilder, Tokenizer, TokenizerOptions};
 use longhaul_common::digest::Digest;
 
@@ -107,18 +108,21 @@ impl Stream {
     }
 }
 
+pub(crate) fn options(target: usize) -> TokenizerOptions {
+    TokenizerOptions {
+        generation: 7,
+        target,
+        ..TokenizerOptions::default()
+    }
+}
+
 /// Takes `stream` apart in slices of the lengths that `slices` gives.
 pub(crate) fn taken_apart(
     stream: &[u8],
     target: usize,
     mut slice: impl FnMut() -> usize,
 ) -> (Tokenizer, Vec<Part>) {
-    let options = TokenizerOptions {
-        generation: 7,
-        target,
-        ..TokenizerOptions::default()
-    };
-    let mut tokenizer = Tokenizer::new(&options);
+    let mut tokenizer = Tokenizer::new(&options(target));
     let mut parts = Vec::new();
     let mut rest = stream;
     while !rest.is_empty() {
@@ -157,9 +161,4 @@ pub(crate) fn same(stream: &[u8], target: usize, slice: impl FnMut() -> usize) -
     assert_eq!(rebuilder.digest(), Digest::of(stream));
     assert_eq!(rebuilder.received(), tokenizer.position());
     (tokenizer, parts)
-}
-
-/// A part's data, damaged or not, as a batch would carry it.
-pub(crate) fn bytes(len: usize) -> Bytes {
-    Bytes::from(vec![0x11; len])
 }

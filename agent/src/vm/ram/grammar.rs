@@ -111,6 +111,11 @@ enum Expect {
     Record,
     Chunk,
     Footer,
+    /// The first part of RAM, behind sections of unknown devices; `seen` are the last bytes.
+    FirstPart {
+        seen: u128,
+        left: u32,
+    },
     /// Nothing: all is opaque.
     Nothing,
 }
@@ -149,6 +154,9 @@ pub(super) struct Grammar {
 
 pub(super) const PAGE: u64 = 4096;
 
+/// How much early state of unknown devices is searched for its end: a virtio-mem device has some KiB.
+const SEARCH_MAX: u32 = 1 << 20;
+
 impl Grammar {
     pub(super) fn new() -> Self {
         Self {
@@ -186,6 +194,7 @@ impl Grammar {
             Expect::PageSize { left } => self.page_size(head, left),
             Expect::Chunk => self.chunk(head),
             Expect::Footer => self.footer(head),
+            Expect::FirstPart { seen, left } => self.first_part(head, seen, left),
             Expect::Nothing => Ok(Found::Opaque),
         };
         found.unwrap_or_else(|reason| {
@@ -275,8 +284,49 @@ impl Grammar {
             Some(1) => self.start(head),
             Some(kind @ (2 | 3)) => self.part(head, *kind == 3),
             Some(0) => Err(OpaqueReason::EarlyEnd),
+            Some(4) => self.unknown(),
             Some(_) => Err(OpaqueReason::Section),
         }
+    }
+
+    /// A section of a device that is not known, whose length cannot be told. Before the first pages it is worth to look for RAM behind
+    /// it; a guest that feigns that place there makes its own move slower, no more.
+    fn unknown(&mut self) -> Next {
+        if self.phase != Phase::Header || self.ram.is_none() {
+            return Err(OpaqueReason::Section);
+        }
+        self.expect = Expect::FirstPart {
+            seen: 0,
+            left: SEARCH_MAX,
+        };
+        Ok(raw(1))
+    }
+
+    /// Looks for a footer of any section with a part of RAM behind it.
+    fn first_part(&mut self, head: &[u8], mut seen: u128, left: u32) -> Next {
+        const MASK: u128 = 0xff00_0000_00ff_ffff_ffff;
+        let id = self.ram.ok_or(OpaqueReason::Section)?;
+        let sought = 0x7e00_0000_0002_0000_0000 | u128::from(id);
+        if head.is_empty() {
+            return Ok(Found::Need(1));
+        }
+        for (at, byte) in head.iter().take(left as usize).enumerate() {
+            seen = seen << 8 | u128::from(*byte);
+            if seen & MASK == sought {
+                self.enter_part(Section {
+                    id,
+                    kind: Kind::Ram,
+                    ends: false,
+                });
+                return Ok(raw(at + 1));
+            }
+        }
+        let left = u32::try_from(head.len())
+            .ok()
+            .and_then(|len| left.checked_sub(len));
+        let left = left.ok_or(OpaqueReason::Section)?;
+        self.expect = Expect::FirstPart { seen, left };
+        Ok(raw(head.len()))
     }
 
     fn command(&mut self, head: &[u8]) -> Next {
@@ -308,7 +358,7 @@ impl Grammar {
         let kind = match (name, instance, version) {
             (b"ram", 0, 4) if self.ram.is_none() => Kind::Ram,
             (b"dirty-bitmap", _, 1) if self.dirty.is_none() => Kind::Dirty,
-            _ => return Err(OpaqueReason::Section),
+            _ => return self.unknown(),
         };
         match kind {
             Kind::Ram => self.ram = Some(id),
@@ -331,13 +381,17 @@ impl Grammar {
             id if id == self.dirty => Kind::Dirty,
             _ => return Err(OpaqueReason::Section),
         };
-        if ends {
+        self.enter_part(Section { id, kind, ends });
+        Ok(raw(5))
+    }
+
+    fn enter_part(&mut self, section: Section) {
+        if section.ends {
             self.phase = Phase::Tail;
         } else if self.phase == Phase::Header {
             self.phase = Phase::Iterating;
         }
-        self.enter(Section { id, kind, ends });
-        Ok(raw(5))
+        self.enter(section);
     }
 
     fn enter(&mut self, section: Section) {

@@ -80,7 +80,7 @@ fn say(what: &str, stream: &[u8], took: Duration) {
 /// One block, sent in sections of 1,024 pages.
 fn made(pages: u64) -> Vec<u8> {
     let mut stream = b"QEVM\0\0\0\x03\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04".to_vec();
-    stream.extend((pages << 12 | 4).to_be_bytes());
+    stream.extend(((pages << 12) | 4).to_be_bytes());
     stream.extend(b"\x06pc.ram");
     stream.extend((pages << 12).to_be_bytes());
     stream.extend(b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x01");
@@ -92,7 +92,7 @@ fn made(pages: u64) -> Vec<u8> {
             stream.extend(0x08_u64.to_be_bytes());
             stream.extend(b"\x06pc.ram");
         } else {
-            stream.extend((page << 12 | 0x28).to_be_bytes());
+            stream.extend(((page << 12) | 0x28).to_be_bytes());
         }
         let word = (page + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
         stream.extend(word.iter().cycle().take(4096));

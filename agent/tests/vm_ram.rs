@@ -1,5 +1,7 @@
 //! The tap on QEMU's RAM stream against streams written by hand: every kind of section and record, whole, cut and damaged.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 #[path = "vm_ram/made.rs"]
 mod made;
 
@@ -211,7 +213,7 @@ fn block_lists_with_more_fields_pass() {
             .be64(0x60_0000 | 4);
         for (bit, name) in ["a", "b", "c"].iter().enumerate() {
             stream.str8(name).be64(0x20_0000);
-            if sizes >> bit & 1 == 1 {
+            if (sizes >> bit) & 1 == 1 {
                 stream.be64(0x20_0000);
             }
         }
@@ -443,7 +445,7 @@ fn parts_keep_every_limit() {
     let names: Vec<_> = (0..1030).map(|number| format!("{number:0>255}")).collect();
     let blocks: Vec<_> = names
         .iter()
-        .map(|name| (name.as_str(), u64::MAX >> 12 & !0xfff))
+        .map(|name| (name.as_str(), (u64::MAX >> 12) & !0xfff))
         .collect();
     let mut stream = Stream::with_blocks(&blocks);
     stream.part(RAM);
@@ -505,11 +507,11 @@ fn apply(stream: &mut Stream, (kind, page, fill): (u8, u64, u8)) {
         10 => stream.zero(block, page),
         11 => stream.eos(RAM).part(RAM),
         12 => stream
-            .be64(page << 12 | 0x60)
+            .be64((page << 12) | 0x60)
             .put(&[1])
             .be16(u16::from(fill))
             .put(&vec![fill; fill.into()]),
-        13 => stream.be64(page << 12 | 0x22).put(&[fill]),
+        13 => stream.be64((page << 12) | 0x22).put(&[fill]),
         14 => stream.zero("no such block", page),
         15 => stream.be64(0x200),
         16 => stream.eos(RAM).command(1, &[]).part(RAM),

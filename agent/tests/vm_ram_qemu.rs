@@ -2,6 +2,8 @@
 //!
 //! `LONGHAUL_QEMU` names another QEMU; `LONGHAUL_SEED` replays the random order of a run.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 #[path = "vm_ram/made.rs"]
 mod made;
 #[path = "vm_ram/qemu.rs"]

@@ -135,6 +135,7 @@ fn the_window_holds() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one of each refusal: a table")]
 fn what_a_part_says_must_be_what_it_makes() {
     let mut rebuilder = rebuilder(u64::MAX);
     let mut refused = |part: RamPart, data: usize| {

@@ -87,19 +87,19 @@ impl Stream {
 
     /// A page of `fill` that names its block.
     pub(crate) fn page(&mut self, block: &str, page: u64, fill: u8) -> &mut Self {
-        self.be64(page << 12 | PAGE).str8(block).put(&[fill; 4096])
+        self.be64((page << 12) | PAGE).str8(block).put(&[fill; 4096])
     }
 
     pub(crate) fn next_page(&mut self, page: u64, fill: u8) -> &mut Self {
-        self.be64(page << 12 | PAGE | CONTINUE).put(&[fill; 4096])
+        self.be64((page << 12) | PAGE | CONTINUE).put(&[fill; 4096])
     }
 
     pub(crate) fn zero(&mut self, block: &str, page: u64) -> &mut Self {
-        self.be64(page << 12 | ZERO).str8(block).put(&[0])
+        self.be64((page << 12) | ZERO).str8(block).put(&[0])
     }
 
     pub(crate) fn next_zero(&mut self, page: u64) -> &mut Self {
-        self.be64(page << 12 | ZERO | CONTINUE).put(&[0])
+        self.be64((page << 12) | ZERO | CONTINUE).put(&[0])
     }
 
     pub(crate) fn device_state(&mut self) -> &mut Self {

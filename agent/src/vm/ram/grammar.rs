@@ -311,7 +311,7 @@ impl Grammar {
             return Ok(Found::Need(1));
         }
         for (at, byte) in head.iter().take(left as usize).enumerate() {
-            seen = seen << 8 | u128::from(*byte);
+            seen = (seen << 8) | u128::from(*byte);
             if seen & MASK == sought {
                 self.enter_part(Section {
                     id,

@@ -85,8 +85,9 @@ impl Vm {
     }
 
     pub(crate) fn say(&mut self, command: &str, arguments: Value) -> Value {
-        let text = json!({"execute": command, "arguments": arguments}).to_string();
-        self.writer.write_all(text.as_bytes()).unwrap();
+        let mut request = json!({"execute": command});
+        request["arguments"] = arguments;
+        self.writer.write_all(request.to_string().as_bytes()).unwrap();
         loop {
             let answer = self.line();
             assert!(answer.get("error").is_none(), "{command}: {answer}");

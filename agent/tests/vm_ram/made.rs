@@ -1,6 +1,7 @@
 //! Streams written by hand, and what every test of the tap asks: the same bytes again.
 
-use bytes::Bytes;
+#![allow(dead_code, reason = "no test needs all of it")]
+
 use longhaul_agent::vm::ram::{Accepted, Part, Rebuilder, Tokenizer, TokenizerOptions};
 use longhaul_common::digest::Digest;
 
@@ -86,24 +87,32 @@ impl Stream {
 
     /// A page of `fill` that names its block.
     pub(crate) fn page(&mut self, block: &str, page: u64, fill: u8) -> &mut Self {
-        self.be64(page << 12 | PAGE).str8(block).put(&[fill; 4096])
+        self.be64((page << 12) | PAGE).str8(block).put(&[fill; 4096])
     }
 
     pub(crate) fn next_page(&mut self, page: u64, fill: u8) -> &mut Self {
-        self.be64(page << 12 | PAGE | CONTINUE).put(&[fill; 4096])
+        self.be64((page << 12) | PAGE | CONTINUE).put(&[fill; 4096])
     }
 
     pub(crate) fn zero(&mut self, block: &str, page: u64) -> &mut Self {
-        self.be64(page << 12 | ZERO).str8(block).put(&[0])
+        self.be64((page << 12) | ZERO).str8(block).put(&[0])
     }
 
     pub(crate) fn next_zero(&mut self, page: u64) -> &mut Self {
-        self.be64(page << 12 | ZERO | CONTINUE).put(&[0])
+        self.be64((page << 12) | ZERO | CONTINUE).put(&[0])
     }
 
     pub(crate) fn device_state(&mut self) -> &mut Self {
         self.put(&[4]).be32(9).str8("cpu").be32(0).be32(12);
         self.put(&[0x5a; 300]).footer(9).put(&[0, 6]).be32(2).put(b"{}")
+    }
+}
+
+pub(crate) fn options(target: usize) -> TokenizerOptions {
+    TokenizerOptions {
+        generation: 7,
+        target,
+        ..TokenizerOptions::default()
     }
 }
 
@@ -113,12 +122,7 @@ pub(crate) fn taken_apart(
     target: usize,
     mut slice: impl FnMut() -> usize,
 ) -> (Tokenizer, Vec<Part>) {
-    let options = TokenizerOptions {
-        generation: 7,
-        target,
-        ..TokenizerOptions::default()
-    };
-    let mut tokenizer = Tokenizer::new(&options);
+    let mut tokenizer = Tokenizer::new(&options(target));
     let mut parts = Vec::new();
     let mut rest = stream;
     while !rest.is_empty() {
@@ -157,9 +161,4 @@ pub(crate) fn same(stream: &[u8], target: usize, slice: impl FnMut() -> usize) -
     assert_eq!(rebuilder.digest(), Digest::of(stream));
     assert_eq!(rebuilder.received(), tokenizer.position());
     (tokenizer, parts)
-}
-
-/// A part's data, damaged or not, as a batch would carry it.
-pub(crate) fn bytes(len: usize) -> Bytes {
-    Bytes::from(vec![0x11; len])
 }

@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -18,6 +19,8 @@ const BOOT: &str = concat!(
 );
 /// Where the guest writes, last page.
 const LAST: u64 = 0x5f_f000;
+/// Over the guest's memory: the first, then what it wrote meanwhile.
+const PASSES: u64 = 4;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A QEMU and its QMP socket.
@@ -82,8 +85,9 @@ impl Vm {
     }
 
     pub(crate) fn say(&mut self, command: &str, arguments: Value) -> Value {
-        let text = json!({"execute": command, "arguments": arguments}).to_string();
-        self.writer.write_all(text.as_bytes()).unwrap();
+        let mut request = json!({"execute": command});
+        request["arguments"] = arguments;
+        self.writer.write_all(request.to_string().as_bytes()).unwrap();
         loop {
             let answer = self.line();
             assert!(answer.get("error").is_none(), "{command}: {answer}");
@@ -152,12 +156,7 @@ impl Vm {
     /// Migrates into a buffer, with a few passes over what the guest wrote meanwhile.
     pub(crate) fn capture(&mut self, passes: u64) -> Captured {
         let path = self.folder.join("stream.sock");
-        let listener = UnixListener::bind(&path).unwrap();
-        let reader = std::thread::spawn(move || {
-            let mut stream = Vec::new();
-            listener.accept().unwrap().0.read_to_end(&mut stream).unwrap();
-            stream
-        });
+        let streams = listening(&path);
         self.say(
             "migrate-set-parameters",
             json!({"max-bandwidth": 24 << 20, "downtime-limit": 1}),
@@ -170,7 +169,7 @@ impl Vm {
         self.say("migrate-set-parameters", json!({"downtime-limit": 10_000}));
         self.wait_for_completion();
         Captured {
-            stream: reader.join().unwrap(),
+            stream: main_channel(&streams),
             memory: self.memory(),
         }
     }
@@ -194,6 +193,33 @@ impl Drop for Vm {
     }
 }
 
+/// Takes every connection and reads it to its end. The thread ends with the test's program: more channels may come at any time.
+fn listening(path: &Path) -> Receiver<Vec<u8>> {
+    let listener = UnixListener::bind(path).unwrap();
+    let (sender, streams) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let sender = sender.clone();
+            std::thread::spawn(move || {
+                let mut bytes = Vec::new();
+                let _ = stream.unwrap().read_to_end(&mut bytes);
+                let _ = sender.send(bytes);
+            });
+        }
+    });
+    streams
+}
+
+/// Of all connections, that which carries the migration stream: a multifd channel begins otherwise.
+fn main_channel(streams: &Receiver<Vec<u8>>) -> Vec<u8> {
+    loop {
+        let stream = streams.recv_timeout(PATIENCE).unwrap();
+        if stream.starts_with(b"QEVM") {
+            return stream;
+        }
+    }
+}
+
 /// Starts a VM, lets its guest write and takes its stream.
 pub(crate) fn captured(kind: &Kind<'_>, capabilities: &[&str], prepare: impl FnOnce(&mut Vm)) -> Captured {
     let folder = tempfile::tempdir().unwrap();
@@ -201,7 +227,7 @@ pub(crate) fn captured(kind: &Kind<'_>, capabilities: &[&str], prepare: impl FnO
     vm.wait_for_guest();
     vm.set_capabilities(capabilities);
     prepare(&mut vm);
-    vm.capture(6)
+    vm.capture(PASSES)
 }
 
 /// Gives `stream` to a new QEMU and tells what its RAM holds then.

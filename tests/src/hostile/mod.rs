@@ -5,6 +5,7 @@
 //! it returns, soon, without a panic and with little memory.
 
 mod disks;
+mod ram;
 mod text;
 mod wire;
 
@@ -97,6 +98,16 @@ pub const ENTRIES: &[Entry] = &[
         name: "job_json",
         run: text::job_json,
         seeds: text::job_jsons,
+    },
+    Entry {
+        name: "ram_stream",
+        run: ram::stream,
+        seeds: ram::streams,
+    },
+    Entry {
+        name: "ram_parts",
+        run: ram::parts,
+        seeds: ram::part_lists,
     },
 ];
 

@@ -3,7 +3,8 @@
 //! Owns how long a chunk is. Leaves its content alone: all of it passes as it is, so that RAM behind it is still understood. Promises
 //! to refuse flags that are not known.
 
-use super::grammar::{Found, OpaqueReason, be16, be32, be64, raw, str8, str8_need};
+use super::fields::{be16, be32, be64, str8, str8_need};
+use super::grammar::{Found, OpaqueReason, raw};
 
 const EOS: u32 = 0x01;
 const ZEROES: u32 = 0x02;

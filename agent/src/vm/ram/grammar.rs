@@ -1,7 +1,7 @@
 //! The grammar of QEMU's migration stream, version 3: which bytes come next and what they are.
 //!
-//! Owns the envelope (magic, configuration, commands, section headers and footers) and which section it is in; RAM records and dirty
-//! bitmaps have files of their own. Leaves the bytes alone: it only looks at heads, each a few hundred bytes at most, and says how
+//! Owns the envelope (magic, commands, section headers and footers) and which section it is in; the configuration and block list, RAM
+//! records and dirty bitmaps have files of their own. Leaves the bytes alone: it only looks at heads, each a few hundred bytes at most, and says how
 //! many bytes of body follow. Promises to give up (`Found::Opaque`) at the first thing it does not know.
 //!
 //! ```text
@@ -13,8 +13,8 @@
 
 use std::collections::HashMap;
 
-use longhaul_common::wire::ram::BLOCKS_MAX;
-
+use super::fields::{be16, be32, be64, str8, str8_need};
+use super::header::after_block;
 use super::{dirty, records};
 
 /// How far the stream is.
@@ -92,7 +92,7 @@ pub(super) type Next = Result<Found, OpaqueReason>;
 
 /// What is expected next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Expect {
+pub(super) enum Expect {
     Magic,
     /// Behind the configuration's name: its subsections, or a section.
     Configuration,
@@ -111,6 +111,11 @@ enum Expect {
     Record,
     Chunk,
     Footer,
+    /// The first part of RAM, behind sections of unknown devices; `seen` are the last bytes.
+    FirstPart {
+        seen: u128,
+        left: u32,
+    },
     /// Nothing: all is opaque.
     Nothing,
 }
@@ -131,16 +136,16 @@ enum Kind {
 
 /// The parser's state.
 pub(super) struct Grammar {
-    expect: Expect,
+    pub(super) expect: Expect,
     phase: Phase,
     reason: Option<OpaqueReason>,
     ram: Option<u32>,
     dirty: Option<u32>,
     open: Option<Section>,
     /// RAM blocks carry their guest address (x-ignore-shared).
-    addresses: bool,
+    pub(super) addresses: bool,
     /// RAM blocks may carry their page size (postcopy-ram with huge pages).
-    page_sizes: bool,
+    pub(super) page_sizes: bool,
     pub(super) blocks: Vec<Block>,
     pub(super) names: HashMap<Vec<u8>, u16>,
     /// Which block CONTINUE means; `None` where it is not known.
@@ -148,6 +153,9 @@ pub(super) struct Grammar {
 }
 
 pub(super) const PAGE: u64 = 4096;
+
+/// How much early state of unknown devices is searched for its end: a virtio-mem device has some KiB.
+const SEARCH_MAX: u32 = 1 << 20;
 
 impl Grammar {
     pub(super) fn new() -> Self {
@@ -186,6 +194,7 @@ impl Grammar {
             Expect::PageSize { left } => self.page_size(head, left),
             Expect::Chunk => self.chunk(head),
             Expect::Footer => self.footer(head),
+            Expect::FirstPart { seen, left } => self.first_part(head, seen, left),
             Expect::Nothing => Ok(Found::Opaque),
         };
         found.unwrap_or_else(|reason| {
@@ -205,58 +214,7 @@ impl Grammar {
         Ok(raw(8))
     }
 
-    /// Behind the machine's name: a subsection follows where the next byte says so.
-    fn configuration(&mut self, head: &[u8]) -> Next {
-        match head.first() {
-            None => return Ok(Found::Need(1)),
-            Some(5) => {}
-            Some(_) => {
-                self.expect = Expect::Section;
-                return self.section(head);
-            }
-        }
-        let Some((name, at)) = str8(head, 1) else {
-            return Ok(Found::Need(str8_need(head, 1)));
-        };
-        // The version is not looked at: QEMU refuses one that it does not know.
-        let at = at + 4;
-        let value = be32(head, at);
-        match name {
-            b"configuration/uuid" if head.len() >= at + 16 => Ok(raw(at + 16)),
-            b"configuration/uuid" => Ok(Found::Need(at + 16)),
-            b"configuration/target-page-bits" => match value {
-                None => Ok(Found::Need(at + 4)),
-                Some(12) => Ok(raw(at + 4)),
-                Some(_) => Err(OpaqueReason::Configuration),
-            },
-            b"configuration/capabilities" => match value {
-                None => Ok(Found::Need(at + 4)),
-                Some(0) => Ok(raw(at + 4)),
-                Some(left) => {
-                    self.expect = Expect::Capability { left };
-                    Ok(raw(at + 4))
-                }
-            },
-            _ => Err(OpaqueReason::Configuration),
-        }
-    }
-
-    fn capability(&mut self, head: &[u8], left: u32) -> Next {
-        let Some((name, at)) = str8(head, 0) else {
-            return Ok(Found::Need(str8_need(head, 0)));
-        };
-        match name {
-            b"x-ignore-shared" => self.addresses = true,
-            _ => return Err(OpaqueReason::Configuration),
-        }
-        self.expect = match left - 1 {
-            0 => Expect::Configuration,
-            left => Expect::Capability { left },
-        };
-        Ok(raw(at))
-    }
-
-    fn section(&mut self, head: &[u8]) -> Next {
+    pub(super) fn section(&mut self, head: &[u8]) -> Next {
         match head.first() {
             None => Ok(Found::Need(1)),
             Some(7) => match be32(head, 1) {
@@ -275,8 +233,49 @@ impl Grammar {
             Some(1) => self.start(head),
             Some(kind @ (2 | 3)) => self.part(head, *kind == 3),
             Some(0) => Err(OpaqueReason::EarlyEnd),
+            Some(4) => self.unknown(),
             Some(_) => Err(OpaqueReason::Section),
         }
+    }
+
+    /// A section of a device that is not known, whose length cannot be told. Before the first pages it is worth to look for RAM behind
+    /// it; a guest that feigns that place there makes its own move slower, no more.
+    fn unknown(&mut self) -> Next {
+        if self.phase != Phase::Header || self.ram.is_none() {
+            return Err(OpaqueReason::Section);
+        }
+        self.expect = Expect::FirstPart {
+            seen: 0,
+            left: SEARCH_MAX,
+        };
+        Ok(raw(1))
+    }
+
+    /// Looks for a footer of any section with a part of RAM behind it.
+    fn first_part(&mut self, head: &[u8], mut seen: u128, left: u32) -> Next {
+        const MASK: u128 = 0xff00_0000_00ff_ffff_ffff;
+        let id = self.ram.ok_or(OpaqueReason::Section)?;
+        let sought = 0x7e00_0000_0002_0000_0000 | u128::from(id);
+        if head.is_empty() {
+            return Ok(Found::Need(1));
+        }
+        for (at, byte) in head.iter().take(left as usize).enumerate() {
+            seen = (seen << 8) | u128::from(*byte);
+            if seen & MASK == sought {
+                self.enter_part(Section {
+                    id,
+                    kind: Kind::Ram,
+                    ends: false,
+                });
+                return Ok(raw(at + 1));
+            }
+        }
+        let left = u32::try_from(head.len())
+            .ok()
+            .and_then(|len| left.checked_sub(len));
+        let left = left.ok_or(OpaqueReason::Section)?;
+        self.expect = Expect::FirstPart { seen, left };
+        Ok(raw(head.len()))
     }
 
     fn command(&mut self, head: &[u8]) -> Next {
@@ -308,7 +307,7 @@ impl Grammar {
         let kind = match (name, instance, version) {
             (b"ram", 0, 4) if self.ram.is_none() => Kind::Ram,
             (b"dirty-bitmap", _, 1) if self.dirty.is_none() => Kind::Dirty,
-            _ => return Err(OpaqueReason::Section),
+            _ => return self.unknown(),
         };
         match kind {
             Kind::Ram => self.ram = Some(id),
@@ -331,13 +330,17 @@ impl Grammar {
             id if id == self.dirty => Kind::Dirty,
             _ => return Err(OpaqueReason::Section),
         };
-        if ends {
+        self.enter_part(Section { id, kind, ends });
+        Ok(raw(5))
+    }
+
+    fn enter_part(&mut self, section: Section) {
+        if section.ends {
             self.phase = Phase::Tail;
         } else if self.phase == Phase::Header {
             self.phase = Phase::Iterating;
         }
-        self.enter(Section { id, kind, ends });
-        Ok(raw(5))
+        self.enter(section);
     }
 
     fn enter(&mut self, section: Section) {
@@ -384,7 +387,7 @@ impl Grammar {
         }
     }
 
-    fn record(&mut self, head: &[u8]) -> Next {
+    pub(super) fn record(&mut self, head: &[u8]) -> Next {
         match records::record(self, head)? {
             records::Record::Plain(found) => Ok(found),
             records::Record::EndOfSection => {
@@ -402,56 +405,6 @@ impl Grammar {
         }
     }
 
-    fn block(&mut self, head: &[u8], left: u64) -> Next {
-        let Some((name, at)) = str8(head, 0) else {
-            return Ok(Found::Need(str8_need(head, 0)));
-        };
-        let whole = at + 8 + if self.addresses { 8 } else { 0 };
-        if head.len() < whole {
-            return Ok(Found::Need(whole));
-        }
-        let used_length = be64(head, at).ok_or(OpaqueReason::BlockList)?;
-        let left = left.checked_sub(used_length).ok_or(OpaqueReason::BlockList)?;
-        // With both, page size and address cannot be told apart.
-        if name.is_empty() || (self.addresses && self.page_sizes) {
-            return Err(OpaqueReason::BlockList);
-        }
-        self.learn(name, used_length);
-        self.expect = after_block(left, self.page_sizes);
-        Ok(raw(whole))
-    }
-
-    /// Pages of a block that is not learned stay raw.
-    fn learn(&mut self, name: &[u8], used_length: u64) {
-        let index = self.blocks.len() as u16;
-        if index >= BLOCKS_MAX || self.names.contains_key(name) {
-            return;
-        }
-        self.names.insert(name.to_vec(), index);
-        self.blocks.push(Block {
-            name: name.to_vec(),
-            used_length,
-        });
-    }
-
-    /// A page size begins with a zero byte, a name never does; behind the last block a record of flags follows instead.
-    fn page_size(&mut self, head: &[u8], left: u64) -> Next {
-        if left > 0 && head.first().is_some_and(|first| *first != 0) {
-            self.expect = Expect::Block { left };
-            return self.block(head, left);
-        }
-        let Some(word) = be64(head, 0) else {
-            return Ok(Found::Need(8));
-        };
-        let is_size = word.is_power_of_two() && word >= 2 * PAGE;
-        self.expect = after_block(left, false);
-        match (is_size, left) {
-            (true, _) => Ok(raw(8)),
-            (false, 0) => self.record(head),
-            (false, _) => Err(OpaqueReason::BlockList),
-        }
-    }
-
     fn chunk(&mut self, head: &[u8]) -> Next {
         let chunk = dirty::chunk(head)?;
         if chunk.ends {
@@ -461,38 +414,7 @@ impl Grammar {
     }
 }
 
-fn after_block(left: u64, page_sizes: bool) -> Expect {
-    match (page_sizes, left) {
-        (true, left) => Expect::PageSize { left },
-        (false, 0) => Expect::Record,
-        (false, left) => Expect::Block { left },
-    }
-}
-
 /// A head without a body.
 pub(super) fn raw(head: usize) -> Found {
     Found::Raw { head, body: 0 }
-}
-
-pub(super) fn be16(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
-pub(super) fn be32(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
-pub(super) fn be64(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
-/// A string with its length in one byte before it, at `at`; and where it ends.
-pub(super) fn str8(bytes: &[u8], at: usize) -> Option<(&[u8], usize)> {
-    let end = at + 1 + usize::from(*bytes.get(at)?);
-    Some((bytes.get(at + 1..end)?, end))
-}
-
-/// How many bytes must be there before [`str8`] can say more.
-pub(super) fn str8_need(bytes: &[u8], at: usize) -> usize {
-    bytes.get(at).map_or(at + 1, |len| at + 1 + usize::from(*len))
 }

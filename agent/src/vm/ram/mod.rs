@@ -11,7 +11,9 @@
 //! order its parts arrive. A stream that is not understood costs compression, never a byte.
 
 mod dirty;
+mod fields;
 mod grammar;
+mod header;
 mod part;
 mod rebuild;
 mod records;

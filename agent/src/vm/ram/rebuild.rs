@@ -263,7 +263,7 @@ fn rendered(part: &RamPart, len: u64, data: Bytes) -> Bytes {
 /// A record's word, and the block's name where it is the first of a run that names it.
 fn head(out: &mut Vec<u8>, run: &Records, page: u64, kind: u64, names: &Names<'_>) {
     let named = page == run.first && !run.continued;
-    let word = page * BLOCK | kind | if named { 0 } else { CONTINUE };
+    let word = (page * BLOCK) | kind | if named { 0 } else { CONTINUE };
     out.extend_from_slice(&word.to_be_bytes());
     if let (true, Some(name)) = (named, names.get(&run.block)) {
         out.push(name.len() as u8);

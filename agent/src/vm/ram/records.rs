@@ -4,9 +4,8 @@
 //! others as they are (XBZRLE, compressed pages, flushes). Promises that the CONTINUE state follows QEMU's loader: it lives across
 //! sections.
 
-use super::grammar::{
-    Found, Grammar, Next, OpaqueReason, PAGE, Place, be16, be32, be64, raw, str8, str8_need,
-};
+use super::fields::{be16, be32, be64, str8, str8_need};
+use super::grammar::{Found, Grammar, Next, OpaqueReason, PAGE, Place, raw};
 
 /// The flags are the low 12 bits: the rest is the page's offset in its block.
 const FLAGS: u64 = PAGE - 1;

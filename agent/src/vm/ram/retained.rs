@@ -120,3 +120,70 @@ impl Retained {
         self.end
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use longhaul_common::wire::ram::{RamPart, Token};
+
+    use super::*;
+    use crate::vm::ram::Counts;
+
+    fn part(offset: u64, len: u32) -> Part {
+        Part {
+            header: RamPart {
+                generation: 1,
+                offset,
+                len: len.into(),
+                tokens: vec![Token::Raw(len)],
+            },
+            data: Bytes::from(vec![0; len as usize]),
+            counts: Counts::default(),
+        }
+    }
+
+    fn offsets(retained: &Retained, position: u64) -> Vec<u64> {
+        retained.from(position).map(|part| part.header.offset).collect()
+    }
+
+    #[test]
+    fn what_is_acknowledged_goes() {
+        let mut retained = Retained::new(100);
+        for offset in [0, 30, 60] {
+            retained.push(part(offset, 30)).unwrap();
+        }
+        assert_eq!(
+            (retained.bytes(), retained.data_bytes(), retained.end()),
+            (90, 90, 90)
+        );
+        retained.ack(59).unwrap();
+        assert_eq!((offsets(&retained, 0), retained.bytes()), (vec![30, 60], 60));
+        assert_eq!(offsets(&retained, 60), [60]);
+        assert_eq!(offsets(&retained, 61), [60]);
+        assert!(offsets(&retained, 90).is_empty());
+        retained.ack(20).unwrap();
+        assert_eq!(retained.acked(), 59);
+        retained.ack(90).unwrap();
+        assert!(retained.is_empty() && retained.bytes() == 0);
+        let error = retained.ack(91).unwrap_err();
+        assert_eq!(error, RetainError::AckBeyondEnd { acked: 91, end: 90 });
+    }
+
+    #[test]
+    fn gaps_and_too_much_are_refused() {
+        let mut retained = Retained::new(50);
+        assert!(matches!(
+            retained.push(part(1, 5)),
+            Err(RetainError::Gap { expected: 0, .. })
+        ));
+        retained.push(part(0, 30)).unwrap();
+        let error = retained.push(part(30, 30)).unwrap_err();
+        assert_eq!(error, RetainError::Full { bytes: 60, max: 50 });
+        retained.set_max(60);
+        retained.push(part(30, 30)).unwrap();
+        assert!(matches!(
+            retained.push(part(30, 30)),
+            Err(RetainError::Gap { expected: 60, .. })
+        ));
+    }
+}

@@ -89,3 +89,45 @@ impl ReadWindow {
         self.read - self.acked
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_than_the_window_is_under_way() {
+        let mut window = ReadWindow::new(100);
+        window.read(70);
+        assert_eq!(window.may_read(), Ok(30));
+        window.read(30);
+        assert_eq!(window.may_read(), Ok(0));
+        window.ack(60).unwrap();
+        window.ack(10).unwrap();
+        assert_eq!((window.may_read(), window.in_flight()), (Ok(60), 40));
+        window.set_size(20);
+        assert_eq!(window.may_read(), Ok(0));
+        assert_eq!(
+            window.ack(101),
+            Err(WindowError::AckBeyondEnd {
+                acked: 101,
+                read: 100
+            })
+        );
+    }
+
+    #[test]
+    fn the_tail_is_taken_whole_or_not_at_all() {
+        let mut window = ReadWindow::new(100);
+        window.read(100);
+        window.begin_tail(250);
+        assert_eq!(window.may_read(), Ok(150));
+        window.read(149);
+        assert_eq!(window.may_read(), Ok(1));
+        window.read(1);
+        assert_eq!(window.may_read(), Err(WindowError::TailTooLong { max: 250 }));
+        window.ack(50).unwrap();
+        assert_eq!(window.may_read(), Ok(50));
+        window.end_tail();
+        assert_eq!(window.may_read(), Ok(0));
+    }
+}

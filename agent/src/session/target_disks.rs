@@ -87,13 +87,27 @@ fn open_disk(
     Ok((target, have))
 }
 
+/// The real place of a target. Our own link from the final name to the partial copy of a running VM is not followed.
+fn resolve(job: JobId, path: &Path, settings: &AgentSettings) -> Result<PathBuf, Refusal> {
+    let roots = &settings.paths.write;
+    let partial = path.file_name().and_then(|name| name.to_str()).map(|name| apply::partial_name(name, job));
+    let linked = partial.filter(|partial| std::fs::read_link(path).is_ok_and(|to| to == Path::new(partial)));
+    match (linked, path.file_name()) {
+        (Some(partial), Some(name)) => {
+            let beside = outcome::refused(roots::resolve_inside(roots, &path.with_file_name(partial)))?;
+            Ok(beside.with_file_name(name))
+        }
+        _ => outcome::refused(roots::resolve_inside(roots, path)),
+    }
+}
+
 fn options(
     job: JobId,
     index: DiskIndex,
     disk: &TargetDisk,
     settings: &AgentSettings,
 ) -> Result<TargetOptions, Refusal> {
-    let path = outcome::refused(roots::resolve_inside(&settings.paths.write, &disk.path))?;
+    let path = resolve(job, &disk.path, settings)?;
     let format = match disk.format.as_str() {
         "raw" => TargetFormat::Raw,
         "qcow2" => TargetFormat::Qcow2,

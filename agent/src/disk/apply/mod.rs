@@ -46,6 +46,7 @@ use longhaul_common::ids::{DiskIndex, JobId};
 
 pub use error::TargetError;
 pub use hostile::{example_log, replay_log};
+pub use place::partial_name;
 pub use placed::{Placed, link_early, promote_after_crash, unlink_after_crash};
 pub use replay::{Durable, Have};
 pub use space::check_space;

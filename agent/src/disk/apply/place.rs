@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use longhaul_common::digest::Digest;
+use longhaul_common::ids::JobId;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, ResolveFlags, StatxFlags, XattrFlags};
 use rustix::io::Errno;
 
@@ -72,6 +73,11 @@ impl Dir {
     }
 }
 
+/// The name of a job's partial copy beside its final name.
+pub fn partial_name(name: &str, job: JobId) -> String {
+    format!(".{name}.longhaul-{}.partial", job.short())
+}
+
 /// The names of a target that is a file.
 pub(crate) struct Place {
     pub(crate) dir: Arc<Dir>,
@@ -97,7 +103,7 @@ impl Place {
         Ok(Self {
             dir: Dir::open(parent)?,
             file_name: name.to_owned(),
-            partial_name: format!("{stem}.partial").into(),
+            partial_name: partial_name(text, options.job).into(),
             log_name: format!("{stem}.log"),
         })
     }

@@ -211,7 +211,14 @@ impl Drive {
             self.rounds.open_base().await?;
         }
         let reach = self.reach().await?;
-        let counts = copy::base(&self.s, uplink, reach, have).await?;
+        let copying = copy::base(&self.s, uplink, reach, have);
+        tokio::pin!(copying);
+        let counts = loop {
+            tokio::select! {
+                counts = &mut copying => break counts?,
+                () = tokio::time::sleep(LOOK) => self.pace.sample(self.began.elapsed(), uplink, 0),
+            }
+        };
         uplink.settle().await?;
         if !self.counted {
             for (index, (digest, counts)) in (0..).map(longhaul_common::ids::DiskIndex).zip(counts) {

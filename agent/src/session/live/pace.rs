@@ -72,6 +72,16 @@ impl Pace {
         wanted.max(WINDOW_START).max(tap.buffered.min(WINDOW_START))
     }
 
+    /// Takes what the link carried, between decisions, too.
+    pub(super) fn sample(&mut self, now: Duration, uplink: &Uplink, acked: u64) {
+        let delivered = uplink.delivered.load(std::sync::atomic::Ordering::Relaxed);
+        self.link.sample(now, delivered.saturating_add(acked));
+        let rate = self.link.per_second().unwrap_or(0.0);
+        if rate >= self.best.0 || now.saturating_sub(self.best.1) > MEMORY * 8 {
+            self.best = (rate, now);
+        }
+    }
+
     /// What a decision looks at.
     pub(super) fn view(
         &mut self,
@@ -88,14 +98,9 @@ impl Pace {
             .zip(dirty)
             .map(|(known, dirty)| known.view(now, *dirty));
         let disks = disks.collect();
-        let delivered = uplink.delivered.load(std::sync::atomic::Ordering::Relaxed);
         let acked = tap.map_or(0, |tap| tap.acked);
         self.acked.sample(now, acked);
-        self.link.sample(now, delivered.saturating_add(acked));
-        let rate = self.link.per_second().unwrap_or(0.0);
-        if rate >= self.best.0 || now.saturating_sub(self.best.1) > MEMORY * 8 {
-            self.best = (rate, now);
-        }
+        self.sample(now, uplink, acked);
         let ram = stats
             .and_then(|stats| stats.ram.as_ref())
             .zip(tap)

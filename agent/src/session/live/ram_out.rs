@@ -87,7 +87,8 @@ impl RamOut {
             }),
             moved: Condvar::new(),
             ended: watch::Sender::new(None),
-            heard: watch::Sender::new(None),
+            // A stream that begins has nothing at its target.
+            heard: watch::Sender::new(uplink.borrow().as_ref().map(|uplink| (uplink.attempt, 0))),
             socket,
             stopped: AtomicBool::new(false),
             memory,

@@ -115,6 +115,11 @@ impl SourceVm {
     pub(super) async fn begin(&mut self, generation: Generation) -> Result<(), Stop> {
         self.on(SourceEvent::Begin(generation)).await;
         if self.is_migrating() {
+            if let Some(outgoing) = &self.outgoing
+                && let Err(error) = outgoing.wait_active(&self.s.qmp, CANCEL_LIMIT).await
+            {
+                tracing::warn!(job = %self.s.job, "RAM does not flow: {error}");
+            }
             return Ok(());
         }
         let text = format!("QEMU does not migrate this VM: {}", self.owner.words());

@@ -28,6 +28,8 @@ use crate::session::{Agent, target_disks};
 const OUTGOING: usize = 256;
 /// Between two words on how far QEMU is.
 const WRITTEN_EVERY: Duration = Duration::from_millis(5);
+/// It is said again that often, changed or not.
+const WRITTEN_AGAIN: Duration = Duration::from_millis(500);
 /// How long a gateway may take to hear the end.
 const LAST_WORD: Duration = Duration::from_secs(5);
 
@@ -385,6 +387,8 @@ async fn tell_written(session: Arc<LiveTarget>, say: mpsc::Sender<FromTarget>) {
             }
             tokio::time::sleep(WRITTEN_EVERY).await;
             tokio::select! {
+                // Words may be lost with a link, or come before the source knows of this stream.
+                () = tokio::time::sleep(WRITTEN_AGAIN) => {}
                 changed = state.changed() => if changed.is_err() { break },
                 changed = feeds.changed() => {
                     if changed.is_err() {

@@ -8,14 +8,16 @@ use std::time::Duration;
 use quinn::congestion::{BbrConfig, CubicConfig};
 use quinn::{AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 
-use super::congestion::{DedicatedFactory, RateHandle};
+use super::congestion::{MemberFactory, SharedBudget};
 use super::refusal::LinkError;
 use super::tuning::{Congestion, LinkSettings, Tuning, tune};
 
-/// quinn's transport parameters, and the handle by which the rate can be changed later.
-pub(crate) fn transport(settings: &LinkSettings) -> Result<(Arc<TransportConfig>, RateHandle), LinkError> {
+/// quinn's transport parameters for a connection that shares `budget`.
+pub(crate) fn transport(
+    settings: &LinkSettings,
+    budget: &SharedBudget,
+) -> Result<Arc<TransportConfig>, LinkError> {
     let tuning = tune(settings);
-    let handle = RateHandle::new(tuning.rate.unwrap_or(u64::MAX));
     let idle = IdleTimeout::try_from(settings.idle)
         .map_err(|_| LinkError::Settings(format!("idle time {:?} is too long", settings.idle)))?;
     let mut config = TransportConfig::default();
@@ -39,9 +41,8 @@ pub(crate) fn transport(settings: &LinkSettings) -> Result<(Arc<TransportConfig>
         // QUIC datagrams are not used: a peer must not fill a buffer with them.
         .datagram_receive_buffer_size(None);
     match tuning.congestion {
-        Congestion::Dedicated | Congestion::Auto => {
-            let factory = DedicatedFactory::new(handle.clone(), &tuning);
-            config.congestion_controller_factory(Arc::new(factory));
+        Congestion::Auto | Congestion::Dedicated | Congestion::Shared | Congestion::Background => {
+            config.congestion_controller_factory(Arc::new(MemberFactory(budget.clone())));
         }
         Congestion::Cubic => {
             let mut cubic = CubicConfig::default();
@@ -54,7 +55,7 @@ pub(crate) fn transport(settings: &LinkSettings) -> Result<(Arc<TransportConfig>
             config.congestion_controller_factory(Arc::new(bbr));
         }
     }
-    Ok((Arc::new(config), handle))
+    Ok(Arc::new(config))
 }
 
 /// quinn's per-socket parameters: the receiver must allow what the sender probes for.
@@ -75,12 +76,13 @@ fn mtu_discovery(tuning: &Tuning) -> MtuDiscoveryConfig {
     discovery
 }
 
-/// Fewer acknowledgements on fast links (draft-ietf-quic-ack-frequency-04): one per 10 packets or 20 ms.
+/// Fewer acknowledgements on fast links (draft-ietf-quic-ack-frequency-04): one per 10 packets or 5 ms. A longer wait would be in the
+/// way on a slow or short link, where ten packets take longer than a round trip.
 fn ack_frequency() -> AckFrequencyConfig {
     let mut frequency = AckFrequencyConfig::default();
     frequency
         .ack_eliciting_threshold(VarInt::from_u32(10))
-        .max_ack_delay(Some(Duration::from_millis(20)));
+        .max_ack_delay(Some(Duration::from_millis(5)));
     frequency
 }
 

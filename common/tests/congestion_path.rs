@@ -4,6 +4,7 @@
 
 mod congestion_sim;
 
+use congestion_sim::rivals::{Bbr, Cubic};
 use congestion_sim::{Outcome, Path, Simulation};
 use longhaul_common::link::congestion::Mode;
 
@@ -131,5 +132,38 @@ fn trace() {
             path.payload_rate() * path.rtt,
             control.trace()
         );
+    }
+}
+
+#[test]
+fn rivals() {
+    for mode in [Mode::Shared, Mode::Background] {
+        for (mbit, ms) in [(50.0, 20.0), (50.0, 80.0), (100.0, 40.0)] {
+            for queue in [0.5, 1.0, 2.0] {
+                for bbr in [false, true] {
+                    let mut path = Path::new(mbit, ms);
+                    path.queue = path.rate * path.rtt * queue;
+                    let rival = || if bbr { Bbr::boxed() } else { Cubic::boxed() };
+                    let mut alone = Simulation::new(path, mode, 0, 10 * 1452, None);
+                    alone.add_rival(rival());
+                    alone.run(10.0);
+                    let alone = alone.run(20.0).rivals[0];
+                    let mut simulation = Simulation::new(path, mode, 4, 131_072, None);
+                    simulation.run(8.0);
+                    simulation.add_rival(rival());
+                    simulation.run(10.0);
+                    let outcome = simulation.run(30.0);
+                    let total = outcome.goodput + outcome.rivals[0];
+                    println!(
+                        "{mode:?} {mbit}/{ms} queue {queue} {} share {:4.1} % of {:5.1} %, rival keeps {:5.1} % (alone {:5.1} %)",
+                        if bbr { "bbr  " } else { "cubic" },
+                        outcome.goodput / total * 100.0,
+                        total / path.payload_rate() * 100.0,
+                        outcome.rivals[0] / alone * 100.0,
+                        alone / path.payload_rate() * 100.0
+                    );
+                }
+            }
+        }
     }
 }

@@ -10,7 +10,7 @@ use quinn::{AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig,
 
 use super::congestion::{MemberFactory, SharedBudget};
 use super::refusal::LinkError;
-use super::tuning::{Congestion, LinkSettings, Tuning, tune};
+use super::tuning::{Congestion, LinkSettings, Tuning, bytes_in, tune};
 
 /// quinn's transport parameters for a connection that shares `budget`.
 pub(crate) fn transport(
@@ -31,7 +31,7 @@ pub(crate) fn transport(
         .initial_mtu(tuning.mtu_initial)
         .mtu_discovery_config(Some(mtu_discovery(&tuning)))
         .packet_threshold(settings.packet_threshold.max(3))
-        .ack_frequency_config(Some(ack_frequency()))
+        .ack_frequency_config(Some(ack_frequency(&tuning)))
         .keep_alive_interval(Some(settings.keep_alive))
         .max_idle_timeout(Some(idle))
         .enable_segmentation_offload(tuning.segmentation_offload)
@@ -76,12 +76,15 @@ fn mtu_discovery(tuning: &Tuning) -> MtuDiscoveryConfig {
     discovery
 }
 
-/// Fewer acknowledgements on fast links (draft-ietf-quic-ack-frequency-04): one per 10 packets or 5 ms. A longer wait would be in the
-/// way on a slow or short link, where ten packets take longer than a round trip.
-fn ack_frequency() -> AckFrequencyConfig {
+/// Fewer acknowledgements on fast links (draft-ietf-quic-ack-frequency-04): one for what arrives in 2 ms, at most ten packets, and 5 ms at
+/// the latest. On a slow or short link a longer wait would look like a queue, and open the window in lumps.
+fn ack_frequency(tuning: &Tuning) -> AckFrequencyConfig {
+    let together = tuning.rate.map_or(10, |rate| {
+        bytes_in(rate, Duration::from_millis(2)) / u64::from(tuning.mtu_max)
+    });
     let mut frequency = AckFrequencyConfig::default();
     frequency
-        .ack_eliciting_threshold(VarInt::from_u32(10))
+        .ack_eliciting_threshold(var(together.clamp(2, 10)))
         .max_ack_delay(Some(Duration::from_millis(5)));
     frequency
 }

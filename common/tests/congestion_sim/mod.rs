@@ -491,6 +491,7 @@ impl Simulation {
                 &MemberAcks {
                     newest_sent: instant(newest.at),
                     bytes,
+                    in_flight: before as u64,
                     byte_seconds,
                     limited,
                 },

@@ -208,8 +208,11 @@ impl Rival for Bbr {
             sample = self.sent.pop_front();
         }
         if let Some((_, at, delivered)) = sample {
-            self.rates
-                .push_back((self.round, (self.delivered - delivered) / (now - at)));
+            let rate = (self.delivered - delivered) / (now - at);
+            match self.rates.back_mut().filter(|(round, _)| *round == self.round) {
+                Some((_, most)) => *most = most.max(rate),
+                None => self.rates.push_back((self.round, rate)),
+            }
         }
         if number >= self.round_ends {
             (self.round, self.round_ends) = (self.round + 1, self.next);
@@ -220,19 +223,6 @@ impl Rival for Bbr {
             } else {
                 self.full_rounds += 1;
             }
-        }
-        if self.rates.len() > 64 {
-            // Only the most of each round matters.
-            let most = self.rate();
-            let round = self.round;
-            let keep = self
-                .rates
-                .iter()
-                .rposition(|(_, rate)| *rate == most)
-                .unwrap_or(0);
-            let kept = self.rates[keep];
-            self.rates.retain(|(of, _)| *of + 2 > round);
-            self.rates.push_front(kept);
         }
         self.advance(now);
     }

@@ -1,7 +1,7 @@
 //! What the connections to one peer may have in flight together, and each one's part of it. Pure: time is an argument.
 //!
 //! Owns the members (one per path of a connection), their base delays, who is active, and the cap. The window itself comes
-//! from `control`. Promises: the parts of active members add up to the window (but for a floor of four packets each); a member that
+//! from `control`. Promises: the parts of active members add up to the window (but for a floor of two packets each); a member that
 //! is silent, or has nothing to send, gives its part to the others within half a second or four round trips; a member that went
 //! away is forgotten.
 
@@ -37,6 +37,8 @@ pub struct MemberAcks {
     pub newest_sent: Instant,
     /// Bytes that arrived.
     pub bytes: u64,
+    /// Bytes that were in flight when it came, with these.
+    pub in_flight: u64,
     /// Sum over packets of bytes times the seconds they were in flight.
     pub byte_seconds: f64,
     /// Whether the window was what kept the member from sending more.
@@ -112,8 +114,8 @@ impl Budget {
         if acks.limited {
             member.used = Some(now);
         }
-        // Fewer packets than make an acknowledgement at once: it was waited for.
-        let waited = if acks.bytes < 9 * self.packet {
+        // With so few packets under way the peer must wait for its timer.
+        let waited = if acks.in_flight < 12 * self.packet {
             ACK_WAIT
         } else {
             0.0
@@ -166,7 +168,8 @@ impl Budget {
 
     /// What each of `active` members may have in flight of `window`.
     pub fn part(window: u64, active: usize, packet: u64) -> u64 {
-        (window / active.max(1) as u64).max(4 * packet)
+        // quinn sends while less than the window would be in flight: two packets at least.
+        (window / active.max(1) as u64).max(2 * packet + packet / 2)
     }
 
     /// A full packet's size.

@@ -79,6 +79,11 @@ const BASE_AGE: Duration = Duration::from_secs(10);
 const BASE_AGE_BACKGROUND: Duration = Duration::from_secs(30);
 /// The cap is compared with what arrived in at least so much time.
 const METER: Duration = Duration::from_millis(100);
+/// `shared` contends for a queue that did not yield for so long, and asks so often whether anybody is still there.
+const CROWDED: Duration = Duration::from_millis(500);
+const CHECK: Duration = Duration::from_secs(5);
+/// Least and most part of the whole that `shared` takes in a contest.
+const FAIR: (f64, f64) = (0.50, 0.58);
 /// Part of bytes lost above which loss counts as congestion.
 const LOSS_GUARD: f64 = 0.10;
 /// Growth after a back-off for loss is slow for so long.
@@ -154,6 +159,9 @@ pub struct Control {
     /// Troughs of the last epochs.
     troughs: VecDeque<(Instant, f64)>,
     empty_epochs: usize,
+    latest_queue: f64,
+    /// Since when the queue has been longer than we would let it be.
+    crowded_since: Option<Instant>,
     /// Samples in a row that showed a queue, while searching.
     queued: u32,
     /// When a sample last came near the base.
@@ -166,6 +174,8 @@ pub struct Control {
     loss_rest_until: Option<Instant>,
     /// Losses of packets sent before were answered already.
     answered: Option<Instant>,
+    /// Most bytes/s that arrived over a longer time while the path was ours.
+    most_rate: f64,
     cap: Option<f64>,
     /// What the window of the cap must be multiplied with for the rate to come out right.
     trim: f64,
@@ -186,6 +196,8 @@ impl Control {
             base: 0.0,
             troughs: VecDeque::new(),
             empty_epochs: 0,
+            latest_queue: 0.0,
+            crowded_since: None,
             queued: 0,
             touched: None,
             back_off: None,
@@ -194,6 +206,7 @@ impl Control {
             total: 0.0,
             loss_rest_until: None,
             answered: None,
+            most_rate: 0.0,
             cap: None,
             trim: 1.0,
             metered: (now, 0.0),
@@ -215,8 +228,8 @@ impl Control {
     /// Bytes that may be in flight, all connections together.
     pub fn window(&self) -> u64 {
         let wanted = match self.phase {
-            Phase::Dip { deep } => self.window * self.dip_part(deep),
-            _ => self.window.max(self.rivalry.window()),
+            Phase::Dip { deep } => self.contest_window().unwrap_or(self.window) * self.dip_part(deep),
+            _ => self.contest_window().unwrap_or(self.window),
         };
         let most = self.cap_window().unwrap_or(f64::INFINITY);
         wanted.min(most).max(self.floor()) as u64
@@ -281,6 +294,14 @@ impl Control {
         (self.base / 8.0).clamp(0.004, 0.016)
     }
 
+    /// Cubic's window, kept to a fair part of what the path was seen to carry: a rival that minds no loss would get all otherwise, and one
+    /// that minds each would get little.
+    fn contest_window(&self) -> Option<f64> {
+        let window = self.rivalry.window()?;
+        let whole = self.most_rate * self.residence;
+        Some(window.clamp(FAIR.0 * whole, FAIR.1 * whole))
+    }
+
     fn dip_part(&self, deep: bool) -> f64 {
         if deep || self.residence <= 0.0 {
             return 0.5;
@@ -303,8 +324,12 @@ impl Control {
         if self.phase == Phase::Startup {
             self.search(now, acks);
         }
-        self.rivalry.on_acks(now, acks.bytes);
+        let packet = self.config.packet as f64;
+        self.rivalry
+            .on_acks(now, acks.bytes, acks.queue, acks.base, packet);
+        self.latest_queue = acks.queue;
         self.meter(now, acks);
+        self.total += acks.bytes as f64;
         if acks.sent < self.epoch.started {
             return Verdict::Stay;
         }
@@ -334,10 +359,20 @@ impl Control {
             self.lost += bytes as f64;
             self.total += bytes as f64;
         }
-        self.rivalry.on_lost(now, sent);
+        self.rivalry.on_lost(now, sent, self.config.packet as f64);
+        self.yield_to_loss(now, sent);
         if persistent {
             self.window = (self.window / 4.0).max(self.floor());
             self.restart(now);
+        }
+    }
+
+    fn learn_most(&mut self, rate: f64) {
+        if self.rivalry.window().is_none() || rate > self.most_rate {
+            self.most_rate = rate.max(0.998 * self.most_rate);
+        } else if self.loss() > LOSS_GUARD {
+            // The path carries less than it did.
+            self.most_rate *= 0.95;
         }
     }
 
@@ -356,6 +391,7 @@ impl Control {
         }
         let rate = self.metered.1 / span.as_secs_f64();
         self.metered = (now, 0.0);
+        self.learn_most(rate);
         let (Some(cap), Some(most)) = (self.cap, self.cap_window()) else {
             return;
         };
@@ -363,6 +399,44 @@ impl Control {
         if part < 1.0 || (self.window >= most && acks.limited) {
             self.trim = (self.trim * part.clamp(0.8, 1.1).sqrt()).clamp(0.5, 8.0);
         }
+    }
+
+    /// In the background a loss beside a queue is somebody else's need.
+    fn yield_to_loss(&mut self, now: Instant, sent: Instant) {
+        let asked = self.latest_queue > 0.001 && self.answered.is_none_or(|at| sent >= at);
+        if self.config.mode == Mode::Background && self.phase != Phase::Startup && asked {
+            self.window = (self.window * 0.5).max(self.floor());
+            self.answer_losses(now);
+            self.loss_rest_until = Some(now + LOSS_REST);
+        }
+    }
+
+    /// `shared` takes part in a contest for the queue after it has tried to yield for a while.
+    fn contend(&mut self, now: Instant, trough: f64) -> Option<Verdict> {
+        if self.config.mode != Mode::Shared {
+            return None;
+        }
+        if self.rivalry.window().is_some() {
+            let every = CHECK.max(Duration::from_secs_f64(20.0 * self.base.min(1.0)));
+            if !self.rivalry.is_check_due(now, every) {
+                return Some(Verdict::Stay);
+            }
+            self.phase = Phase::Dip { deep: true };
+            return Some(Verdict::Listen);
+        }
+        if trough <= 1.5 * self.target() {
+            self.crowded_since = None;
+            return None;
+        }
+        let since = *self.crowded_since.get_or_insert((now, self.window).0);
+        let patience = CROWDED.max(Duration::from_secs_f64(5.0 * self.base.min(2.0)));
+        if now.saturating_duration_since(since) < patience {
+            return None;
+        }
+        self.crowded_since = None;
+        self.rivalry
+            .begin(now, self.window.max(10.0 * self.config.packet as f64));
+        Some(Verdict::Stay)
     }
 
     fn restart(&mut self, now: Instant) {
@@ -399,7 +473,7 @@ impl Control {
                 (residence - self.residence_long) * if self.base > 0.02 { 0.5 } else { 0.06 };
         }
         self.lost *= 0.875;
-        self.total = self.total * 0.875 + epoch.acked;
+        self.total *= 0.875;
         while self
             .troughs
             .front()
@@ -469,14 +543,17 @@ impl Control {
     }
 
     fn cruise(&mut self, now: Instant, epoch: &Epoch) -> Verdict {
-        if self.is_lossy(now) {
-            return Verdict::Stay;
-        }
         let target = self.target();
         let trough = self
             .troughs
             .iter()
             .fold(f64::INFINITY, |least, (_, queue)| least.min(*queue));
+        if let Some(verdict) = self.contend(now, trough) {
+            return verdict;
+        }
+        if self.is_lossy(now) {
+            return Verdict::Stay;
+        }
         let limited = epoch.limited > 0.5 * epoch.acked;
         if trough > target {
             self.empty_epochs = 0;
@@ -537,7 +614,14 @@ impl Control {
         self.phase = Phase::Cruise;
         if near {
             self.touched = Some(now);
+            if let Some(window) = self.rivalry.window() {
+                self.window = window / 2.0;
+                self.rivalry.end();
+            }
             return Verdict::Rebase;
+        }
+        if self.rivalry.window().is_some() {
+            return Verdict::Stay;
         }
         if !deep {
             self.phase = Phase::Dip { deep: true };

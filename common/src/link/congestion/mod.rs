@@ -5,12 +5,14 @@
 //! window per smoothed round-trip time, whatever the controller says, so a controller here speaks through its window only.
 
 mod budget;
+mod cap;
 mod control;
 mod plug;
 mod registry;
 mod rivalry;
 
 pub use budget::{Budget, MemberAcks, MemberId};
+pub use cap::{CapSchedule, CapWindow, TokenBucket};
 pub use control::{Acks, Control, ControlConfig, Mode, Verdict};
 pub use plug::SharedBudget;
 

@@ -155,6 +155,7 @@ impl Controller for Plugged {
         let acks = MemberAcks {
             newest_sent,
             bytes: std::mem::take(&mut self.acked),
+            in_flight: before,
             byte_seconds: std::mem::take(&mut self.byte_seconds),
             limited,
         };

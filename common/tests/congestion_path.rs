@@ -167,3 +167,33 @@ fn rivals() {
         }
     }
 }
+
+#[test]
+fn tracerival() {
+    if std::env::var("TRACER").is_err() {
+        return;
+    };
+    let path = Path::new(50.0, 80.0);
+    let path = Path {
+        queue: path.rate * path.rtt,
+        ..path
+    };
+    let mut simulation = Simulation::new(path, Mode::Shared, 4, 131_072, None);
+    simulation.run(8.0);
+    simulation.add_rival(Bbr::boxed());
+    for _ in 0..60 {
+        let outcome = simulation.run(0.25);
+        let control = simulation.budget.control();
+        println!(
+            "{:7.2} good {:5.1} % rival {:5.1} lost {:4.1} % queue {:6.1}/{:6.1} ms  W {:9} {}",
+            simulation.now,
+            outcome.goodput / path.payload_rate() * 100.0,
+            outcome.rivals[0] / path.payload_rate() * 100.0,
+            outcome.lost_part * 100.0,
+            outcome.queue_mean * 1e3,
+            outcome.queue_99 * 1e3,
+            simulation.budget.window(),
+            control.trace()
+        );
+    }
+}

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::congestion::Mode;
+use super::congestion::{CapSchedule, Mode};
 
 /// Bytes of IP and UDP headers around each QUIC packet: 20 (IPv4) + 8. The configured rate is meant to include them.
 pub const PACKET_OVERHEAD: u64 = 28;
@@ -67,9 +67,11 @@ impl Congestion {
 /// What is configured about a link. All times and sizes are per connection unless said otherwise.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LinkSettings {
-    /// Rate of the whole link in bit/s, IP headers included. `None`: unknown, as on a LAN.
+    /// Most that the whole link may carry, in bit/s, IP headers included. `None`: what it finds.
     pub rate: Option<u64>,
-    /// Round-trip time without queues.
+    /// Lower caps by the local time of day.
+    pub caps: CapSchedule,
+    /// Round-trip time without queues: a first guess.
     pub rtt: Option<Duration>,
     /// Connections that share the rate, at least 1; each gets its part.
     pub connections: u32,
@@ -101,6 +103,7 @@ impl Default for LinkSettings {
     fn default() -> Self {
         Self {
             rate: None,
+            caps: CapSchedule::default(),
             rtt: None,
             connections: 1,
             mtu_max: MTU_WAN,
@@ -188,8 +191,7 @@ pub fn tune(settings: &LinkSettings) -> Tuning {
         ),
     };
     let congestion = match (settings.congestion, rate) {
-        (Congestion::Auto, None) => Congestion::Cubic,
-        (Congestion::Auto, Some(_)) => Congestion::Dedicated,
+        (Congestion::Auto, _) => Congestion::Dedicated,
         (chosen, _) => chosen,
     };
     Tuning {

@@ -253,7 +253,9 @@ impl Control {
     /// All of it, for a developer's eye.
     pub fn trace(&self) -> String {
         format!(
-            "{:?} base {:.1} res {:.1} q {:.1} trim {:.2} empty {} vain {} rate {:.1}M",
+            "contest {:?} most {:.1} {:?} base {:.1} res {:.1} q {:.1} trim {:.2} empty {} vain {} rate {:.1}M",
+            self.contest_window(),
+            self.most_rate * 8e-6,
             self.phase,
             self.base * 1e3,
             self.residence * 1e3,
@@ -372,7 +374,7 @@ impl Control {
             self.most_rate = rate.max(0.998 * self.most_rate);
         } else if self.loss() > LOSS_GUARD {
             // The path carries less than it did.
-            self.most_rate *= 0.95;
+            self.most_rate *= 0.998;
         }
     }
 

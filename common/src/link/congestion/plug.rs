@@ -13,18 +13,21 @@ use quinn_proto::RttEstimator;
 use quinn_proto::congestion::{Controller, ControllerFactory};
 
 use super::budget::{Budget, MemberAcks, MemberId};
+use super::cap::CapSchedule;
 use super::control::ControlConfig;
-use crate::link::tuning::{LinkSettings, cap, payload_rate, starting_window};
+use crate::link::tuning::{LinkSettings, payload_rate, starting_window};
 
 /// Bytes that a burst of offloaded packets may leave of a full window, in packets.
 const BURST: u64 = 12;
+/// How often the time of day is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// A [`Budget`] that the connections to one peer share.
 #[derive(Clone)]
 pub struct SharedBudget(Arc<Shared>);
 
 struct Shared {
-    budget: Mutex<Budget>,
+    timed: Mutex<Timed>,
     window: AtomicU64,
     active: AtomicUsize,
 }
@@ -35,6 +38,37 @@ pub(crate) struct WeakBudget(Weak<Shared>);
 impl WeakBudget {
     pub(crate) fn upgrade(&self) -> Option<SharedBudget> {
         self.0.upgrade().map(SharedBudget)
+    }
+}
+
+/// A budget, and the caps that hold at some times of the day.
+struct Timed {
+    budget: Budget,
+    caps: CapSchedule,
+    /// In bit/s with IP headers, of the configuration or of [`SharedBudget::set_cap`].
+    rate: Option<u64>,
+    /// This budget's part of caps.
+    parts: u64,
+    mtu: u16,
+    look_at: Instant,
+}
+
+impl Timed {
+    /// Looks at the clock on the wall once per second, where that matters.
+    fn look(&mut self, now: Instant) {
+        if !self.caps.windows.is_empty() && now >= self.look_at {
+            self.look_at = now + LOOK_EVERY;
+            self.apply();
+        }
+    }
+
+    fn apply(&mut self) {
+        let rate = match self.caps.windows.is_empty() {
+            true => self.rate,
+            false => self.caps.at(jiff::Zoned::now().time(), self.rate),
+        };
+        let cap = rate.map(|bits| payload_rate(bits, self.mtu) / self.parts);
+        self.budget.set_cap(cap);
     }
 }
 
@@ -51,28 +85,33 @@ impl std::fmt::Debug for SharedBudget {
 impl SharedBudget {
     /// For all connections of a link.
     pub(crate) fn of_link(settings: &LinkSettings) -> Self {
-        Self::new(settings, cap(settings), starting_window(settings))
+        Self::new(settings, 1)
     }
 
     /// For one of a link's connections that shares with no other.
     pub(crate) fn of_connection(settings: &LinkSettings) -> Self {
-        let connections = u64::from(settings.connections.max(1));
-        let part = cap(settings).map(|rate| rate / connections);
-        Self::new(settings, part, starting_window(settings) / connections)
+        Self::new(settings, u64::from(settings.connections.max(1)))
     }
 
-    fn new(settings: &LinkSettings, cap: Option<u64>, initial_window: u64) -> Self {
+    fn new(settings: &LinkSettings, parts: u64) -> Self {
         let config = ControlConfig {
             mode: settings.congestion.mode(),
-            initial_window,
+            initial_window: starting_window(settings) / parts,
             packet: 1200,
         };
-        let mut budget = Budget::new(config, Instant::now());
-        budget.set_cap(cap);
-        let window = AtomicU64::new(budget.window());
+        let now = Instant::now();
+        let mut timed = Timed {
+            budget: Budget::new(config, now),
+            caps: settings.caps.clone(),
+            rate: settings.rate,
+            parts,
+            mtu: settings.mtu_max.clamp(1200, 65_000),
+            look_at: now,
+        };
+        timed.apply();
         Self(Arc::new(Shared {
-            budget: Mutex::new(budget),
-            window,
+            window: AtomicU64::new(timed.budget.window()),
+            timed: Mutex::new(timed),
             active: AtomicUsize::new(1),
         }))
     }
@@ -81,8 +120,8 @@ impl SharedBudget {
         WeakBudget(Arc::downgrade(&self.0))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Budget> {
-        self.0.budget.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Timed> {
+        self.0.timed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn publish(&self, budget: &Budget, now: Instant) {
@@ -92,7 +131,9 @@ impl SharedBudget {
 
     /// Caps the rate from now on: bit/s with IP headers, at packets of `mtu` bytes.
     pub(crate) fn set_cap(&self, bits_per_second: u64, mtu: u16) {
-        self.lock().set_cap(Some(payload_rate(bits_per_second, mtu)));
+        let mut timed = self.lock();
+        (timed.rate, timed.mtu) = (Some(bits_per_second), mtu);
+        timed.apply();
     }
 }
 
@@ -117,10 +158,10 @@ struct Plugged {
 
 impl Plugged {
     fn join(shared: SharedBudget, mtu: u16, now: Instant) -> Self {
-        let mut budget = shared.lock();
-        let id = budget.join(now);
-        shared.publish(&budget, now);
-        drop(budget);
+        let mut timed = shared.lock();
+        let id = timed.budget.join(now);
+        shared.publish(&timed.budget, now);
+        drop(timed);
         Self {
             shared,
             id,
@@ -134,7 +175,7 @@ impl Plugged {
 
 impl Drop for Plugged {
     fn drop(&mut self) {
-        self.shared.lock().leave(self.id);
+        self.shared.lock().budget.leave(self.id);
     }
 }
 
@@ -159,20 +200,21 @@ impl Controller for Plugged {
             byte_seconds: std::mem::take(&mut self.byte_seconds),
             limited,
         };
-        let mut budget = self.shared.lock();
-        budget.on_acks(now, self.id, &acks);
-        self.shared.publish(&budget, now);
+        let mut timed = self.shared.lock();
+        timed.look(now);
+        timed.budget.on_acks(now, self.id, &acks);
+        self.shared.publish(&timed.budget, now);
     }
 
     fn on_congestion_event(&mut self, now: Instant, sent: Instant, persistent: bool, lost_bytes: u64) {
-        let mut budget = self.shared.lock();
-        budget.on_lost(now, sent, lost_bytes, persistent);
-        self.shared.publish(&budget, now);
+        let mut timed = self.shared.lock();
+        timed.budget.on_lost(now, sent, lost_bytes, persistent);
+        self.shared.publish(&timed.budget, now);
     }
 
     fn on_mtu_update(&mut self, new_mtu: u16) {
         self.mtu = new_mtu;
-        self.shared.lock().set_packet(u64::from(new_mtu));
+        self.shared.lock().budget.set_packet(u64::from(new_mtu));
     }
 
     fn window(&self) -> u64 {

@@ -250,23 +250,6 @@ impl Control {
         self.lost / self.total.max(1.0)
     }
 
-    /// All of it, for a developer's eye.
-    pub fn trace(&self) -> String {
-        format!(
-            "contest {:?} most {:.1} {:?} base {:.1} res {:.1} q {:.1} trim {:.2} empty {} vain {} rate {:.1}M",
-            self.contest_window(),
-            self.most_rate * 8e-6,
-            self.phase,
-            self.base * 1e3,
-            self.residence * 1e3,
-            self.queue() * 1e3,
-            self.trim,
-            self.empty_epochs,
-            self.in_vain,
-            self.rate * 8e-6
-        )
-    }
-
     /// Whether the rate is still being searched for.
     pub fn is_starting(&self) -> bool {
         self.phase == Phase::Startup
@@ -430,7 +413,7 @@ impl Control {
             self.crowded_since = None;
             return None;
         }
-        let since = *self.crowded_since.get_or_insert((now, self.window).0);
+        let since = *self.crowded_since.get_or_insert(now);
         let patience = CROWDED.max(Duration::from_secs_f64(5.0 * self.base.min(2.0)));
         if now.saturating_duration_since(since) < patience {
             return None;
@@ -582,9 +565,12 @@ impl Control {
     }
 
     fn shrink(&mut self, epoch: &Epoch, trough: f64, target: f64) {
+        // At the floor nothing more can be tried, so that an equal rate proves nothing.
+        let at_floor = self.window <= 1.01 * self.floor();
         let helped = self.back_off.is_none_or(|last| {
             // Were the queue ours, less in flight would shorten it and leave the rate as it was.
-            trough < 0.7 * last.queue || self.rate > last.rate * (1.0 + last.part) / 2.0
+            let kept = self.rate > last.rate * (1.0 + last.part) / 2.0;
+            trough < 0.7 * last.queue || (kept && !at_floor)
         });
         self.in_vain = if helped { 0 } else { self.in_vain + 1 };
         let part = (1.0 + (target - trough) / self.residence.max(1e-6)).clamp(STEP.0, 1.0);

@@ -116,7 +116,7 @@ fn a_path_that_changes_is_followed() {
     for (ms, down, up, longer) in [
         (2.0, 1.0, 1.0, 2.0),
         (80.0, 1.0, 2.0, 4.0),
-        (300.0, 3.0, 5.0, 5.0),
+        (300.0, 5.0, 5.0, 5.0),
     ] {
         let path = Path::new(100.0, ms);
         let mut simulation = Simulation::blind(path, 4);

@@ -33,7 +33,8 @@ fn path(mbit: f64, ms: f64, queue: f64) -> Path {
     }
 }
 
-const RIVALS: [(&str, fn() -> Box<dyn Rival>); 2] = [("cubic", Cubic::boxed), ("bbr", Bbr::boxed)];
+type Named = (&'static str, fn() -> Box<dyn Rival>);
+const RIVALS: [Named; 2] = [("cubic", Cubic::boxed), ("bbr", Bbr::boxed)];
 
 #[test]
 fn the_background_yields() {

@@ -40,23 +40,28 @@ fn connections_share_rate_and_windows() {
 }
 
 #[test]
-fn a_lan_gets_a_bounded_window() {
+fn a_lan_gets_cubic_and_a_bounded_window() {
     let tuning = tune(&LinkSettings {
         mtu_max: MTU_JUMBO,
         ..LinkSettings::lan()
     });
     assert_eq!((tuning.connection_window, tuning.send_window), (2 * MIB, 8 * MIB));
-    assert_eq!(tuning.congestion, Congestion::Dedicated);
+    assert_eq!(tuning.congestion, Congestion::Cubic);
     assert_eq!((tuning.mtu_initial, tuning.mtu_max), (1200, 8952));
 }
 
 #[test]
 fn what_is_chosen_is_taken_with_and_without_a_rate() {
     let settings = LinkSettings {
-        congestion: Congestion::Cubic,
+        congestion: Congestion::Shared,
         ..LinkSettings::lan()
     };
-    assert_eq!(tune(&settings).congestion, Congestion::Cubic);
+    assert_eq!(tune(&settings).congestion, Congestion::Shared);
+    let far = LinkSettings {
+        rtt: Some(Duration::from_millis(80)),
+        ..LinkSettings::lan()
+    };
+    assert_eq!(tune(&far).congestion, Congestion::Dedicated);
     let chosen = LinkSettings {
         congestion: Congestion::Bbr,
         ..LinkSettings::wan(1_000_000, Duration::ZERO, 1)

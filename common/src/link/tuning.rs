@@ -29,6 +29,8 @@ const LAN_RECEIVE_WINDOW: u64 = 2 * MIB;
 const LAN_SEND_WINDOW: u64 = 8 * MIB;
 /// No connection holds more than this, whatever rate is configured.
 const WINDOW_MAX: u64 = 64 * MIB;
+/// From here on a link is not one of a site's own.
+const WAN_RTT: Duration = Duration::from_millis(5);
 /// What a connection sends before it knows anything: 22 packets, as many as two bursts that the network card cuts.
 const STARTING_WINDOW: u64 = 32 << 10;
 /// Assumed where a rate is configured, but no round-trip time.
@@ -38,7 +40,7 @@ const RTT_ASSUMED: Duration = Duration::from_millis(100);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Congestion {
-    /// `dedicated` where a rate is configured, `cubic` otherwise.
+    /// `dedicated` where a rate is configured, or a round-trip time of 5 ms and more; `cubic` otherwise, as on a LAN.
     #[default]
     Auto,
     /// Fill the path, back off on queueing delay, do not mind random loss: for links that are ours.
@@ -191,6 +193,7 @@ pub fn tune(settings: &LinkSettings) -> Tuning {
         ),
     };
     let congestion = match (settings.congestion, rate) {
+        (Congestion::Auto, None) if rtt_of(settings) < WAN_RTT => Congestion::Cubic,
         (Congestion::Auto, _) => Congestion::Dedicated,
         (chosen, _) => chosen,
     };
@@ -212,6 +215,10 @@ pub fn tune(settings: &LinkSettings) -> Tuning {
         segmentation_offload: settings.segmentation_offload && mtu_max <= OFFLOAD_MTU_MAX,
         congestion,
     }
+}
+
+fn rtt_of(settings: &LinkSettings) -> Duration {
+    settings.rtt.unwrap_or_default()
 }
 
 /// The configured rate of the whole link, in bytes/s of QUIC packets.

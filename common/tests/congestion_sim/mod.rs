@@ -7,6 +7,7 @@
 
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+mod path;
 pub mod rivals;
 
 use std::cmp::Reverse;
@@ -14,6 +15,7 @@ use std::collections::{BinaryHeap, VecDeque};
 use std::time::{Duration, Instant};
 
 use longhaul_common::link::congestion::{Budget, ControlConfig, MemberAcks, MemberId, Mode};
+pub use path::{Outcome, Path};
 use rivals::Rival;
 
 pub const PACKET: u64 = 1452;
@@ -21,62 +23,6 @@ pub const PACKET: u64 = 1452;
 const WIRE: f64 = 1480.0;
 const ACK_DELAY: f64 = 0.005;
 const ACK_PACKETS: u32 = 10;
-
-/// What the bottleneck does. Times in seconds, rate in bytes/s of packets on the wire.
-#[derive(Clone, Copy, Debug)]
-pub struct Path {
-    pub rate: f64,
-    pub rtt: f64,
-    /// Bytes that wait at most.
-    pub queue: f64,
-    pub loss: f64,
-    /// Most extra delay of an acknowledgement, drawn evenly.
-    pub jitter: f64,
-    /// The sending machine stalls for up to so long, busy for as long in between.
-    pub stalls: f64,
-}
-
-impl Path {
-    /// `mbit` Mbit/s and `ms` with a queue of one product (100 ms at least), as the lab has it.
-    pub fn new(mbit: f64, ms: f64) -> Self {
-        let (rate, rtt) = (mbit * 1e6 / 8.0, ms / 1e3);
-        Self {
-            rate,
-            rtt,
-            queue: rate * rtt.max(0.1),
-            loss: 0.0,
-            jitter: 0.0,
-            stalls: 0.0,
-        }
-    }
-
-    pub fn lossy(self, percent: f64) -> Self {
-        Self {
-            loss: percent / 100.0,
-            ..self
-        }
-    }
-
-    /// The rate without headers.
-    pub fn payload_rate(&self) -> f64 {
-        self.rate * PACKET as f64 / WIRE
-    }
-}
-
-/// What a stretch of a run showed.
-#[derive(Clone, Debug, Default)]
-pub struct Outcome {
-    pub seconds: f64,
-    /// Payload bytes/s of our flows together, and of each rival.
-    pub goodput: f64,
-    pub rivals: Vec<f64>,
-    pub lost_part: f64,
-    /// Delay in the queue as a packet met it, in seconds.
-    pub queue_mean: f64,
-    pub queue_99: f64,
-    /// Bytes acknowledged for each of our flows.
-    pub flows: Vec<f64>,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Event {
@@ -498,12 +444,20 @@ impl Simulation {
             ),
             Kind::Rival(rival) => rival.on_ack(now, newest.at, bytes as f64, newest.number),
         }
+        self.find_lost(sender, newest.number);
+        self.send(sender);
+    }
+
+    fn find_lost(&mut self, sender: usize, newest: u64) {
+        let (now, start) = (self.now, self.start);
+        let instant = |at: f64| start + Duration::from_secs_f64(at);
+        let state = &mut self.senders[sender];
         // Lost is what three later packets overtook.
         let mut lost = Vec::new();
         while state
             .in_flight
             .front()
-            .is_some_and(|sent| sent.number + 3 <= newest.number)
+            .is_some_and(|sent| sent.number + 3 <= newest)
         {
             lost.extend(state.in_flight.pop_front());
         }
@@ -516,6 +470,5 @@ impl Simulation {
                 Kind::Rival(rival) => rival.on_lost(now, last.at, bytes as f64, last.number),
             }
         }
-        self.send(sender);
     }
 }

@@ -8,7 +8,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::control::{Acks, Control, ControlConfig, Verdict};
+use super::control::Control;
+use super::epoch::{Acks, ControlConfig, Verdict};
 
 /// A member is active for so long after it last used its part.
 const ACTIVE: Duration = Duration::from_millis(500);

@@ -13,63 +13,13 @@
 //! cannot see is asked of the path by a *dip*, a round trip with less in flight: whether the base delay still holds, and
 //! whether a delay that does not yield to backing off is ours at all.
 //!
-//! Leaves alone who shares the window (`budget`), competing with others (`rivalry`) and quinn (`plug`).
+//! Leaves alone who shares the window (`budget`), the contest with others (`rivalry`) and quinn (`plug`).
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use super::epoch::{Acks, ControlConfig, Epoch, Mode, Verdict};
 use super::rivalry::Rivalry;
-
-/// Whom a link yields to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Mode {
-    /// The path is ours: fill it, keep its queue short, do not mind losses.
-    #[default]
-    Dedicated,
-    /// Fill it while alone, and take a TCP connection's share beside others.
-    Shared,
-    /// Take what others leave.
-    Background,
-}
-
-/// What [`Control`] starts from.
-#[derive(Clone, Debug)]
-pub struct ControlConfig {
-    /// How to treat others.
-    pub mode: Mode,
-    /// Bytes in flight in the first round trip, all connections together.
-    pub initial_window: u64,
-    /// Bytes of a full packet.
-    pub packet: u64,
-}
-
-/// What one acknowledgement showed.
-#[derive(Clone, Copy, Debug)]
-pub struct Acks {
-    /// When the newest packet in it was sent.
-    pub sent: Instant,
-    /// That packet's delay beyond its connection's base, in seconds.
-    pub queue: f64,
-    /// The connection's base delay, in seconds.
-    pub base: f64,
-    /// Bytes that arrived.
-    pub bytes: u64,
-    /// Sum over packets of bytes times the seconds they were in flight.
-    pub byte_seconds: f64,
-    /// Whether the window was what kept the connection from sending more.
-    pub limited: bool,
-}
-
-/// What the owner of the base delays must do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// Nothing.
-    Stay,
-    /// A dip begins: note the least delays anew.
-    Listen,
-    /// What was least since [`Verdict::Listen`] is the base delay from now on.
-    Rebase,
-}
 
 /// Longest time that one stall of a busy machine may hide the truth.
 const STALL: Duration = Duration::from_millis(100);
@@ -79,15 +29,10 @@ const BASE_AGE: Duration = Duration::from_secs(10);
 const BASE_AGE_BACKGROUND: Duration = Duration::from_secs(30);
 /// The cap is compared with what arrived in at least so much time.
 const METER: Duration = Duration::from_millis(100);
-/// `shared` contends for a queue that did not yield for so long, and asks so often whether anybody is still there.
-const CROWDED: Duration = Duration::from_millis(500);
-const CHECK: Duration = Duration::from_secs(5);
-/// Least and most part of the whole that `shared` takes in a contest.
-const FAIR: (f64, f64) = (0.50, 0.58);
 /// Part of bytes lost above which loss counts as congestion.
-const LOSS_GUARD: f64 = 0.10;
+pub(super) const LOSS_GUARD: f64 = 0.10;
 /// Growth after a back-off for loss is slow for so long.
-const LOSS_REST: Duration = Duration::from_secs(5);
+pub(super) const LOSS_REST: Duration = Duration::from_secs(5);
 /// Fewer samples than this decide nothing.
 const SAMPLES_MIN: u32 = 8;
 /// Most growth and shrinking of one epoch.
@@ -96,7 +41,7 @@ const STEP: (f64, f64) = (0.5, 1.25);
 const GROWTH: [f64; 5] = [1.0, 1.03, 1.06, 1.12, 1.25];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
+pub(super) enum Phase {
     /// Doubling per round trip until a queue forms.
     Startup,
     Cruise,
@@ -104,34 +49,6 @@ enum Phase {
     Dip {
         deep: bool,
     },
-}
-
-#[derive(Clone, Debug)]
-struct Epoch {
-    started: Instant,
-    /// The first acknowledgement of a packet sent since.
-    heard: Option<Instant>,
-    queue: f64,
-    samples: u32,
-    acked: f64,
-    lost: f64,
-    limited: f64,
-    byte_seconds: f64,
-}
-
-impl Epoch {
-    fn new(started: Instant) -> Self {
-        Self {
-            started,
-            heard: None,
-            queue: f64::INFINITY,
-            samples: 0,
-            acked: 0.0,
-            lost: 0.0,
-            limited: 0.0,
-            byte_seconds: 0.0,
-        }
-    }
 }
 
 /// The last back-off for delay, to see whether it helped.
@@ -145,42 +62,42 @@ struct BackOff {
 /// The state. See the module's header for how it thinks.
 #[derive(Clone, Debug)]
 pub struct Control {
-    config: ControlConfig,
-    window: f64,
-    phase: Phase,
-    epoch: Epoch,
+    pub(super) config: ControlConfig,
+    pub(super) window: f64,
+    pub(super) phase: Phase,
+    pub(super) epoch: Epoch,
     /// Smoothed seconds that a byte is in flight.
-    residence: f64,
+    pub(super) residence: f64,
     /// The same, smoothed over many epochs.
-    residence_long: f64,
+    pub(super) residence_long: f64,
     /// Bytes/s that arrived in the last whole epoch.
-    rate: f64,
-    base: f64,
+    pub(super) rate: f64,
+    pub(super) base: f64,
     /// Troughs of the last epochs.
-    troughs: VecDeque<(Instant, f64)>,
-    empty_epochs: usize,
-    latest_queue: f64,
+    pub(super) troughs: VecDeque<(Instant, f64)>,
+    pub(super) empty_epochs: usize,
+    pub(super) latest_queue: f64,
     /// Since when the queue has been longer than we would let it be.
-    crowded_since: Option<Instant>,
+    pub(super) crowded_since: Option<Instant>,
     /// Samples in a row that showed a queue, while searching.
-    queued: u32,
+    pub(super) queued: u32,
     /// When a sample last came near the base.
-    touched: Option<Instant>,
+    pub(super) touched: Option<Instant>,
     back_off: Option<BackOff>,
     /// Back-offs in a row that did not shorten the queue.
-    in_vain: u32,
-    lost: f64,
-    total: f64,
-    loss_rest_until: Option<Instant>,
+    pub(super) in_vain: u32,
+    pub(super) lost: f64,
+    pub(super) total: f64,
+    pub(super) loss_rest_until: Option<Instant>,
     /// Losses of packets sent before were answered already.
-    answered: Option<Instant>,
+    pub(super) answered: Option<Instant>,
     /// Most bytes/s that arrived over a longer time while the path was ours.
-    most_rate: f64,
-    cap: Option<f64>,
+    pub(super) most_rate: f64,
+    pub(super) cap: Option<f64>,
     /// What the window of the cap must be multiplied with for the rate to come out right.
-    trim: f64,
-    metered: (Instant, f64),
-    rivalry: Rivalry,
+    pub(super) trim: f64,
+    pub(super) metered: (Instant, f64),
+    pub(super) rivalry: Rivalry,
 }
 
 impl Control {
@@ -255,19 +172,19 @@ impl Control {
         self.phase == Phase::Startup
     }
 
-    fn floor(&self) -> f64 {
+    pub(super) fn floor(&self) -> f64 {
         (4 * self.config.packet) as f64
     }
 
     /// `None` without a cap, or before anything is known.
     fn cap_window(&self) -> Option<f64> {
         let cap = self.cap?;
-        (self.residence > 0.0)
-            .then(|| cap * self.residence_long * self.trim + 1.5 * self.config.packet as f64)
+        let window = cap * self.residence_long * self.trim + 1.5 * self.config.packet as f64;
+        (self.residence > 0.0).then_some(window)
     }
 
     /// The standing queue that is aimed at, in seconds: enough to keep the link busy between two acknowledgements.
-    fn target(&self) -> f64 {
+    pub(super) fn target(&self) -> f64 {
         match self.config.mode {
             Mode::Dedicated | Mode::Shared => (self.base / 8.0).clamp(0.004, 0.008),
             Mode::Background => 0.003,
@@ -277,14 +194,6 @@ impl Control {
     /// A queue of this length ends the search.
     fn startup_limit(&self) -> f64 {
         (self.base / 8.0).clamp(0.004, 0.016)
-    }
-
-    /// Cubic's window, kept to a fair part of what the path was seen to carry: a rival that minds no loss would get all otherwise, and one
-    /// that minds each would get little.
-    fn contest_window(&self) -> Option<f64> {
-        let window = self.rivalry.window()?;
-        let whole = self.most_rate * self.residence;
-        Some(window.clamp(FAIR.0 * whole, FAIR.1 * whole))
     }
 
     fn dip_part(&self, deep: bool) -> f64 {
@@ -352,17 +261,8 @@ impl Control {
         }
     }
 
-    fn learn_most(&mut self, rate: f64) {
-        if self.rivalry.window().is_none() || rate > self.most_rate {
-            self.most_rate = rate.max(0.998 * self.most_rate);
-        } else if self.loss() > LOSS_GUARD {
-            // The path carries less than it did.
-            self.most_rate *= 0.998;
-        }
-    }
-
     /// What is lost of the packets under way is a consequence of the window as it was.
-    fn answer_losses(&mut self, now: Instant) {
+    pub(super) fn answer_losses(&mut self, now: Instant) {
         (self.lost, self.total) = (0.0, 0.0);
         self.answered = Some(now);
     }
@@ -384,44 +284,6 @@ impl Control {
         if part < 1.0 || (self.window >= most && acks.limited) {
             self.trim = (self.trim * part.clamp(0.8, 1.1).sqrt()).clamp(0.5, 8.0);
         }
-    }
-
-    /// In the background a loss beside a queue is somebody else's need.
-    fn yield_to_loss(&mut self, now: Instant, sent: Instant) {
-        let asked = self.latest_queue > 0.001 && self.answered.is_none_or(|at| sent >= at);
-        if self.config.mode == Mode::Background && self.phase != Phase::Startup && asked {
-            self.window = (self.window * 0.5).max(self.floor());
-            self.answer_losses(now);
-            self.loss_rest_until = Some(now + LOSS_REST);
-        }
-    }
-
-    /// `shared` takes part in a contest for the queue after it has tried to yield for a while.
-    fn contend(&mut self, now: Instant, trough: f64) -> Option<Verdict> {
-        if self.config.mode != Mode::Shared {
-            return None;
-        }
-        if self.rivalry.window().is_some() {
-            let every = CHECK.max(Duration::from_secs_f64(20.0 * self.base.min(1.0)));
-            if !self.rivalry.is_check_due(now, every) {
-                return Some(Verdict::Stay);
-            }
-            self.phase = Phase::Dip { deep: true };
-            return Some(Verdict::Listen);
-        }
-        if trough <= 1.5 * self.target() {
-            self.crowded_since = None;
-            return None;
-        }
-        let since = *self.crowded_since.get_or_insert(now);
-        let patience = CROWDED.max(Duration::from_secs_f64(5.0 * self.base.min(2.0)));
-        if now.saturating_duration_since(since) < patience {
-            return None;
-        }
-        self.crowded_since = None;
-        self.rivalry
-            .begin(now, self.window.max(10.0 * self.config.packet as f64));
-        Some(Verdict::Stay)
     }
 
     fn restart(&mut self, now: Instant) {
@@ -488,7 +350,9 @@ impl Control {
         } else {
             0
         };
-        if self.queued >= SAMPLES_MIN {
+        // The more acknowledgements a round trip has, the more of them must agree: some are late for other reasons.
+        let acks = (self.window / (40.0 * self.config.packet as f64)) as u32;
+        if self.queued >= acks.clamp(SAMPLES_MIN, 2 * SAMPLES_MIN) {
             // The samples are a round trip old: half of the window was in flight then.
             self.window = (self.window * 0.5).max(self.floor());
             self.answer_losses(now);
@@ -600,16 +464,16 @@ impl Control {
         let near = epoch.queue < 0.002 + 0.05 * self.base;
         self.back_off = None;
         self.phase = Phase::Cruise;
+        if let Some(window) = self.rivalry.window() {
+            if self.rivalry.is_still_there(!near) {
+                return Verdict::Stay;
+            }
+            self.window = window / 2.0;
+            self.rivalry.end();
+        }
         if near {
             self.touched = Some(now);
-            if let Some(window) = self.rivalry.window() {
-                self.window = window / 2.0;
-                self.rivalry.end();
-            }
             return Verdict::Rebase;
-        }
-        if self.rivalry.window().is_some() {
-            return Verdict::Stay;
         }
         if !deep {
             self.phase = Phase::Dip { deep: true };

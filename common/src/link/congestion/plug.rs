@@ -14,7 +14,7 @@ use quinn_proto::congestion::{Controller, ControllerFactory};
 
 use super::budget::{Budget, MemberAcks, MemberId};
 use super::cap::CapSchedule;
-use super::control::ControlConfig;
+use super::epoch::ControlConfig;
 use crate::link::tuning::{LinkSettings, payload_rate, starting_window};
 
 /// Bytes that a burst of offloaded packets may leave of a full window, in packets.

@@ -31,6 +31,8 @@ struct State {
     queue: f64,
     queue_most: f64,
     checked: Instant,
+    /// Checks in a row that found nobody.
+    alone: u32,
 }
 
 impl Rivalry {
@@ -45,6 +47,7 @@ impl Rivalry {
             queue: 0.0,
             queue_most: 0.0,
             checked: now,
+            alone: 0,
         });
     }
 
@@ -67,6 +70,15 @@ impl Rivalry {
             due
         };
         self.state.as_mut().is_some_and(due)
+    }
+
+    /// Takes in what a check showed; two in a row that find nobody end the contest, since a rival's queue too is empty at times.
+    pub(crate) fn is_still_there(&mut self, found: bool) -> bool {
+        let Some(state) = &mut self.state else {
+            return false;
+        };
+        state.alone = if found { 0 } else { state.alone + 1 };
+        state.alone < 2
     }
 
     /// `bytes` arrived; `queue` and `base` in seconds.

@@ -51,12 +51,17 @@ fn a_lan_gets_cubic_and_a_bounded_window() {
 }
 
 #[test]
-fn dedicated_without_a_rate_is_cubic() {
+fn what_is_chosen_is_taken_with_and_without_a_rate() {
     let settings = LinkSettings {
-        congestion: Congestion::Dedicated,
+        congestion: Congestion::Shared,
         ..LinkSettings::lan()
     };
-    assert_eq!(tune(&settings).congestion, Congestion::Cubic);
+    assert_eq!(tune(&settings).congestion, Congestion::Shared);
+    let far = LinkSettings {
+        rtt: Some(Duration::from_millis(80)),
+        ..LinkSettings::lan()
+    };
+    assert_eq!(tune(&far).congestion, Congestion::Dedicated);
     let chosen = LinkSettings {
         congestion: Congestion::Bbr,
         ..LinkSettings::wan(1_000_000, Duration::ZERO, 1)

@@ -10,14 +10,15 @@ use std::time::Duration;
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Connection, Endpoint, TokioRuntime};
 
+use super::congestion::{SharedBudget, budget_towards};
 use super::endpoint::{Link, LinkParts, chain_of, close};
 use super::identity::Identity;
 use super::refusal::{LinkError, Refusal, code, explain};
+use super::socket;
 use super::tls::{Seen, TlsState};
 use super::transport;
 use super::tuning::LinkSettings;
 use super::welcome::{self, Unwelcome};
-use super::{congestion::RateHandle, socket};
 
 /// Calls the program `expected` at `address` and answers when it has accepted us.
 ///
@@ -60,13 +61,13 @@ struct Call<'a> {
 
 impl Call<'_> {
     async fn run(&self) -> Result<Link, LinkError> {
-        let (config, rate) = self.client_config()?;
+        let (config, budget) = self.client_config()?;
         let endpoint = self.endpoint()?;
         let connecting = endpoint
             .connect_with(config, self.address, &self.expected.dns_name())
             .map_err(|error| LinkError::Settings(error.to_string()))?;
         let connection = connecting.await.map_err(|error| self.explain(&error))?;
-        let result = self.finish(&connection, &endpoint, rate).await;
+        let result = self.finish(&connection, &endpoint, budget).await;
         if result.is_err() {
             // The reason must reach the peer before the socket goes.
             let _ = tokio::time::timeout(Duration::from_millis(500), endpoint.wait_idle()).await;
@@ -78,7 +79,7 @@ impl Call<'_> {
         &self,
         connection: &Connection,
         endpoint: &Endpoint,
-        rate: RateHandle,
+        budget: SharedBudget,
     ) -> Result<Link, LinkError> {
         let chain = chain_of(connection);
         let peer = self.check_peer(&chain).inspect_err(|why| {
@@ -92,7 +93,7 @@ impl Call<'_> {
             peer,
             chain,
             idle: self.settings.idle,
-            rate,
+            budget,
             permit: None,
         };
         let broken = || LinkError::Broken {
@@ -109,13 +110,13 @@ impl Call<'_> {
         Ok(link)
     }
 
-    fn client_config(&self) -> Result<(ClientConfig, RateHandle), LinkError> {
+    fn client_config(&self) -> Result<(ClientConfig, SharedBudget), LinkError> {
         let tls = self.tls.client_config(&[self.alpn.to_vec()], &self.seen)?;
         let quic = QuicClientConfig::try_from(tls).map_err(|error| LinkError::Settings(error.to_string()))?;
         let mut config = ClientConfig::new(Arc::new(quic));
-        let (parameters, rate) = transport::transport(self.settings)?;
-        config.transport_config(parameters);
-        Ok((config, rate))
+        let budget = budget_towards(self.address, self.expected, self.alpn, self.settings);
+        config.transport_config(transport::transport(self.settings, &budget)?);
+        Ok((config, budget))
     }
 
     fn endpoint(&self) -> Result<Endpoint, LinkError> {

@@ -12,7 +12,7 @@ use quinn::{Connection, ConnectionError, RecvStream, SendStream, VarInt};
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 
-use super::congestion::RateHandle;
+use super::congestion::SharedBudget;
 use super::credentials::validity;
 use super::identity::Identity;
 use super::refusal::{LinkError, Refusal, code, explain};
@@ -35,7 +35,7 @@ pub(crate) struct LinkInner {
     chain: Vec<CertificateDer<'static>>,
     not_after: SystemTime,
     idle: Duration,
-    rate: RateHandle,
+    budget: SharedBudget,
     closed_here: OnceLock<String>,
     /// Counts against the listener's limit while the link lives.
     _permit: Option<tokio::sync::OwnedSemaphorePermit>,
@@ -48,7 +48,7 @@ pub(crate) struct LinkParts {
     pub(crate) peer: Identity,
     pub(crate) chain: Vec<CertificateDer<'static>>,
     pub(crate) idle: Duration,
-    pub(crate) rate: RateHandle,
+    pub(crate) budget: SharedBudget,
     pub(crate) permit: Option<tokio::sync::OwnedSemaphorePermit>,
 }
 
@@ -96,7 +96,7 @@ impl Link {
             chain: parts.chain,
             not_after,
             idle: parts.idle,
-            rate: parts.rate,
+            budget: parts.budget,
             closed_here: OnceLock::new(),
             _permit: parts.permit,
         };
@@ -197,9 +197,10 @@ impl Link {
         }
     }
 
-    /// Changes this connection's rate from now on, in bit/s with IP headers. No effect unless the controller is `dedicated`.
+    /// Caps the rate of this connection, and of those that share its budget, from now on; in bit/s with IP headers. No effect
+    /// where the controller is not our own.
     pub fn set_rate(&self, bits_per_second: u64) {
-        self.inner.rate.set(bits_per_second, self.stats().mtu);
+        self.inner.budget.set_cap(bits_per_second, self.stats().mtu);
     }
 
     /// Ends the link; the peer is told code and reason. What is still in flight is lost.

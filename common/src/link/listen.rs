@@ -16,7 +16,7 @@ use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Connection, Endpoint, Incoming, ServerConfig, TokioRuntime};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use super::congestion::RateHandle;
+use super::congestion::SharedBudget;
 use super::endpoint::{Link, LinkParts, chain_of, close};
 use super::identity::{Identity, Role};
 use super::refusal::{LinkError, Refusal, code, explain};
@@ -250,7 +250,7 @@ impl Shared {
 
     async fn greet(self: &Arc<Self>, incoming: Incoming, seen: &Arc<Seen>) -> Result<Link, LinkError> {
         let address = incoming.remote_address();
-        let (config, rate) = self.server_config(seen)?;
+        let (config, budget) = self.server_config(seen)?;
         let explain = |error| explain(&error, address, self.settings.handshake);
         let connection = incoming
             .accept_with(Arc::new(config))
@@ -265,7 +265,7 @@ impl Shared {
                 why: Refusal::Busy,
             });
         };
-        let link = self.judge(&connection, rate, permit)?;
+        let link = self.judge(&connection, budget, permit)?;
         match welcome::exchange(&connection).await {
             Ok(()) => Ok(link),
             Err(Unwelcome::Gone(error)) => Err(explain(error)),
@@ -281,7 +281,7 @@ impl Shared {
     fn judge(
         &self,
         connection: &Connection,
-        rate: RateHandle,
+        budget: SharedBudget,
         permit: OwnedSemaphorePermit,
     ) -> Result<Link, LinkError> {
         let address = connection.remote_address();
@@ -320,7 +320,7 @@ impl Shared {
             peer,
             chain,
             idle: self.settings.idle,
-            rate,
+            budget,
             permit: Some(permit),
         };
         let broken = || LinkError::Broken {
@@ -341,18 +341,18 @@ impl Shared {
         Ok(link)
     }
 
-    fn server_config(&self, seen: &Arc<Seen>) -> Result<(ServerConfig, RateHandle), LinkError> {
+    fn server_config(&self, seen: &Arc<Seen>) -> Result<(ServerConfig, SharedBudget), LinkError> {
         let tls = self.tls.server_config(&self.alpns, seen)?;
         let quic = QuicServerConfig::try_from(tls).map_err(|error| LinkError::Settings(error.to_string()))?;
         let mut config = ServerConfig::with_crypto(Arc::new(quic));
-        let (parameters, rate) = transport::transport(&self.settings)?;
+        let budget = SharedBudget::of_connection(&self.settings);
         config
-            .transport_config(parameters)
+            .transport_config(transport::transport(&self.settings, &budget)?)
             // First packets that wait to be answered, and what is kept of them.
             .max_incoming(256)
             .incoming_buffer_size(64 << 10)
             .incoming_buffer_size_total(4 << 20);
-        Ok((config, rate))
+        Ok((config, budget))
     }
 
     /// Says what this end saw, rather than the alert it became.

@@ -8,14 +8,16 @@ use std::time::Duration;
 use quinn::congestion::{BbrConfig, CubicConfig};
 use quinn::{AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 
-use super::congestion::{DedicatedFactory, RateHandle};
+use super::congestion::{MemberFactory, SharedBudget};
 use super::refusal::LinkError;
-use super::tuning::{Congestion, LinkSettings, Tuning, tune};
+use super::tuning::{Congestion, LinkSettings, Tuning, bytes_in, tune};
 
-/// quinn's transport parameters, and the handle by which the rate can be changed later.
-pub(crate) fn transport(settings: &LinkSettings) -> Result<(Arc<TransportConfig>, RateHandle), LinkError> {
+/// quinn's transport parameters for a connection that shares `budget`.
+pub(crate) fn transport(
+    settings: &LinkSettings,
+    budget: &SharedBudget,
+) -> Result<Arc<TransportConfig>, LinkError> {
     let tuning = tune(settings);
-    let handle = RateHandle::new(tuning.rate.unwrap_or(u64::MAX));
     let idle = IdleTimeout::try_from(settings.idle)
         .map_err(|_| LinkError::Settings(format!("idle time {:?} is too long", settings.idle)))?;
     let mut config = TransportConfig::default();
@@ -29,7 +31,7 @@ pub(crate) fn transport(settings: &LinkSettings) -> Result<(Arc<TransportConfig>
         .initial_mtu(tuning.mtu_initial)
         .mtu_discovery_config(Some(mtu_discovery(&tuning)))
         .packet_threshold(settings.packet_threshold.max(3))
-        .ack_frequency_config(Some(ack_frequency()))
+        .ack_frequency_config(Some(ack_frequency(&tuning)))
         .keep_alive_interval(Some(settings.keep_alive))
         .max_idle_timeout(Some(idle))
         .enable_segmentation_offload(tuning.segmentation_offload)
@@ -39,9 +41,8 @@ pub(crate) fn transport(settings: &LinkSettings) -> Result<(Arc<TransportConfig>
         // QUIC datagrams are not used: a peer must not fill a buffer with them.
         .datagram_receive_buffer_size(None);
     match tuning.congestion {
-        Congestion::Dedicated | Congestion::Auto => {
-            let factory = DedicatedFactory::new(handle.clone(), &tuning);
-            config.congestion_controller_factory(Arc::new(factory));
+        Congestion::Auto | Congestion::Dedicated | Congestion::Shared | Congestion::Background => {
+            config.congestion_controller_factory(Arc::new(MemberFactory(budget.clone())));
         }
         Congestion::Cubic => {
             let mut cubic = CubicConfig::default();
@@ -54,7 +55,7 @@ pub(crate) fn transport(settings: &LinkSettings) -> Result<(Arc<TransportConfig>
             config.congestion_controller_factory(Arc::new(bbr));
         }
     }
-    Ok((Arc::new(config), handle))
+    Ok(Arc::new(config))
 }
 
 /// quinn's per-socket parameters: the receiver must allow what the sender probes for.
@@ -75,12 +76,16 @@ fn mtu_discovery(tuning: &Tuning) -> MtuDiscoveryConfig {
     discovery
 }
 
-/// Fewer acknowledgements on fast links (draft-ietf-quic-ack-frequency-04): one per 10 packets or 20 ms.
-fn ack_frequency() -> AckFrequencyConfig {
+/// Fewer acknowledgements on fast links (draft-ietf-quic-ack-frequency-04): one for what arrives in 2 ms, at most ten packets, and 5 ms at
+/// the latest. On a slow or short link a longer wait would look like a queue, and open the window in lumps.
+fn ack_frequency(tuning: &Tuning) -> AckFrequencyConfig {
+    let together = tuning.rate.map_or(10, |rate| {
+        bytes_in(rate, Duration::from_millis(2)) / u64::from(tuning.mtu_max)
+    });
     let mut frequency = AckFrequencyConfig::default();
     frequency
-        .ack_eliciting_threshold(VarInt::from_u32(10))
-        .max_ack_delay(Some(Duration::from_millis(20)));
+        .ack_eliciting_threshold(var(together.clamp(2, 10)))
+        .max_ack_delay(Some(Duration::from_millis(5)));
     frequency
 }
 

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::congestion::{CapSchedule, Mode};
+
 /// Bytes of IP and UDP headers around each QUIC packet: 20 (IPv4) + 8. The configured rate is meant to include them.
 pub const PACKET_OVERHEAD: u64 = 28;
 /// The largest UDP payload that fits a 1500-byte Ethernet over IPv6: 1500 - 40 - 8.
@@ -27,6 +29,10 @@ const LAN_RECEIVE_WINDOW: u64 = 2 * MIB;
 const LAN_SEND_WINDOW: u64 = 8 * MIB;
 /// No connection holds more than this, whatever rate is configured.
 const WINDOW_MAX: u64 = 64 * MIB;
+/// From here on a link is not one of a site's own.
+const WAN_RTT: Duration = Duration::from_millis(5);
+/// What a connection sends before it knows anything: 22 packets, as many as two bursts that the network card cuts.
+const STARTING_WINDOW: u64 = 32 << 10;
 /// Assumed where a rate is configured, but no round-trip time.
 const RTT_ASSUMED: Duration = Duration::from_millis(100);
 
@@ -34,23 +40,40 @@ const RTT_ASSUMED: Duration = Duration::from_millis(100);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Congestion {
-    /// `dedicated` where a rate is configured, `cubic` otherwise.
+    /// `dedicated` where a rate is configured, or a round-trip time of 5 ms and more; `cubic` otherwise, as on a LAN.
     #[default]
     Auto,
-    /// Fill the configured rate, back off on queueing delay: for links whose rate is known and ours.
+    /// Fill the path, back off on queueing delay, do not mind random loss: for links that are ours.
     Dedicated,
+    /// Fill the path while alone, and take one TCP connection's share beside others.
+    Shared,
+    /// Take what others leave.
+    Background,
     /// RFC 9438, as quinn has it: fair to others, slow on lossy long links.
     Cubic,
     /// quinn's BBR version 1; experimental there.
     Bbr,
 }
 
+impl Congestion {
+    /// How our own controller treats others.
+    pub(crate) fn mode(self) -> Mode {
+        match self {
+            Self::Shared => Mode::Shared,
+            Self::Background => Mode::Background,
+            Self::Auto | Self::Dedicated | Self::Cubic | Self::Bbr => Mode::Dedicated,
+        }
+    }
+}
+
 /// What is configured about a link. All times and sizes are per connection unless said otherwise.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LinkSettings {
-    /// Rate of the whole link in bit/s, IP headers included. `None`: unknown, as on a LAN.
+    /// Most that the whole link may carry, in bit/s, IP headers included. `None`: what it finds.
     pub rate: Option<u64>,
-    /// Round-trip time without queues.
+    /// Lower caps by the local time of day.
+    pub caps: CapSchedule,
+    /// Round-trip time without queues: a first guess.
     pub rtt: Option<Duration>,
     /// Connections that share the rate, at least 1; each gets its part.
     pub connections: u32,
@@ -82,6 +105,7 @@ impl Default for LinkSettings {
     fn default() -> Self {
         Self {
             rate: None,
+            caps: CapSchedule::default(),
             rtt: None,
             connections: 1,
             mtu_max: MTU_WAN,
@@ -147,13 +171,7 @@ pub struct Tuning {
 /// From settings to windows; pure.
 pub fn tune(settings: &LinkSettings) -> Tuning {
     let mtu_max = settings.mtu_max.clamp(1200, 65_000);
-    let packet = u64::from(mtu_max);
-    // The share of this connection, less the headers that quinn does not count.
-    let rate = settings
-        .rate
-        .map(|bits| bits / 8 / u64::from(settings.connections.max(1)))
-        .map(|bytes| (u128::from(bytes) * u128::from(packet) / u128::from(packet + PACKET_OVERHEAD)) as u64)
-        .map(|bytes| bytes.max(1000));
+    let rate = cap(settings).map(|rate| (rate / u64::from(settings.connections.max(1))).max(1000));
     let rtt = settings
         .rtt
         .unwrap_or(RTT_ASSUMED)
@@ -175,8 +193,8 @@ pub fn tune(settings: &LinkSettings) -> Tuning {
         ),
     };
     let congestion = match (settings.congestion, rate) {
-        (Congestion::Auto | Congestion::Dedicated, None) => Congestion::Cubic,
-        (Congestion::Auto, Some(_)) => Congestion::Dedicated,
+        (Congestion::Auto, None) if rtt_of(settings) < WAN_RTT => Congestion::Cubic,
+        (Congestion::Auto, _) => Congestion::Dedicated,
         (chosen, _) => chosen,
     };
     Tuning {
@@ -185,9 +203,7 @@ pub fn tune(settings: &LinkSettings) -> Tuning {
         stream_window: STREAM_WINDOW,
         connection_window,
         send_window,
-        // RFC 6928's ten packets are for strangers. A quiet LAN takes 256 KiB (about one default socket buffer) at once; on
-        // a link whose rate is configured, one product is what the path holds without a queue.
-        initial_window: rate.map_or(256 << 10, |_| bandwidth_delay.clamp(32 << 10, WINDOW_MAX)),
+        initial_window: starting_window(settings) / u64::from(settings.connections.max(1)),
         // Twice the configured time: a first packet must not count as lost because of a queue. A LAN without a word on
         // its delay is given 20 ms.
         initial_rtt: settings
@@ -199,6 +215,36 @@ pub fn tune(settings: &LinkSettings) -> Tuning {
         segmentation_offload: settings.segmentation_offload && mtu_max <= OFFLOAD_MTU_MAX,
         congestion,
     }
+}
+
+fn rtt_of(settings: &LinkSettings) -> Duration {
+    settings.rtt.unwrap_or_default()
+}
+
+/// The configured rate of the whole link, in bytes/s of QUIC packets.
+pub(crate) fn cap(settings: &LinkSettings) -> Option<u64> {
+    settings
+        .rate
+        .map(|bits| payload_rate(bits, settings.mtu_max.clamp(1200, 65_000)))
+}
+
+/// From bit/s with IP and UDP headers to bytes/s of QUIC packets of `mtu` bytes; at least 1000.
+pub(crate) fn payload_rate(bits_per_second: u64, mtu: u16) -> u64 {
+    let packet = u128::from(mtu.max(1));
+    let bytes = u128::from(bits_per_second / 8) * packet / (packet + u128::from(PACKET_OVERHEAD));
+    u64::try_from(bytes).unwrap_or(u64::MAX).max(1000)
+}
+
+/// What all connections of a link send in the first round trip. Where rate and delay are configured, half of what the path would
+/// hold if both were true; the rest is found as without them, doubling per round trip.
+pub(crate) fn starting_window(settings: &LinkSettings) -> u64 {
+    let connections = u64::from(settings.connections.max(1));
+    let known = cap(settings).zip(settings.rtt);
+    let hint = known.map_or(0, |(rate, rtt)| {
+        bytes_in(rate, rtt.min(Duration::from_secs(5))) / 2
+    });
+    let least = connections.saturating_mul(STARTING_WINDOW);
+    hint.max(least).min(WINDOW_MAX.saturating_mul(connections))
 }
 
 /// Bytes that pass at `rate` bytes/s within `time`, saturating.

@@ -5,8 +5,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use jiff::civil::Time;
 use serde::{Deserialize, Serialize};
 
+use crate::link::congestion::{CapSchedule, CapWindow};
 use crate::link::{Congestion, Credentials, LinkSettings, MTU_JUMBO, MTU_WAN};
 use crate::units::{ByteSize, Rate, Span};
 
@@ -37,9 +39,9 @@ impl IdentitySection {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LinkSection {
-    /// Rate of the whole link, IP headers included. Without it the link finds its own, slowly.
+    /// Most that the link may carry, IP headers included. Without it the link takes what it finds.
     pub rate: Option<Rate>,
-    /// Round-trip time without queues; a first guess where a rate is given.
+    /// Round-trip time without queues; a first guess.
     pub rtt: Option<Span>,
     /// Connections that share the rate.
     pub connections: u32,
@@ -52,6 +54,19 @@ pub struct LinkSection {
     pub dead_after: Span,
     /// Let the network card cut packets (GSO).
     pub segmentation_offload: bool,
+    /// Caps by time of day.
+    pub cap: Vec<CapSection>,
+}
+
+/// `[[...link.cap]]`: a window of the day, local time of this host, and the rate that the link may fill within it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CapSection {
+    /// "08:00".
+    pub from: Time,
+    /// The first moment after; earlier than `from` where the window lies over midnight.
+    pub to: Time,
+    pub rate: Rate,
 }
 
 impl Default for LinkSection {
@@ -65,10 +80,13 @@ impl Default for LinkSection {
             socket_buffer: ByteSize(8 << 20),
             dead_after: Span(Duration::from_secs(10)),
             segmentation_offload: true,
+            cap: Vec::new(),
         }
     }
 }
 
+/// Most windows of one link.
+const CAPS_MAX: usize = 64;
 /// Most connections of one link.
 pub const CONNECTIONS_MAX: u32 = 16;
 
@@ -105,7 +123,19 @@ impl LinkSection {
             &format!("{key}.connections"),
             self.connections as usize,
             1..=CONNECTIONS_MAX as usize,
-        )
+        )?;
+        check_count(&format!("the number of {key}.cap"), self.cap.len(), 0..=CAPS_MAX)
+    }
+
+    fn caps(&self) -> CapSchedule {
+        let window = |cap: &CapSection| CapWindow {
+            from: cap.from,
+            to: cap.to,
+            rate: cap.rate.0,
+        };
+        CapSchedule {
+            windows: self.cap.iter().map(window).collect(),
+        }
     }
 
     /// As the link wants it, for each of the connections.
@@ -125,7 +155,39 @@ impl LinkSection {
             // Two chances to be heard within the time that makes a link dead.
             keep_alive: dead_after / 3,
             segmentation_offload: self.segmentation_offload,
+            caps: self.caps(),
             ..LinkSettings::lan()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::civil::time;
+
+    use super::*;
+
+    #[test]
+    fn caps_by_time_of_day_are_read() {
+        let text = r#"
+            rate = "200 Mbit/s"
+            [[cap]]
+            from = "08:00"
+            to = "18:00"
+            rate = "50 Mbit/s"
+        "#;
+        let section: LinkSection = toml::from_str(text).unwrap();
+        let settings = section.settings();
+        assert_eq!(
+            settings.caps.at(time(9, 0, 0, 0), settings.rate),
+            Some(50_000_000)
+        );
+        assert_eq!(
+            settings.caps.at(time(18, 0, 0, 0), settings.rate),
+            Some(200_000_000)
+        );
+        assert!(
+            toml::from_str::<LinkSection>("[[cap]]\nfrom = \"8\"\nto = \"9\"\nrate = \"1 Mbit/s\"").is_err()
+        );
     }
 }

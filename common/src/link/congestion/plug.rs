@@ -1,0 +1,237 @@
+//! The budget behind quinn's `Controller` trait.
+//!
+//! Owns the sharing between threads and the clock's edge: a lock per acknowledgement, atomics for the window that quinn asks for with
+//! each packet, and the cap that changes with the time of day. Leaves all decisions to `budget`. quinn clones a controller when a
+//! peer's address changes: the clone is a member of its own, and the old path falls silent.
+
+use std::any::Any;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use quinn_proto::RttEstimator;
+use quinn_proto::congestion::{Controller, ControllerFactory};
+
+use super::budget::{Budget, MemberAcks, MemberId};
+use super::cap::CapSchedule;
+use super::epoch::ControlConfig;
+use crate::link::tuning::{LinkSettings, payload_rate, starting_window};
+
+/// Bytes that a burst of offloaded packets may leave of a full window, in packets.
+const BURST: u64 = 12;
+/// How often the time of day is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// A [`Budget`] that the connections to one peer share.
+#[derive(Clone)]
+pub struct SharedBudget(Arc<Shared>);
+
+struct Shared {
+    timed: Mutex<Timed>,
+    window: AtomicU64,
+    active: AtomicUsize,
+}
+
+/// A [`SharedBudget`] that does not keep it alive.
+pub(crate) struct WeakBudget(Weak<Shared>);
+
+impl WeakBudget {
+    pub(crate) fn upgrade(&self) -> Option<SharedBudget> {
+        self.0.upgrade().map(SharedBudget)
+    }
+}
+
+/// A budget, and the caps that hold at some times of the day.
+struct Timed {
+    budget: Budget,
+    caps: CapSchedule,
+    /// In bit/s with IP headers, of the configuration or of [`SharedBudget::set_cap`].
+    rate: Option<u64>,
+    /// This budget's part of caps.
+    parts: u64,
+    mtu: u16,
+    look_at: Instant,
+}
+
+impl Timed {
+    /// Looks at the clock on the wall once per second, where that matters.
+    fn look(&mut self, now: Instant) {
+        if !self.caps.windows.is_empty() && now >= self.look_at {
+            self.look_at = now + LOOK_EVERY;
+            self.apply();
+        }
+    }
+
+    fn apply(&mut self) {
+        let rate = match self.caps.windows.is_empty() {
+            true => self.rate,
+            false => self.caps.at(jiff::Zoned::now().time(), self.rate),
+        };
+        let cap = rate.map(|bits| payload_rate(bits, self.mtu) / self.parts);
+        self.budget.set_cap(cap);
+    }
+}
+
+impl std::fmt::Debug for SharedBudget {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "a budget of {} bytes in flight",
+            self.0.window.load(Ordering::Relaxed)
+        )
+    }
+}
+
+impl SharedBudget {
+    /// For all connections of a link.
+    pub(crate) fn of_link(settings: &LinkSettings) -> Self {
+        Self::new(settings, 1)
+    }
+
+    /// For one of a link's connections that shares with no other.
+    pub(crate) fn of_connection(settings: &LinkSettings) -> Self {
+        Self::new(settings, u64::from(settings.connections.max(1)))
+    }
+
+    fn new(settings: &LinkSettings, parts: u64) -> Self {
+        let config = ControlConfig {
+            mode: settings.congestion.mode(),
+            initial_window: starting_window(settings) / parts,
+            packet: 1200,
+        };
+        let now = Instant::now();
+        let mut timed = Timed {
+            budget: Budget::new(config, now),
+            caps: settings.caps.clone(),
+            rate: settings.rate,
+            parts,
+            mtu: settings.mtu_max.clamp(1200, 65_000),
+            look_at: now,
+        };
+        timed.apply();
+        Self(Arc::new(Shared {
+            window: AtomicU64::new(timed.budget.window()),
+            timed: Mutex::new(timed),
+            active: AtomicUsize::new(1),
+        }))
+    }
+
+    pub(crate) fn downgrade(&self) -> WeakBudget {
+        WeakBudget(Arc::downgrade(&self.0))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Timed> {
+        self.0.timed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn publish(&self, budget: &Budget, now: Instant) {
+        self.0.window.store(budget.window(), Ordering::Relaxed);
+        self.0.active.store(budget.active(now), Ordering::Relaxed);
+    }
+
+    /// Caps the rate from now on: bit/s with IP headers, at packets of `mtu` bytes.
+    pub(crate) fn set_cap(&self, bits_per_second: u64, mtu: u16) {
+        let mut timed = self.lock();
+        (timed.rate, timed.mtu) = (Some(bits_per_second), mtu);
+        timed.apply();
+    }
+}
+
+/// Makes members of a budget for quinn.
+pub(crate) struct MemberFactory(pub(crate) SharedBudget);
+
+impl ControllerFactory for MemberFactory {
+    fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
+        Box::new(Plugged::join(self.0.clone(), current_mtu, now))
+    }
+}
+
+/// A member of a budget behind quinn's trait.
+struct Plugged {
+    shared: SharedBudget,
+    id: MemberId,
+    mtu: u16,
+    acked: u64,
+    byte_seconds: f64,
+    newest_sent: Option<Instant>,
+}
+
+impl Plugged {
+    fn join(shared: SharedBudget, mtu: u16, now: Instant) -> Self {
+        let mut timed = shared.lock();
+        let id = timed.budget.join(now);
+        shared.publish(&timed.budget, now);
+        drop(timed);
+        Self {
+            shared,
+            id,
+            mtu,
+            acked: 0,
+            byte_seconds: 0.0,
+            newest_sent: None,
+        }
+    }
+}
+
+impl Drop for Plugged {
+    fn drop(&mut self) {
+        self.shared.lock().budget.leave(self.id);
+    }
+}
+
+impl Controller for Plugged {
+    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, _app_limited: bool, _: &RttEstimator) {
+        let delay = now.saturating_duration_since(sent).min(Duration::from_secs(3600));
+        self.acked = self.acked.saturating_add(bytes);
+        self.byte_seconds += bytes as f64 * delay.as_secs_f64();
+        self.newest_sent = Some(self.newest_sent.map_or(sent, |newest| newest.max(sent)));
+    }
+
+    fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, _: Option<u64>) {
+        let Some(newest_sent) = self.newest_sent.take() else {
+            return;
+        };
+        let before = in_flight.saturating_add(self.acked);
+        let limited = !app_limited && before + BURST * u64::from(self.mtu) >= self.window() / 4 * 3;
+        let acks = MemberAcks {
+            newest_sent,
+            bytes: std::mem::take(&mut self.acked),
+            in_flight: before,
+            byte_seconds: std::mem::take(&mut self.byte_seconds),
+            limited,
+        };
+        let mut timed = self.shared.lock();
+        timed.look(now);
+        timed.budget.on_acks(now, self.id, &acks);
+        self.shared.publish(&timed.budget, now);
+    }
+
+    fn on_congestion_event(&mut self, now: Instant, sent: Instant, persistent: bool, lost_bytes: u64) {
+        let mut timed = self.shared.lock();
+        timed.budget.on_lost(now, sent, lost_bytes, persistent);
+        self.shared.publish(&timed.budget, now);
+    }
+
+    fn on_mtu_update(&mut self, new_mtu: u16) {
+        self.mtu = new_mtu;
+        self.shared.lock().budget.set_packet(u64::from(new_mtu));
+    }
+
+    fn window(&self) -> u64 {
+        let window = self.shared.0.window.load(Ordering::Relaxed);
+        let active = self.shared.0.active.load(Ordering::Relaxed);
+        Budget::part(window, active, u64::from(self.mtu))
+    }
+
+    fn clone_box(&self) -> Box<dyn Controller> {
+        Box::new(Self::join(self.shared.clone(), self.mtu, Instant::now()))
+    }
+
+    fn initial_window(&self) -> u64 {
+        self.window()
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
+}

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use longhaul_common::extent::Extent;
 
 use super::mounts::Mount;
+use crate::disk::ReadAt;
 use crate::disk::free_map::FreeMap;
 use crate::disk::fs::{Committed, FileSystem, FsSummary, Unproven, ext, fat, ntfs, xfs};
 use crate::disk::scan::{Part, scan_seen};
 use crate::disk::volume::Probe;
-use crate::disk::ReadAt;
 
 /// File systems on a running guest: ext with its journal laid over, the others only to say why they give nothing.
 const RUNNING: &[Probe] = &[ext::probe_running, xfs::probe_running, ntfs_running, fat_running];

@@ -177,7 +177,17 @@ fn a_proven_block_is_never_needed_and_the_bitmaps_on_the_disk_would_lose_some() 
         for (index, (mkfs, mib, options)) in (0..).zip(VARIANTS) {
             let seed = seed.wrapping_add(run * 1000 + index);
             let losses = migrate(mkfs, *mib, options, seed);
-            println!("{mkfs} {options}: {losses:?}");
+            println!(
+                "{mkfs} {options}: lost {} on disk, {} overlaid at once, {} proven; {} sent by the second look; \
+                 {} bytes skipped after {:?}, the first look took {:?}",
+                losses.on_disk,
+                losses.overlay,
+                losses.proven,
+                losses.second,
+                losses.skipped,
+                losses.waited,
+                losses.look
+            );
             // Of a cluster of several blocks that is in use, only some may be; the comparison of all files stands for them.
             if !mkfs.contains("bigalloc") {
                 assert_eq!(losses.proven, 0, "seed {seed}, {mkfs} {options}: {losses:?}");

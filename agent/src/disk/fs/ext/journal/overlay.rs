@@ -104,11 +104,7 @@ impl Reading {
         }
         let places = Places::read(ext, &inode)?;
         let header = read_header(ext, &places)?;
-        let log = Log {
-            ext,
-            places: &places,
-            header,
-        };
+        let log = Log::new(ext, &places, header);
         let newest = log.newest()?;
         let mut index = Index::default();
         log.words(newest, &mut |word| index.enter(word))?;

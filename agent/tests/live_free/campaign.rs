@@ -57,7 +57,6 @@ pub(crate) fn migrate(mkfs: &str, mib: u64, options: &str, seed: u64) -> Losses 
     };
     let mut proofs = Proofs::new(before.len() as u64, rules);
     proofs.add(&first);
-    let mut last = None;
     while proofs.parts().any(|part| part.proof.is_none()) {
         assert!(
             started.elapsed() < Duration::from_secs(60),
@@ -65,16 +64,12 @@ pub(crate) fn migrate(mkfs: &str, mib: u64, options: &str, seed: u64) -> Losses 
             proofs.parts().collect::<Vec<_>>()
         );
         std::thread::sleep(Duration::from_millis(40));
-        let later = Look::running(&disk, Instant::now());
-        proofs.add(&later);
-        last = Some(later);
+        proofs.add(&Look::running(&disk, Instant::now()));
     }
     let waited = started.elapsed();
     assert!(proofs.parts().all(|part| part.proof == Some(Proof::Journal)));
     std::thread::sleep(Duration::from_millis(500));
-    let second = last
-        .map(|last| second_look(proofs.free(), &last))
-        .unwrap_or_default();
+    let second = second_look(proofs.free(), &Look::running(&disk, Instant::now()));
     load.end();
     guest.shut_down();
     let after = fs::read(guest.image()).unwrap();

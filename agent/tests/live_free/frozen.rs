@@ -86,7 +86,7 @@ fn xfs_frozen_at_the_start_loses_nothing() {
     let seed = seed();
     println!("LONGHAUL_LIVE_FREE_SEED={seed}");
     let (guest, before, after, proofs) = freeze_and_go_on("mkfs.xfs -q -f", 320, "xfs", seed);
-    let mut target = after.clone();
+    let mut target = after;
     for (block, content) in (0..).zip(target.chunks_exact_mut(4096)) {
         if proofs.free().is_free(block * 4096) && before[block as usize * 4096..][..4096] == *content {
             content.fill(0);

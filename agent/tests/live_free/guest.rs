@@ -35,6 +35,24 @@ pub(crate) fn run(program: &str, args: &[&str], codes: &[i32]) -> Output {
     output
 }
 
+/// Mounts an image. Tests that run at the same time may take the loop device that mount(8) chose: then once more.
+fn attach(image: &Path, at: &Path, options: &str) {
+    let words = ["-o", options, image.to_str().unwrap(), at.to_str().unwrap()];
+    for _ in 0..8 {
+        let output = run("mount", &words, &[0, 32]);
+        let why = String::from_utf8_lossy(&output.stderr).into_owned();
+        if output.status.success() {
+            return;
+        }
+        assert!(
+            why.contains("busy") || why.contains("failed to setup loop"),
+            "{why}"
+        );
+        std::thread::sleep(std::time::Duration::from_millis(200));
+    }
+    panic!("no loop device for {}", image.display());
+}
+
 /// A file as a disk.
 pub(crate) struct FileDisk {
     file: File,
@@ -93,11 +111,7 @@ impl Guest {
             more => format!("loop,{more}"),
         };
         let (image, root) = (self.image(), self.root());
-        run(
-            "mount",
-            &["-o", &options, image.to_str().unwrap(), root.to_str().unwrap()],
-            &[0],
-        );
+        attach(&image, &root, &options);
         self.mounted = true;
         self
     }
@@ -282,11 +296,7 @@ pub(crate) fn same_files(one: &Path, other: &Path, options: &str) {
         let at = image.with_extension("check");
         fs::create_dir_all(&at).unwrap();
         let options = format!("loop,ro{options}");
-        run(
-            "mount",
-            &["-o", &options, image.to_str().unwrap(), at.to_str().unwrap()],
-            &[0],
-        );
+        attach(image, &at, &options);
         at
     });
     let output = Command::new("diff")

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use longhaul_agent::disk::ReadAt;
 use longhaul_agent::disk::live_free::Look;
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
@@ -19,7 +20,7 @@ fn journal(image: &std::path::Path, block: usize) -> Vec<usize> {
         .collect()
 }
 
-fn require_known(disk: &Vec<u8>, states: &[State], what: &str) -> bool {
+fn require_known(disk: &dyn ReadAt, states: &[State], what: &str) -> bool {
     match read(disk) {
         Ok(state) => {
             assert!(

@@ -97,7 +97,10 @@ fn three_commits_prove_a_mounted_partition_and_fewer_do_not() {
 #[test]
 fn free_extents_need_two_equal_readings_and_a_volume_its_journal() {
     let pv = Pv::new(0, 101 * MIB);
-    let text = group(&[pv.clone()], &[lv("root", &[(64, "striped", &linear(0, 10))])]);
+    let text = group(
+        std::slice::from_ref(&pv),
+        &[lv("root", &[(64, "striped", &linear(0, 10))])],
+    );
     let mut around = vec![0; 101 << 20];
     pv.write(&mut around, &text, 0);
     let at = pv.extents(10, 64).offset();

@@ -81,6 +81,7 @@ impl ReadAt for FileDisk {
 pub(crate) struct Guest {
     dir: TempDir,
     mounted: bool,
+    ended: bool,
 }
 
 impl Guest {
@@ -95,7 +96,11 @@ impl Guest {
             .prefix("longhaul-live-")
             .tempdir()
             .unwrap();
-        let guest = Self { dir, mounted: false };
+        let guest = Self {
+            dir,
+            mounted: false,
+            ended: false,
+        };
         File::create(guest.image()).unwrap().set_len(mib << 20).unwrap();
         let image = guest.image();
         let mut words: Vec<&str> = mkfs.split_whitespace().collect();
@@ -116,8 +121,10 @@ impl Guest {
         self
     }
 
+    /// The disk; once shut down, what it was at the end.
     pub(crate) fn image(&self) -> PathBuf {
-        self.dir.path().join("image")
+        let name = if self.ended { "image-at-end" } else { "image" };
+        self.dir.path().join(name)
     }
 
     pub(crate) fn root(&self) -> PathBuf {
@@ -134,6 +141,12 @@ impl Guest {
 
     pub(crate) fn shut_down(&mut self) {
         if std::mem::take(&mut self.mounted) {
+            // An unmount is complete only when no other mount namespace of the machine holds a copy of the mount: what counts as
+            // the end is a copy from while it is frozen, when everything is in its place.
+            self.fsfreeze("-f");
+            fs::copy(self.image(), self.dir.path().join("image-at-end")).unwrap();
+            self.fsfreeze("-u");
+            self.ended = true;
             let root = self.root();
             let mut tries = 0;
             while !Command::new("umount").arg(&root).status().unwrap().success() {

@@ -83,10 +83,14 @@ fn probe(bytes: &[u8], probe: Probe) {
 
 pub(super) fn ext(bytes: &[u8]) {
     probe(bytes, longhaul_agent::disk::fs::ext::probe);
+    // The same bytes as the disk of a running guest: the journal is read, too.
+    probe(bytes, longhaul_agent::disk::fs::ext::probe_running);
+    probe(bytes, longhaul_agent::disk::fs::ext::probe_frozen);
 }
 
 pub(super) fn xfs(bytes: &[u8]) {
     probe(bytes, longhaul_agent::disk::fs::xfs::probe);
+    probe(bytes, longhaul_agent::disk::fs::xfs::probe_frozen);
 }
 
 pub(super) fn ntfs(bytes: &[u8]) {

@@ -128,9 +128,8 @@ impl Proofs {
                 found.state
             }
         };
-        let (base, now) = match (base, found.state) {
-            (State::FileSystem(base), State::FileSystem(now)) => (base, now),
-            _ => return Ok(Proof::FreeExtents),
+        let (State::FileSystem(base), State::FileSystem(now)) = (base, found.state) else {
+            return Ok(Proof::FreeExtents);
         };
         // Taken while frozen, or of a file system that was frozen at T0 and has been the same one since.
         let was_frozen = look.is_frozen

@@ -5,6 +5,8 @@
 //! committed. Leaves alone what is done with the tags. Promises that the commit found is the newest one on the disk when the scan
 //! began, or says [`Fault::Moved`]: behind the end of the chain nothing may carry a later number.
 
+use std::cell::RefCell;
+
 use super::super::Ext;
 use super::header::Header;
 use super::place::Places;
@@ -13,6 +15,8 @@ use super::{Fault, is_after};
 
 /// Blocks behind the end of the chain that must not carry a later number.
 const LOOK_BEHIND: u32 = 128;
+/// Bytes read at once.
+const AHEAD_BYTES: usize = 256 << 10;
 /// How often the end of the chain may move on while it is looked at.
 const EXTENSIONS_MAX: u32 = 1000;
 
@@ -35,6 +39,15 @@ pub(super) struct Log<'a> {
     pub(super) ext: &'a Ext<'a>,
     pub(super) places: &'a Places,
     pub(super) header: Header,
+    window: RefCell<Window>,
+}
+
+/// Blocks read ahead, so that a log of many small transactions costs few reads.
+#[derive(Default)]
+struct Window {
+    first: u32,
+    count: u32,
+    raw: Vec<u8>,
 }
 
 /// Where a walk along the log stands.
@@ -53,9 +66,19 @@ enum Next {
     End,
 }
 
-impl Log<'_> {
+impl<'a> Log<'a> {
+    pub(super) fn new(ext: &'a Ext<'a>, places: &'a Places, header: Header) -> Self {
+        Self {
+            ext,
+            places,
+            header,
+            window: RefCell::default(),
+        }
+    }
+
     /// The number of the newest committed transaction.
     pub(super) fn newest(&self) -> Result<u32, Fault> {
+        self.forget();
         let mut position = self.tail();
         if self.header.start == 0 {
             return Ok(position.sequence.wrapping_sub(1));
@@ -75,6 +98,8 @@ impl Log<'_> {
         newest: u32,
         give: &mut dyn FnMut(Word) -> Result<(), Fault>,
     ) -> Result<(), Fault> {
+        // What was read ahead may be older than the commit block that was found.
+        self.forget();
         let mut position = self.tail();
         while self.header.start != 0 && !is_after(position.sequence, newest) {
             if !self.transaction(&mut position, give)? {
@@ -116,7 +141,7 @@ impl Log<'_> {
         if position.passed >= self.header.len() {
             return Ok(Next::End);
         }
-        let raw = self.read(position.at)?;
+        let raw = self.read_ahead(position.at)?;
         let Some((role, sequence)) = tags::head(&raw) else {
             return Ok(Next::End);
         };
@@ -172,9 +197,10 @@ impl Log<'_> {
     fn goes_on_behind(&self, position: Position) -> Result<bool, Fault> {
         let window = LOOK_BEHIND.min(self.header.len() - position.passed.min(self.header.len()));
         for by in 0..window {
-            let raw = self.read(self.header.step(position.at, by))?;
+            let raw = self.read_ahead(self.header.step(position.at, by))?;
             let later = tags::head(&raw).is_some_and(|(_, number)| is_after(number, position.sequence));
             if later {
+                self.forget();
                 return match self.transaction(&mut position.clone(), &mut |_| Ok(()))? {
                     true => Ok(true),
                     false => Err(Fault::Moved(
@@ -186,15 +212,44 @@ impl Log<'_> {
         Ok(false)
     }
 
-    /// Block `at` of the journal.
+    fn forget(&self) {
+        self.window.borrow_mut().count = 0;
+    }
+
+    /// Block `at` of the journal, as it was when it was read or read ahead.
+    fn read_ahead(&self, at: u32) -> Result<Vec<u8>, Fault> {
+        let size = self.ext.superblock.block_size as usize;
+        let mut window = self.window.borrow_mut();
+        if !(window.first..window.first.saturating_add(window.count)).contains(&at) {
+            let (place, run) = self.place(at)?;
+            let most = (AHEAD_BYTES / size) as u64;
+            let count = run.min(most).min((self.header.end - at).into()).max(1);
+            window.count = 0;
+            window.raw.resize(count as usize * size, 0);
+            self.ext.read_block(place, &mut window.raw)?;
+            // At most `most`, which is small.
+            (window.first, window.count) = (at, count as u32);
+        }
+        let from = (at - window.first) as usize * size;
+        Ok(window.raw[from..from + size].to_vec())
+    }
+
+    /// Block `at` of the journal, read now.
     pub(super) fn read(&self, at: u32) -> Result<Vec<u8>, Fault> {
-        let superblock = &self.ext.superblock;
-        let (place, _) = self
-            .places
-            .find(at)
-            .ok_or_else(|| superblock.kind.inconsistent("journal: its file is too short"))?;
-        let mut raw = vec![0; superblock.block_size as usize];
-        self.ext.read_block(place, &mut raw)?;
+        let mut raw = vec![0; self.ext.superblock.block_size as usize];
+        self.ext.read_block(self.place(at)?.0, &mut raw)?;
         Ok(raw)
+    }
+
+    /// Where block `at` lies, and how many follow there without a break, itself among them.
+    fn place(&self, at: u32) -> Result<(u64, u64), Fault> {
+        let found = self.places.find(at);
+        let wrong = || {
+            self.ext
+                .superblock
+                .kind
+                .inconsistent("journal: its file is too short")
+        };
+        Ok(found.ok_or_else(wrong)?)
     }
 }

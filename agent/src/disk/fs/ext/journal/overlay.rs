@@ -41,8 +41,8 @@ struct Index {
 }
 
 impl Index {
-    fn enter(&mut self, word: Word) -> Result<(), Fault> {
-        match word {
+    fn enter(&mut self, word: &Word) -> Result<(), Fault> {
+        match *word {
             Word::Logged { tag, at, sequence } => {
                 let logged = Logged {
                     at,
@@ -104,14 +104,10 @@ impl Reading {
         }
         let places = Places::read(ext, &inode)?;
         let header = read_header(ext, &places)?;
-        let log = Log {
-            ext,
-            places: &places,
-            header,
-        };
+        let log = Log::new(ext, &places, header);
         let newest = log.newest()?;
         let mut index = Index::default();
-        log.words(newest, &mut |word| index.enter(word))?;
+        log.words(newest, &mut |word| index.enter(&word))?;
         let contents = Contents::of_metadata(&log, &index, volume)?;
         // While the tail stands, no block of the log from there to the newest commit was written again.
         if read_header(ext, &places)? != header {

@@ -134,26 +134,22 @@ fn taken(ext: &Ext<'_>, journal: Option<JournalState>) -> Result<Taken, Fault> {
 
 /// Repeats what failed because the guest wrote at the same time; damage looks the same, and remains.
 fn repeated<T>(read: &mut dyn FnMut() -> Result<T, Fault>) -> Result<T, Unproven> {
-    let mut last = None;
-    for _ in 0..READINGS {
-        match read() {
-            Ok(value) => return Ok(value),
-            Err(Fault::Moved(what)) => {
-                last = Some(Unproven::InUse {
-                    kind: "ext4",
-                    what: what.into(),
-                })
-            }
-            Err(Fault::Unproven(why @ (Unproven::Checksum { .. } | Unproven::Inconsistent { .. }))) => {
-                last = Some(why);
-            }
-            Err(Fault::Unproven(why)) => return Err(why),
-        }
-    }
-    Err(last.unwrap_or(Unproven::InUse {
+    let mut last = Unproven::InUse {
         kind: "ext4",
         what: "it was not read".into(),
-    }))
+    };
+    for _ in 0..READINGS {
+        last = match read() {
+            Ok(value) => return Ok(value),
+            Err(Fault::Moved(what)) => Unproven::InUse {
+                kind: "ext4",
+                what: what.into(),
+            },
+            Err(Fault::Unproven(why @ (Unproven::Checksum { .. } | Unproven::Inconsistent { .. }))) => why,
+            Err(Fault::Unproven(why)) => return Err(why),
+        };
+    }
+    Err(last)
 }
 
 /// Whether there is a journal of the kind that proves something.

@@ -110,7 +110,7 @@ fn document(seed: u64, key: u64, number: u64) -> String {
     let word = |at: u64| mix(seed ^ mix(key << 8 | at));
     format!(
         "{{\"seq\":{number},\"id\":{key},\"name\":\"customer-{:05}\",\"mail\":\"c{key}@example.net\",\"city\":\"city-{}\",\
-         \"tags\":[\"t{}\",\"t{}\",\"t{}\"],\"balance\":{},\"token\":\"{:016x}{:016x}\",\"note\":\"changed by write {number}\"}}",
+         \"tags\":[\"t{}\",\"t{}\",\"t{}\"],\"balance\":{},\"token\":\"{:016x}{:016x}\",\"note\":\"last changed by write {number} of this machine's own client\"}}",
         word(1) % 100_000,
         word(2) % 900,
         word(3) % 50,

@@ -94,9 +94,6 @@ fn capabilities_that_change_the_stream_are_understood() {
                 vm.add_bitmaps();
             }
         });
-        if let Ok(path) = std::env::var("DUMP") {
-            std::fs::write(format!("{path}-{capability}"), &captured.stream).unwrap();
-        }
         let (tokenizer, _) = same(&captured.stream, TARGET, || 100_000);
         understood(&tokenizer, capability);
         // Its pages travel through other channels.

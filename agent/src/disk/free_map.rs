@@ -6,6 +6,7 @@
 use longhaul_common::extent::{BLOCK, Extent};
 
 /// One bit per block; set where the block is proven free.
+#[derive(Clone)]
 pub struct FreeMap {
     size: u64,
     words: Vec<u64>,

@@ -90,7 +90,10 @@ fn open_disk(
 /// The real place of a target. Our own link from the final name to the partial copy of a running VM is not followed.
 fn resolve(job: JobId, path: &Path, settings: &AgentSettings) -> Result<PathBuf, Refusal> {
     let roots = &settings.paths.write;
-    let partial = path.file_name().and_then(|name| name.to_str()).map(|name| apply::partial_name(name, job));
+    let partial = path
+        .file_name()
+        .and_then(|name| name.to_str())
+        .map(|name| apply::partial_name(name, job));
     let linked = partial.filter(|partial| std::fs::read_link(path).is_ok_and(|to| to == Path::new(partial)));
     match (linked, path.file_name()) {
         (Some(partial), Some(name)) => {

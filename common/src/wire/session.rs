@@ -305,6 +305,8 @@ pub struct LiveOutcome {
     pub notes: Vec<String>,
     /// Of each disk: bytes of data in rounds after the first.
     pub dirty_bytes: Vec<u64>,
+    /// Of each disk its parts, with the free blocks that were left behind and by which proof.
+    pub parts: Vec<Vec<PartReport>>,
 }
 
 /// What the source agent read of a disk, in bytes unless said otherwise.

@@ -529,6 +529,9 @@ fn live_report(record: &JobRecord, transfer: &Transfer<'_>, moved: Moved) -> Rep
             (disk.read_ms, disk.hash_ms) = (counts.read_ms, counts.hash_ms);
         }
         (disk.sent_raw_bytes, disk.wan_bytes) = (sums.sent, sums.wan);
+        if let Some(parts) = moved.outcome.parts.get(index) {
+            disk.left_behind(parts);
+        }
         disks.push(disk);
     }
     let mut live = LiveReport::new(&moved.outcome);

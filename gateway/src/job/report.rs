@@ -163,6 +163,18 @@ impl DiskReport {
         }
     }
 
+    /// What of a running VM's disk was proven free in the end; the rest of what was put off has been sent.
+    pub fn left_behind(&mut self, parts: &[PartReport]) {
+        let put_off = self.skipped_free_bytes;
+        let proven: u64 = parts
+            .iter()
+            .map(|part| part.free_bytes)
+            .fold(0, u64::saturating_add);
+        self.skipped_free_bytes = proven.min(put_off);
+        self.used_bytes = self.used_bytes.saturating_add(put_off - self.skipped_free_bytes);
+        self.parts = parts.iter().map(Part::from).collect();
+    }
+
     /// Adds what the source agent knows after it has read the disk.
     pub fn read(&mut self, digest: Digest, counts: &DiskCounts) {
         self.source_digest = digest.to_string();

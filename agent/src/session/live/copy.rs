@@ -23,6 +23,7 @@ use crate::disk::have::HaveLeaves;
 use crate::disk::image::LiveImage;
 use crate::disk::reader::{DiskRead, KnownLeaves, Outgoing};
 use crate::session::outcome;
+use crate::session::threads::on_thread;
 
 /// Batches that are read ahead.
 const READ_AHEAD: usize = 4;
@@ -126,13 +127,15 @@ fn read_base(
         Err(refusal) => return drop(events.blocking_send(Event::Failed(refusal))),
     };
     for ((disk, image), have) in (0..).map(DiskIndex).zip(&images).zip(have) {
+        let free = session.free.deferred(usize::from(disk.0));
+        let free = free.unwrap_or_else(|| FreeMap::new(image.size()));
         let read = DiskRead {
             job: session.job,
             attempt: uplink.attempt,
             disk,
             image,
             allocation: &|range| image.allocation(range),
-            free: &FreeMap::new(image.size()),
+            free: &free,
             have,
             // The disk changes under us: what was read once may be read again.
             known: &KnownLeaves::new(image.size()),
@@ -151,6 +154,48 @@ fn read_base(
         }
     }
 }
+
+/// Reads some of what was put off as perhaps free and is not proven so: the batches, and where to go on. `None` at the disk's end.
+pub(super) async fn put_off(
+    session: &Arc<LiveSource>,
+    disk: DiskIndex,
+    from: u64,
+) -> Result<Option<(Vec<Batch>, u64)>, Stop> {
+    let free = Arc::clone(&session.free);
+    let index = usize::from(disk.0);
+    let read = on_thread("live-put-off", move || {
+        let extents = free.unproven(index, from, PUT_OFF_STEP);
+        let end = extents.last().map(|extent| extent.end())?;
+        let (batches, mut made) = mpsc::channel(PUT_OFF_BATCHES);
+        let read = free.with_image(index, |image| {
+            let mut making = Making::new(disk);
+            for extent in extents {
+                making.read(image, extent, &batches)?;
+            }
+            making.send(&batches);
+            Ok::<_, std::io::Error>(())
+        })?;
+        drop(batches);
+        let mut list = Vec::new();
+        while let Some(batch) = made.blocking_recv() {
+            list.push(batch);
+        }
+        Some(read.map(|()| (list, end)))
+    });
+    let read = read
+        .await
+        .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
+    let refused = |error: std::io::Error| Refusal::because(RefusalKind::Refused, &error);
+    let Some((list, end)) = read.transpose().map_err(refused)? else {
+        return Ok(None);
+    };
+    Ok(Some((list.into_iter().collect::<Result<_, _>>()?, end)))
+}
+
+/// How much of what was put off is read at once, in bytes.
+const PUT_OFF_STEP: u64 = 4 << 20;
+/// More batches than that much can make.
+const PUT_OFF_BATCHES: usize = 4096;
 
 /// Reads what the exports' bitmaps call dirty, all disks at once. The receiver's end stops the reading.
 pub(super) async fn dirty(reach: Reach) -> Result<mpsc::Receiver<Result<Batch, Refusal>>, Stop> {

@@ -117,6 +117,7 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
             decisions: Vec::new(),
             notes: Vec::new(),
             dirty_bytes: vec![0; disks],
+            parts: Vec::new(),
         },
         last: None,
         counted: false,
@@ -211,14 +212,18 @@ impl Drive {
             self.rounds.open_base().await?;
         }
         let reach = self.reach().await?;
-        let copying = copy::base(&self.s, uplink, reach, have);
-        tokio::pin!(copying);
+        let session = Arc::clone(&self.s);
+        let mut copying = Box::pin(copy::base(&session, uplink, reach, have));
         let counts = loop {
             tokio::select! {
                 counts = &mut copying => break counts?,
-                () = tokio::time::sleep(LOOK) => self.pace.sample(self.began.elapsed(), uplink, 0),
+                () = tokio::time::sleep(LOOK) => {
+                    self.pace.sample(self.began.elapsed(), uplink, 0);
+                    self.s.free.look().await;
+                }
             }
         };
+        drop(copying);
         uplink.settle().await?;
         if !self.counted {
             for (index, (digest, counts)) in (0..).map(longhaul_common::ids::DiskIndex).zip(counts) {
@@ -230,7 +235,31 @@ impl Drive {
                 .steps_ms
                 .push(("round 0".to_owned(), self.began.elapsed().as_millis() as u64));
         }
+        self.put_off(uplink).await?;
         self.rounds.finish().await?;
+        Ok(())
+    }
+
+    /// What the first look called free goes last, unless it was proven free meanwhile.
+    async fn put_off(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
+        self.round += 1;
+        for disk in (0..self.s.disks.len() as u16).map(longhaul_common::ids::DiskIndex) {
+            let mut from = 0;
+            loop {
+                self.s.free.look().await;
+                self.check_cancel()?;
+                let Some((batches, end)) = copy::put_off(&self.s, disk, from).await? else {
+                    break;
+                };
+                for batch in batches {
+                    let (header, data) = batch.addressed(uplink, Round(self.round), false)?;
+                    uplink.send_disk(&header, data).await?;
+                }
+                from = end;
+            }
+        }
+        uplink.settle().await?;
+        self.outcome.parts = self.s.free.report();
         Ok(())
     }
 
@@ -247,8 +276,11 @@ impl Drive {
                 (probed, last_probe) = (probed + 1, Instant::now());
                 self.s.probe(probed).await;
             }
+            if let Some(words) = self.vm.watch().await {
+                self.note(format!("{words}; the RAM stream is begun anew"));
+            }
             if self.vm.is_migrating() && self.vm.stopped_unasked().await? {
-                return self.hand_over(uplink).await;
+                return self.unasked(uplink).await;
             }
             let verdict = self.decide(uplink).await?;
             match verdict.decision {
@@ -276,6 +308,25 @@ impl Drive {
                     return Err(Refusal::new(RefusalKind::Refused, text).into());
                 }
             }
+        }
+    }
+
+    /// QEMU has stopped an idle VM: finished where what is left fits, undone otherwise.
+    async fn unasked(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
+        let dirty = self.rounds.dirty_bytes().await?;
+        let (now, rtt) = (self.began.elapsed(), self.s.heard.borrow().rtt);
+        let ram = self.vm.ram_view();
+        let view = self.pace.view(now, &dirty, None, ram.as_ref(), uplink, rtt);
+        let verdict = self
+            .converge
+            .unasked(&view, &super::pace::policy(&self.s.vm.policy));
+        self.note(verdict.why);
+        match verdict.decision {
+            Decision::HandOver { predicted } => {
+                self.outcome.predicted_blackout_ms = predicted.as_millis() as u64;
+                self.hand_over(uplink).await
+            }
+            _ => Ok(self.vm.give_up(Reason::TooEarly).await.and(Err(Stop::Detached))?),
         }
     }
 

@@ -10,6 +10,7 @@ mod disks;
 mod drive;
 mod old_copy;
 mod pace;
+mod proof;
 mod ram_in;
 mod ram_out;
 pub(super) mod source;

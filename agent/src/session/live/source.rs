@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::disks::{self, VmDisk};
 use super::drive::{self, Parts};
+use super::proof::FreeProof;
 use super::uplink::Uplink;
 use super::word::{self, ToSource as Said, ToTarget};
 use crate::disk::have::HaveLeaves;
@@ -56,11 +57,11 @@ pub(super) type End = Result<Box<LiveOutcome>, Refusal>;
 pub(crate) struct LiveSource {
     pub(super) agent: Arc<Agent>,
     pub(super) job: JobId,
-    pub(super) open: SourceOpen,
     pub(super) vm: SourceVm,
     pub(super) qmp: Qmp,
     pub(super) disks: Vec<VmDisk>,
     reports: Vec<OpenedDisk>,
+    pub(super) free: Arc<FreeProof>,
     definition: Option<Vec<u8>>,
     pub(super) heard: watch::Sender<Heard>,
     pub(super) uplink: watch::Sender<Option<Arc<Uplink>>>,
@@ -141,37 +142,47 @@ impl LiveSource {
         let reach = disks::reach(&mut rounds, 1)
             .await
             .map_err(|error| refused(&error));
-        let shown = disks.clone();
+        let started = Instant::now();
+        let (shown, policy, filter) = (disks.clone(), vm.policy, open.filter);
         let surveyed = on_thread("live-open", move || {
             let images = disks::connect(reach?)?;
-            shown
+            let reports = shown
                 .iter()
                 .zip(&images)
-                .map(|(disk, image)| disks::report(disk, image))
-                .collect()
+                .map(|(disk, image)| disks::report(disk, image));
+            let mut reports: Vec<_> = reports.collect::<Result<_, _>>()?;
+            let free = FreeProof::first(images, started, &policy, filter);
+            for (index, report) in reports.iter_mut().enumerate() {
+                report.free = free
+                    .deferred(index)
+                    .map_or(0, |free| free.free_bytes())
+                    .min(report.allocated);
+                report.used = report.allocated - report.free;
+            }
+            Ok((reports, Arc::new(free)))
         });
         let surveyed = surveyed.await.map_err(|error| refused(&error)).flatten();
         let definition = open
             .definition
             .as_deref()
             .map(|path| read_definition(path, settings));
-        let (reports, definition) = match surveyed.and_then(|reports| Ok((reports, definition.transpose()?)))
-        {
-            Ok(opened) => opened,
-            Err(refusal) => {
-                let _ = rounds.remove().await; // The first error is the one to tell.
-                return Err(refusal);
-            }
-        };
+        let ((reports, free), definition) =
+            match surveyed.and_then(|surveyed| Ok((surveyed, definition.transpose()?))) {
+                Ok(opened) => opened,
+                Err(refusal) => {
+                    let _ = rounds.remove().await; // The first error is the one to tell.
+                    return Err(refusal);
+                }
+            };
         let (words, heard) = mpsc::channel(QUEUE);
         Ok(Arc::new(Self {
             agent: Arc::clone(agent),
             job: open.job,
-            open: open.clone(),
             vm,
             qmp,
             disks,
             reports,
+            free,
             definition,
             heard: watch::Sender::default(),
             uplink: watch::Sender::new(None),

@@ -76,7 +76,10 @@ impl SourceVm {
             outgoing: None,
             ram: None,
             old_copy: OldCopy::new(files, job),
-            limits: Limits::default(),
+            limits: Limits {
+                stalled: Duration::from_millis(session.vm.policy.hold_ms),
+                ..Limits::default()
+            },
             slowed: false,
         };
         vm.perform(effects).await;
@@ -153,6 +156,16 @@ impl SourceVm {
 
     pub(super) fn ram_view(&self) -> Option<RamView> {
         self.ram.as_ref().map(|ram| ram.view())
+    }
+
+    /// What goes on too long becomes an event; gives the words for it.
+    pub(super) async fn watch(&mut self) -> Option<String> {
+        let still = self.ram_view()?.still;
+        let overdue = self.owner.overdue(still, still, &self.limits)?;
+        let words = overdue.to_string();
+        self.on(overdue.event).await;
+        self.let_go().await;
+        Some(words)
     }
 
     /// Whether QEMU has stopped the VM by itself: nothing was left to send.
@@ -266,6 +279,11 @@ impl SourceVm {
         step("stream ended");
         if let Some(stream) = stream {
             (outcome.stream_bytes, outcome.stream_digest) = (stream.len, stream.hash);
+            let counts = ram.view().counts;
+            outcome.notes.push(format!(
+                "RAM: {} pages with content ({} of them sent again), {} zero pages",
+                counts.pages, counts.resent_pages, counts.zeros
+            ));
             let end = ToTarget::StreamEnd {
                 generation: ram.generation,
                 stream,

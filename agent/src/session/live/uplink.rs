@@ -104,11 +104,6 @@ impl Uplink {
         self.settled.send_modify(|count| *count += 1);
     }
 
-    /// How many batches are not durable yet.
-    pub(super) fn open_batches(&self) -> usize {
-        self.outstanding().len()
-    }
-
     /// Waits until every batch of the disks that was sent is durable.
     pub(super) async fn settle(&self) -> Result<(), Detached> {
         let mut settled = self.settled.subscribe();

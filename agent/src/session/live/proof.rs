@@ -1,0 +1,144 @@
+//! Which free blocks of a running guest stay behind.
+//!
+//! Owns the looks at the disks during round 0: what the first one calls free is put off, what is proven by the end is left out, the rest
+//! is sent. Leaves proofs to `disk::live_free`. Promises that a block which is put off is either proven free or sent before RAM flows.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use longhaul_common::extent::Extent;
+use longhaul_common::wire::session::{LivePolicy, PartReport};
+
+use crate::disk::free_map::FreeMap;
+use crate::disk::image::LiveImage;
+use crate::disk::live_free::{Look, Proofs, Rules};
+use crate::disk::scan::Part;
+use crate::session::threads::on_thread;
+
+/// Between two looks.
+const LOOK_EVERY: Duration = Duration::from_secs(3);
+
+/// One disk's free blocks.
+struct DiskProof {
+    image: LiveImage,
+    /// What the first look called free.
+    deferred: FreeMap,
+    proofs: Proofs,
+}
+
+/// The free blocks of all disks of a VM.
+pub(super) struct FreeProof {
+    disks: Mutex<Vec<DiskProof>>,
+    next: Mutex<Instant>,
+}
+
+impl FreeProof {
+    /// Takes the first look at each disk. `started`: when the first dirty bitmaps were on. Blocks.
+    pub(super) fn first(images: Vec<LiveImage>, started: Instant, policy: &LivePolicy, filter: bool) -> Self {
+        let disks = images.into_iter().map(|image| {
+            let rules = Rules {
+                started,
+                age: policy.free_proof_age_ms.map(Duration::from_millis),
+                frozen: Vec::new(),
+            };
+            let mut proofs = Proofs::new(image.size(), rules);
+            let mut deferred = FreeMap::new(image.size());
+            if filter {
+                let look = Look::running(&image, Instant::now());
+                proofs.add(&look);
+                deferred = look.free;
+            }
+            DiskProof {
+                image,
+                deferred,
+                proofs,
+            }
+        });
+        Self {
+            disks: Mutex::new(disks.collect()),
+            next: Mutex::new(Instant::now() + LOOK_EVERY),
+        }
+    }
+
+    fn disks(&self) -> MutexGuard<'_, Vec<DiskProof>> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What of a disk is not read in round 0's first pass.
+    pub(super) fn deferred(&self, disk: usize) -> Option<FreeMap> {
+        self.disks().get(disk).map(|disk| disk.deferred.clone())
+    }
+
+    /// Looks again where it is time to.
+    pub(super) async fn look(self: &Arc<Self>) {
+        {
+            let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+            if Instant::now() < *next {
+                return;
+            }
+            *next = Instant::now() + LOOK_EVERY;
+        }
+        let with = Arc::clone(self);
+        // A look that cannot be had proves nothing.
+        let _ = on_thread("free-look", move || {
+            for disk in with.disks().iter_mut() {
+                if disk.proofs.missing(&disk.deferred, disk.image.size()) > 0 {
+                    let look = Look::running(&disk.image, Instant::now());
+                    disk.proofs.add(&look);
+                }
+            }
+        })
+        .await;
+    }
+
+    /// Extents of a disk, from `from` on and at most `max` bytes, that were put off and are still not proven free.
+    pub(super) fn unproven(&self, disk: usize, from: u64, max: u64) -> Vec<Extent> {
+        let disks = self.disks();
+        let Some(disk) = disks.get(disk) else {
+            return Vec::new();
+        };
+        let (size, proven) = (disk.image.size(), disk.proofs.free());
+        let (mut found, mut bytes, mut at) = (Vec::new(), 0, from);
+        while at < size && bytes < max {
+            let (deferred, run) = disk.deferred.run(at, size);
+            at = run.end();
+            if !deferred {
+                continue;
+            }
+            let mut within = run.offset();
+            while within < run.end() && bytes < max {
+                let (free, part) = proven.run(within, run.end());
+                let end = part.end().min(part.offset() + (max - bytes));
+                if !free {
+                    found.push(Extent::between(part.offset(), end));
+                    bytes += end - part.offset();
+                }
+                within = if free { part.end() } else { end };
+                at = within;
+            }
+        }
+        found
+    }
+
+    /// Reads what is put off and unproven. Blocks.
+    pub(super) fn with_image<T>(&self, disk: usize, read: impl FnOnce(&LiveImage) -> T) -> Option<T> {
+        self.disks().get(disk).map(|disk| read(&disk.image))
+    }
+
+    /// Of each disk its parts, with what was left behind and by which proof, or why nothing was.
+    pub(super) fn report(&self) -> Vec<Vec<PartReport>> {
+        let parts = |disk: &DiskProof| disk.proofs.parts().map(part_report).collect();
+        self.disks().iter().map(parts).collect()
+    }
+}
+
+fn part_report(part: &Part) -> PartReport {
+    PartReport {
+        name: part.name.clone(),
+        extent: part.extent,
+        kind: part.kind.clone(),
+        proof: part.proof.map(|proof| proof.words().to_owned()),
+        free_bytes: part.free_bytes,
+        reason: part.reason.clone(),
+    }
+}

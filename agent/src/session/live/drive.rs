@@ -539,6 +539,10 @@ impl Drive {
         {
             tracing::error!(job = %self.s.job, "something of ours is left in the VM's QEMU: {error}");
         }
+        if end.is_ok() {
+            // A QEMU that quits leaves its NBD server's name behind.
+            let _ = std::fs::remove_file(self.rounds.socket());
+        }
         end.map(|()| Box::new(self.outcome))
     }
 }

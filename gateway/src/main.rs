@@ -14,9 +14,10 @@ use longhaul_gateway::job::table::Jobs;
 use longhaul_gateway::metrics::{self, Gauges};
 use longhaul_gateway::receive::Receiving;
 use longhaul_gateway::reduction::workers::Workers;
+use longhaul_gateway::reduction::{Level, Method, Size, Windows};
 use longhaul_gateway::send::ingest::Ingest;
 use longhaul_gateway::send::transmit::Peer;
-use longhaul_gateway::settings::GatewaySettings;
+use longhaul_gateway::settings::{GatewaySettings, LevelSetting, ReductionSection};
 use longhaul_gateway::store::Store;
 
 /// Longhaul's gateway: one or more per site.
@@ -67,6 +68,20 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         .block_on(serve(settings, tls, text))
 }
 
+/// The windows, and how data is reduced.
+fn reduction(section: &ReductionSection) -> (Arc<Windows>, Method) {
+    let ReductionSection { dedup, xor, .. } = *section;
+    let level = match section.level {
+        LevelSetting::Raw => Level::Raw,
+        LevelSetting::Lz4 | LevelSetting::Adaptive => Level::Lz4,
+        LevelSetting::Zstd1 => Level::Zstd1,
+        LevelSetting::Zstd3 => Level::Zstd3,
+        LevelSetting::Zstd9 => Level::Zstd9,
+    };
+    let size = Size::of(section.window.0, section.window_file.0);
+    (Windows::new(Some(size)), Method { dedup, xor, level })
+}
+
 async fn serve(
     settings: GatewaySettings,
     tls: Arc<TlsState>,
@@ -84,17 +99,27 @@ async fn serve(
     };
     let workers = Workers::start(threads).map_err(|error| format!("cannot start threads: {error}"))?;
     let agents = Arc::new(Agents::default());
-    let ingest = Arc::new(Ingest::new(workers.clone(), settings.limits.send_memory.0));
+    let (windows, method) = reduction(&settings.reduction);
+    let ingest = Arc::new(Ingest::new(
+        workers.clone(),
+        method,
+        settings.limits.send_memory.0,
+    ));
     agents::listen(&settings.agents, &tls, Arc::clone(&agents), Arc::clone(&ingest))
         .map_err(|error| format!("agents.listen: {}", chain(&error)))?;
-    let receiving = Receiving::new(Arc::clone(&agents), workers, settings.limits.receive_memory.0);
+    let receiving = Receiving::new(
+        Arc::clone(&agents),
+        workers,
+        Arc::clone(&windows),
+        settings.limits.receive_memory.0,
+    );
     Arc::clone(&receiving)
         .listen(&settings.peers, &tls)
         .map_err(|error| format!("peers.listen: {}", chain(&error)))?;
     let peers = settings
         .peer
         .iter()
-        .map(|peer| Peer::start(peer.clone(), Arc::clone(&tls)))
+        .map(|peer| Peer::start(peer.clone(), Arc::clone(&tls), &windows))
         .collect();
     let jobs = Jobs::new(agents, Arc::clone(&ingest), peers, store, settings.limits.jobs);
     let gauges = Gauges { ingest, receiving };

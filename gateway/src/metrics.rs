@@ -24,6 +24,11 @@ pub const RECEIVED_RAW: &str = "longhaul_received_raw_bytes_total";
 /// Payloads with their headers, as they came from peers.
 pub const RECEIVED_WAN: &str = "longhaul_received_wan_bytes_total";
 
+/// Payloads from peers that refer to blocks which this gateway does not hold; each was asked for again.
+pub const MISSING: &str = "longhaul_window_missing_total";
+/// Raw data by what became of it, label `kind`: zero, reference, xor, compressed, raw.
+pub const REDUCED: &str = "longhaul_reduced_bytes_total";
+
 const JOBS: &str = "longhaul_jobs";
 const AGENTS: &str = "longhaul_agents";
 const SEND_MEMORY: &str = "longhaul_send_memory_bytes";
@@ -71,6 +76,11 @@ pub fn describe() {
             "Payloads and headers that came from peers",
         ),
         (
+            MISSING,
+            Unit::Count,
+            "Payloads that refer to blocks which this gateway does not hold",
+        ),
+        (
             LINK_REFUSED,
             Unit::Count,
             "Peers and agents that were refused a link",
@@ -80,6 +90,7 @@ pub fn describe() {
         describe_counter!(name, unit, help);
         counter!(name).increment(0);
     }
+    describe_counter!(REDUCED, Unit::Bytes, "Raw data by what became of it");
     describe_counter!(PEER_SENT, Unit::Bytes, "UDP payload sent to a site");
     describe_counter!(PEER_LOST, Unit::Count, "Packets to a site that were lost");
     let gauges = [

@@ -4,21 +4,25 @@
 //! Leaves what goes next to `outbox`. Promises that a dead connection costs nothing but the second sending of its own unaccepted
 //! payloads, and that it is dialled again for as long as the program runs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use longhaul_common::ids::Sequence;
 use longhaul_common::link::{self, Identity, Link, LinkSettings, RecvStream, Role, SendStream, TlsState};
 use longhaul_common::wire::ALPN_PEER;
+use longhaul_common::wire::frame;
 use longhaul_common::wire::sequences::Sequences;
-use longhaul_common::wire::session::{Refusal, RefusalKind, chain};
-use tokio::sync::Notify;
+use longhaul_common::wire::session::{PeerTask, Refusal, RefusalKind, chain};
+use longhaul_common::wire::window::WindowAnswer;
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 
 use super::outbox::{ConnectionId, Flow, Outbox, Ready, SentAgain, window};
 use crate::metrics::SENT_AGAIN;
+use crate::reduction::{Kept, Pair, Windows};
 use crate::settings::PeerSection;
 
 /// So long a dead connection's payloads rest at least: what the peer sent before it died, if it did, has arrived by then.
@@ -29,6 +33,10 @@ const REST_MAX: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// A call that is not answered by then (plus some round trips) is made anew: after a cut, QUIC's own repetitions come ever later.
 const CALL_TIME: Duration = Duration::from_secs(4);
+/// The peer's answer about the window must be there by then.
+const AGREE_TIME: Duration = Duration::from_secs(5);
+/// Each try begins a later epoch than the peer has seen: two are enough, unless connections do it at once.
+const AGREE_TRIES: usize = 4;
 /// Waits between two tries to reach the peer.
 const BACKOFF: [u64; 5] = [100, 250, 500, 1000, 2000];
 
@@ -46,6 +54,15 @@ pub struct PeerStats {
     pub problem: Option<String>,
 }
 
+/// What is remembered of a payload until the peer has accepted it.
+pub struct Pending {
+    pub kept: Kept,
+    /// Header and raw data, where the peer may lack what the payload refers to.
+    pub plain: Option<[Bytes; 2]>,
+    /// Memory of both.
+    pub hold: Option<Arc<OwnedSemaphorePermit>>,
+}
+
 #[derive(Default)]
 struct Links {
     live: BTreeMap<ConnectionId, Link>,
@@ -60,6 +77,9 @@ pub struct Peer {
     pub settings: PeerSection,
     tls: Arc<TlsState>,
     outbox: Mutex<Outbox>,
+    pending: Mutex<HashMap<Flow, BTreeMap<Sequence, Pending>>>,
+    /// The windows shared with this peer, unless there are to be none.
+    pub pair: Option<Arc<Pair>>,
     /// Something was pushed, accepted or closed.
     changed: Notify,
     links: Mutex<Links>,
@@ -69,11 +89,16 @@ pub struct Peer {
 
 impl Peer {
     /// Begins to dial, and goes on for as long as the program runs.
-    pub fn start(settings: PeerSection, tls: Arc<TlsState>) -> Arc<Self> {
+    pub fn start(settings: PeerSection, tls: Arc<TlsState>, windows: &Windows) -> Arc<Self> {
+        let pair = identity(&settings, &tls)
+            .ok()
+            .and_then(|identity| windows.with(&identity.to_string()));
         let peer = Arc::new(Self {
             settings,
             tls,
             outbox: Mutex::default(),
+            pending: Mutex::default(),
+            pair,
             changed: Notify::new(),
             links: Mutex::default(),
             linked: Notify::new(),
@@ -93,8 +118,23 @@ impl Peer {
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts a payload into the outbox.
-    pub fn push(&self, ready: Ready) {
+    fn pending(&self) -> MutexGuard<'_, HashMap<Flow, BTreeMap<Sequence, Pending>>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a payload into the outbox, and remembers what belongs to it.
+    pub fn push(&self, ready: Ready, pending: Pending) {
+        let mut flows = self.pending();
+        flows
+            .entry(ready.flow)
+            .or_default()
+            .insert(ready.sequence, pending);
+        drop(flows);
+        self.push_again(ready);
+    }
+
+    /// Puts a payload into the outbox in place of one that the peer could not restore.
+    pub fn push_again(&self, ready: Ready) {
         self.outbox().push(ready);
         self.changed.notify_waiters();
     }
@@ -103,6 +143,46 @@ impl Peer {
     pub fn accepted(&self, flow: Flow, sequences: &Sequences) {
         self.outbox().accepted_all(flow, sequences);
         self.changed.notify_waiters();
+        let accepted: Vec<_> = {
+            let mut flows = self.pending();
+            let Some(known) = flows.get_mut(&flow) else { return };
+            let named = sequences.among(known.keys().copied());
+            named
+                .iter()
+                .filter_map(|sequence| known.remove(sequence))
+                .collect()
+        };
+        if let Some(pair) = &self.pair {
+            accepted.iter().for_each(|pending| pair.accepted(&pending.kept));
+        }
+    }
+
+    /// The peer cannot restore these: what it takes to send them plainly. One that is on its way again already stays: the peer will say
+    /// so once more.
+    pub fn missing(&self, flow: Flow, sequences: &Sequences) -> Vec<(Ready, [Bytes; 2])> {
+        let named = {
+            let flows = self.pending();
+            flows
+                .get(&flow)
+                .map(|known| sequences.among(known.keys().copied()))
+        };
+        let mut again = Vec::new();
+        for sequence in named.unwrap_or_default() {
+            let Some(ready) = self.outbox().accepted(flow, sequence) else {
+                continue;
+            };
+            let mut flows = self.pending();
+            let pending = flows.get_mut(&flow).and_then(|known| known.get_mut(&sequence));
+            let Some(pending) = pending else { continue };
+            let kept = std::mem::take(&mut pending.kept);
+            if let Some(pair) = &self.pair {
+                pair.missing(&kept);
+            }
+            if let Some(plain) = pending.plain.clone() {
+                again.push((ready, plain));
+            }
+        }
+        again
     }
 
     /// What of a flow was sent a second time, because a connection died.
@@ -114,6 +194,10 @@ impl Peer {
     pub fn close(&self, flow: Flow) -> Vec<Sequence> {
         let unsent = self.outbox().close(flow);
         self.changed.notify_waiters();
+        let pending = self.pending().remove(&flow).unwrap_or_default();
+        if let Some(pair) = &self.pair {
+            pending.values().for_each(|pending| pair.given_up(&pending.kept));
+        }
         unsent
     }
 
@@ -194,12 +278,8 @@ impl Peer {
     }
 
     async fn dial(&self, settings: &LinkSettings) -> Result<Link, String> {
-        let PeerSection {
-            site, name, address, ..
-        } = &self.settings;
-        let us = self.tls.identity();
-        let expected =
-            Identity::new(us.trust_domain(), site, Role::Gateway, name).map_err(|error| error.to_string())?;
+        let address = &self.settings.address;
+        let expected = identity(&self.settings, &self.tls)?;
         let found = tokio::net::lookup_host(address.as_str()).await;
         let mut found = found.map_err(|error| format!("'{address}' cannot be resolved: {error}"))?;
         let address: SocketAddr = found
@@ -213,6 +293,7 @@ impl Peer {
     async fn use_link(&self, link: Link) {
         let id = ConnectionId(self.next.fetch_add(1, Ordering::Relaxed));
         tracing::info!(peer = %self.settings.site, connection = id.0, address = %link.remote_address(), "linked to the peer");
+        self.agree(&link).await;
         self.links().live.insert(id, link.clone());
         self.linked.notify_waiters();
         let reason = tokio::select! {
@@ -235,13 +316,41 @@ impl Peer {
         link.close(link::code::DONE, "the connection failed");
     }
 
+    /// Agrees with the peer on the window; without that, payloads refer to nothing.
+    async fn agree(&self, link: &Link) {
+        let Some(pair) = &self.pair else { return };
+        let agreed = tokio::time::timeout(AGREE_TIME, async {
+            for _ in 0..AGREE_TRIES {
+                let hello = pair.hello();
+                let (mut send, mut recv) = link.open_bi().await.ok()?;
+                frame::write(&mut send, &PeerTask::Window(hello)).await.ok()?;
+                let _ = send.finish();
+                let answer = frame::read::<WindowAnswer>(&mut recv).await.ok()??;
+                if pair.answered(hello, answer) {
+                    return Some(answer);
+                }
+            }
+            None
+        });
+        match agreed.await {
+            Ok(Some(answer)) => {
+                tracing::debug!(peer = %self.settings.site, epoch = answer.epoch, "the window is agreed on")
+            }
+            _ => tracing::debug!(peer = %self.settings.site, "the peer has no window for this gateway"),
+        }
+    }
+
     /// Waits until another connection has heard from the peer: where the peer itself died, the others are dead as well and only do not
     /// know it yet. What they would carry again would be sent in vain; the job's attempt ends meanwhile instead.
     async fn rest(&self) {
         tokio::time::sleep(REST).await;
         let heard = |links: &Links| -> BTreeMap<ConnectionId, u64> {
             let received = |link: &Link| link.stats().received_packets;
-            links.live.iter().map(|(id, link)| (*id, received(link))).collect()
+            links
+                .live
+                .iter()
+                .map(|(id, link)| (*id, received(link)))
+                .collect()
         };
         let before = heard(&self.links());
         let alive = async {
@@ -249,7 +358,10 @@ impl Peer {
                 tokio::time::sleep(LOOK_AGAIN).await;
                 // One that is new was answered by the peer just now.
                 let now = heard(&self.links());
-                if now.iter().any(|(id, received)| before.get(id).is_none_or(|known| known < received)) {
+                if now
+                    .iter()
+                    .any(|(id, received)| before.get(id).is_none_or(|known| known < received))
+                {
                     return;
                 }
             }
@@ -273,6 +385,13 @@ impl Peer {
             }
         }
     }
+}
+
+/// Who is expected at the other end.
+fn identity(settings: &PeerSection, tls: &TlsState) -> Result<Identity, String> {
+    let trust_domain = tls.identity().trust_domain().to_owned();
+    Identity::new(&trust_domain, &settings.site, Role::Gateway, &settings.name)
+        .map_err(|error| error.to_string())
 }
 
 async fn write(link: &Link, ready: Ready) -> Result<(), String> {

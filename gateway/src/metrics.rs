@@ -39,6 +39,7 @@ const PEER_SENT: &str = "longhaul_peer_sent_bytes_total";
 const PEER_LOST: &str = "longhaul_peer_lost_packets_total";
 const PEER_QUEUE: &str = "longhaul_peer_queue_bytes";
 const PEER_IN_FLIGHT: &str = "longhaul_peer_in_flight_bytes";
+const PEER_LEVEL: &str = "longhaul_peer_level";
 const LINK_REFUSED: &str = "longhaul_link_refused_total";
 
 const STATES: [(JobState, &str); 7] = [
@@ -118,6 +119,11 @@ pub fn describe() {
             "Payloads that wait for a connection to a site",
         ),
         (
+            PEER_LEVEL,
+            Unit::Count,
+            "How much work a lane's data is worth: 0 raw, 1 LZ4, 2 zstd 1, 3 zstd 3, 4 zstd 9",
+        ),
+        (
             PEER_IN_FLIGHT,
             Unit::Bytes,
             "Payloads sent to a site and not accepted yet",
@@ -153,6 +159,12 @@ impl Gauges {
         gauge!(RECEIVE_MEMORY).set(self.receiving.held() as f64);
         for peer in jobs.peers() {
             let (site, stats) = (peer.settings.site.clone(), peer.stats());
+            for (lane, level) in ["handover", "ram", "dirty", "bulk"]
+                .into_iter()
+                .zip(peer.levels())
+            {
+                gauge!(PEER_LEVEL, "site" => site.clone(), "lane" => lane).set(f64::from(level as u8));
+            }
             gauge!(PEER_CONNECTIONS, "site" => site.clone()).set(stats.connections as f64);
             gauge!(PEER_RTT, "site" => site.clone()).set(stats.rtt_ms as f64 / 1e3);
             gauge!(PEER_QUEUE, "site" => site.clone()).set(stats.waiting_bytes as f64);

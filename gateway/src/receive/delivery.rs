@@ -165,8 +165,9 @@ pub(super) async fn take(receiving: &Receiving, peer: &Identity, mut stream: Rec
         payload,
     } = arrived;
     let (sequence, urgent, vm) = (header.sequence, header.urgent, delivery.vm);
-    let pair = receiving.windows.with(&peer.to_string());
+    let (windows, name) = (Arc::clone(&receiving.windows), peer.to_string());
     let restored = receiving.workers.run_as(urgent, move || {
+        let pair = windows.with(&name);
         reduction::restore(&payload, &header, vm, pair.as_deref())
     });
     match restored.await {

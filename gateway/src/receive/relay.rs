@@ -67,13 +67,12 @@ pub(super) async fn run(
 
 /// Answers a peer that says with which window it goes on. One that is to have none gets no answer.
 async fn agree(receiving: &Receiving, peer: &Identity, hello: WindowHello, send: &mut SendStream) {
-    if let Some(pair) = receiving.windows.with(&peer.to_string()) {
-        let answer = receiving.workers.run_as(true, move || pair.greet(hello)).await;
-        if let Ok(answer) = answer {
-            tracing::debug!(%peer, epoch = answer.epoch, held = answer.held, "a window is agreed on");
-            // A peer that is gone need not be told.
-            let _ = tokio::time::timeout(LAST_WORD, frame::write(send, &answer)).await;
-        }
+    let (windows, name) = (Arc::clone(&receiving.windows), peer.to_string());
+    let greet = move || Some(windows.with(&name)?.greet(hello));
+    if let Ok(Some(answer)) = receiving.workers.run_as(true, greet).await {
+        tracing::debug!(%peer, epoch = answer.epoch, held = answer.held, "a window is agreed on");
+        // A peer that is gone need not be told.
+        let _ = tokio::time::timeout(LAST_WORD, frame::write(send, &answer)).await;
     }
     close(send).await;
 }

@@ -13,8 +13,10 @@ mod codec;
 mod decode;
 mod encode;
 mod index;
+mod ladder;
 mod layout;
 mod pair;
+mod persist;
 mod plan;
 mod slot_file;
 mod window;
@@ -30,6 +32,7 @@ pub use block::{differing, is_noise, is_zero, xor};
 pub use codec::Level;
 pub use decode::{RestoreError, restore};
 pub use encode::{reduce, reduce_plainly};
+pub use ladder::{CHOOSE_EVERY, Ladder, Seen};
 pub use layout::Vm;
 pub use pair::{Pair, Windows};
 pub use window::{SLOTS_MAX, Size};
@@ -79,6 +82,14 @@ pub struct Method {
     pub dedup: bool,
     pub xor: bool,
     pub level: Level,
+}
+
+/// The same as settings say it: without a level, each lane finds its own ([`Ladder`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Way {
+    pub dedup: bool,
+    pub xor: bool,
+    pub level: Option<Level>,
 }
 
 /// What became of raw data, in bytes of it; `payload` is what it came to.

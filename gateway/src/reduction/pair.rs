@@ -12,13 +12,17 @@
 //!
 //! Promises that a payload of another epoch than the one agreed is never restored from the window: it is asked for plainly.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use dashmap::DashMap;
 use longhaul_common::wire::window::{WindowAnswer, WindowHello};
 
 use super::Kept;
 use super::block::DigestKey;
+use super::persist::Folder;
+use super::slot_file::SlotFile;
 use super::window::{Size, Window};
 
 /// Peers with windows of their own; as many as there are certificates.
@@ -26,6 +30,7 @@ pub struct Windows {
     /// None where there are to be no windows.
     size: Option<Size>,
     key: DigestKey,
+    folder: Option<Arc<Folder>>,
     pairs: DashMap<String, Arc<Pair>>,
 }
 
@@ -35,22 +40,68 @@ impl Windows {
         Arc::new(Self {
             size,
             key: DigestKey::random(),
+            folder: None,
             pairs: DashMap::new(),
         })
     }
 
-    /// The windows shared with a peer; `name` is its whole name.
+    /// The same in files below `folder`, that survive an orderly restart.
+    ///
+    /// # Errors
+    /// A folder that cannot be made or written.
+    pub fn in_folder(size: Size, folder: &Path) -> std::io::Result<Arc<Self>> {
+        let (folder, key) = Folder::open(folder)?;
+        Ok(Arc::new(Self {
+            size: Some(size),
+            key,
+            folder: Some(Arc::new(folder)),
+            pairs: DashMap::new(),
+        }))
+    }
+
+    /// Keeps all windows for the next life of this program, which is at its end: nothing may be sent or taken any more.
+    ///
+    /// # Errors
+    /// The first file that cannot be written; the windows behind it begin anew.
+    pub fn keep(&self) -> std::io::Result<()> {
+        let Some(folder) = &self.folder else { return Ok(()) };
+        for entry in &self.pairs {
+            folder.keep(&out(entry.key()), &entry.value().outgoing)?;
+            if let Some(incoming) = entry.value().incoming() {
+                folder.keep(&into(entry.key()), &incoming)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The windows shared with a peer; `name` is its whole name. Reads files where it is asked for the first time.
     pub fn with(&self, name: &str) -> Option<Arc<Pair>> {
         let size = self.size?;
-        let new = || Arc::new(Pair::new(size, self.key.clone()));
+        let new = || Arc::new(Pair::new(name, size, self.key.clone(), self.folder.clone()));
         Some(Arc::clone(
             &*self.pairs.entry(name.to_owned()).or_insert_with(new),
         ))
     }
 }
 
+fn out(name: &str) -> String {
+    format!("to {name}")
+}
+
+fn into(name: &str) -> String {
+    format!("from {name}")
+}
+
+/// An epoch that no earlier life of this program has had.
+fn new_epoch() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.map_or(1, |since| since.as_nanos() as u64)
+}
+
 /// The windows shared with one peer.
 pub struct Pair {
+    name: String,
+    folder: Option<Arc<Folder>>,
     size: Size,
     key: DigestKey,
     pub(super) outgoing: Window,
@@ -58,12 +109,33 @@ pub struct Pair {
 }
 
 impl Pair {
-    fn new(size: Size, key: DigestKey) -> Self {
+    fn new(name: &str, size: Size, key: DigestKey, folder: Option<Arc<Folder>>) -> Self {
+        let resume = |name: &str| {
+            let folder = folder.as_ref()?;
+            let image = folder.take(name, size)?;
+            let file = folder.blocks(name, size).ok()?;
+            Some(Window::resumed(size, image, key.clone(), file))
+        };
+        let incoming = resume(&into(name));
+        if let Some(window) = &incoming {
+            window.ring().agreed = true;
+        }
+        let outgoing = resume(&out(name));
+        let new = || {
+            Window::new(
+                size,
+                new_epoch(),
+                key.clone(),
+                blocks(folder.as_deref(), &out(name), size),
+            )
+        };
         Self {
+            name: name.to_owned(),
             size,
-            outgoing: Window::new(size, 1, key.clone(), None),
+            outgoing: outgoing.unwrap_or_else(new),
             key,
-            incoming: Mutex::new(None),
+            incoming: Mutex::new(incoming.map(Arc::new)),
+            folder,
         }
     }
 
@@ -107,9 +179,13 @@ impl Pair {
         });
         if let Some((epoch, slots)) = known.filter(|(epoch, _)| *epoch >= hello.epoch) {
             let held = epoch == hello.epoch;
+            if let Some(window) = entry.as_ref().filter(|_| held) {
+                window.agree(epoch, true, hello.slots);
+            }
             return WindowAnswer { epoch, held, slots };
         }
-        let window = Window::new(self.size, hello.epoch, self.key.clone(), None);
+        let file = blocks(self.folder.as_deref(), &into(&self.name), self.size);
+        let window = Window::new(self.size, hello.epoch, self.key.clone(), file);
         window.agree(hello.epoch, true, hello.slots);
         let slots = window.ring().len();
         *entry = Some(Arc::new(window));
@@ -143,4 +219,13 @@ impl Pair {
             self.outgoing.settle(receipt, accepted);
         }
     }
+}
+
+/// The file of blocks, where there is to be one and it can be had.
+fn blocks(folder: Option<&Folder>, name: &str, size: Size) -> Option<Arc<SlotFile>> {
+    let file = folder?.blocks(name, size);
+    if let Err(error) = &file {
+        tracing::warn!("a window has no file and remembers less: {error}");
+    }
+    file.ok()
 }

@@ -13,24 +13,21 @@ use super::layout::BLOCK_LEN;
 pub(super) struct SlotFile {
     file: File,
     slots: u64,
-    /// Bytes before the first slot.
-    start: u64,
     secret: [u8; 32],
 }
 
 impl SlotFile {
-    /// Of `slots` blocks from `start` on.
-    pub(super) fn new(file: File, start: u64, slots: u64) -> Self {
+    /// Of `slots` blocks.
+    pub(super) fn new(file: File, slots: u64) -> Self {
         Self {
             file,
             slots: slots.max(1),
-            start,
             secret: rand::random(),
         }
     }
 
     fn offset(&self, position: u64) -> u64 {
-        self.start + position % self.slots * BLOCK_LEN as u64
+        position % self.slots * BLOCK_LEN as u64
     }
 
     /// Reads the slot of `position`; false where it cannot be read.
@@ -67,8 +64,9 @@ impl SlotFile {
         super::block::xor(block, &stream);
     }
 
-    pub(super) fn file(&self) -> &File {
-        &self.file
+    /// Waits until all of it is on the disk.
+    pub(super) fn sync(&self) -> std::io::Result<()> {
+        self.file.sync_data()
     }
 }
 
@@ -79,7 +77,7 @@ mod tests {
     #[test]
     fn memory_of_guests_is_never_in_the_file() {
         let file = tempfile::tempfile().unwrap();
-        let slots = SlotFile::new(file, 4096, 8);
+        let slots = SlotFile::new(file, 8);
         let content: Vec<u8> = (0..3 * BLOCK_LEN).map(|n| (n / 7) as u8).collect();
         assert!(slots.write(6, true, &mut content.clone()));
         assert!(slots.write(11, false, &mut content[..BLOCK_LEN].to_vec()));

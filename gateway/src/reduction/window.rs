@@ -47,7 +47,16 @@ impl Size {
 pub(super) struct Slot {
     /// With [`SECRET`] set where the content is a guest's memory.
     marked: u64,
-    digest: BlockDigest,
+    pub(super) digest: BlockDigest,
+}
+
+/// All of a window but its blocks, as it survives a restart.
+pub(super) struct Image {
+    pub epoch: u64,
+    pub head: u64,
+    pub slots: Vec<Slot>,
+    pub by_digest: Vec<u64>,
+    pub by_place: Vec<u64>,
 }
 
 /// Marks content of a guest's memory: it reaches a disk only encrypted.
@@ -56,6 +65,17 @@ pub(super) const SECRET: u64 = 1 << 63;
 impl Slot {
     fn position(&self) -> u64 {
         self.marked & !SECRET
+    }
+
+    /// The position under which the next life finds it; none for a guest's memory, whose key is lost.
+    pub(super) fn kept_position(&self) -> u64 {
+        if self.marked & SECRET == 0 { self.marked } else { 0 }
+    }
+
+    /// As an earlier life kept it.
+    pub(super) fn kept(position: u64, digest: BlockDigest) -> Self {
+        let marked = if position < SECRET { position } else { 0 };
+        Self { marked, digest }
     }
 }
 
@@ -135,6 +155,39 @@ impl Window {
             ring: Mutex::new(ring),
             key,
             file,
+        }
+    }
+
+    /// As an earlier life of this program left it. Where the image does not fit, this is an empty one of a later epoch.
+    pub(super) fn resumed(size: Size, image: Image, key: DigestKey, file: Arc<SlotFile>) -> Self {
+        let window = Self::new(size, image.epoch, key, Some(file));
+        {
+            let mut ring = window.ring();
+            let ring = &mut *ring;
+            let fits = image.slots.len() == ring.slots.len()
+                && image.head < SECRET
+                && ring.by_digest.restore(&image.by_digest)
+                && ring.by_place.restore(&image.by_place);
+            if fits {
+                ring.slots = image.slots;
+                ring.head = image.head.max(1);
+            } else {
+                ring.forget_all();
+                ring.epoch = ring.epoch.saturating_add(1);
+            }
+        }
+        window
+    }
+
+    /// What the next life needs to go on.
+    pub(super) fn image(&self) -> Image {
+        let ring = self.ring();
+        Image {
+            epoch: ring.epoch,
+            head: ring.head,
+            slots: ring.slots.clone(),
+            by_digest: ring.by_digest.entries().collect(),
+            by_place: ring.by_place.entries().collect(),
         }
     }
 

@@ -4,8 +4,9 @@
 //! accepted it, so agents are held up instead of the gateway growing. Leaves order to `outbox`. Promises that a batch enters only
 //! the flow of its own job and attempt, and that a flow's counts include every batch that entered.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use dashmap::DashMap;
@@ -20,7 +21,7 @@ use super::transmit::{Peer, Pending};
 use crate::job::ledger::{DiskSums, Ledger, Sent};
 use crate::metrics::{REDUCED, SENT_RAW, SENT_WAN};
 use crate::reduction::workers::Workers;
-use crate::reduction::{self, Encoding, Method, ReductionCounts, Vm};
+use crate::reduction::{self, Encoding, Level, Method, Reduced, ReductionCounts, Vm, Way};
 
 /// Tells the agent that its batch found no job.
 const NO_JOB: VarInt = VarInt::from_u32(1);
@@ -150,7 +151,9 @@ impl Outflow {
 pub struct Ingest {
     flows: DashMap<JobId, Arc<Outflow>>,
     workers: Workers,
-    method: Method,
+    way: Way,
+    /// Batches that are being reduced or wait for it.
+    reducing: AtomicUsize,
     memory: Arc<Semaphore>,
     /// What `memory` has when nothing is held.
     units: usize,
@@ -160,13 +163,14 @@ pub struct Ingest {
 
 impl Ingest {
     /// With room for `memory` bytes of batches and payloads, over all jobs.
-    pub fn new(workers: Workers, method: Method, memory: u64) -> Self {
+    pub fn new(workers: Workers, way: Way, memory: u64) -> Self {
         // Below the size of one stream nothing could ever be read.
         let units = (memory as usize / UNIT).max(2 * STREAM_MAX.div_ceil(UNIT));
         Self {
             flows: DashMap::new(),
             workers,
-            method,
+            way,
+            reducing: AtomicUsize::new(0),
             memory: Arc::new(Semaphore::new(units)),
             units,
             share: (units / 4 * 3).max(STREAM_MAX.div_ceil(UNIT)),
@@ -240,10 +244,7 @@ impl Ingest {
             return;
         }
         let head = bytes.slice(..bytes.len() - raw.len());
-        let (pair, vm, method) = (outflow.peer.pair.clone(), outflow.vm(), self.method);
-        let (data, of) = (raw.clone(), header.clone());
-        let reduce = move || reduction::reduce(&data, &of, vm, pair.as_deref(), method);
-        let Ok(reduced) = self.workers.run_as(header.urgent, reduce).await else {
+        let Some(reduced) = self.reduce(&outflow, &header, &raw).await else {
             return;
         };
         let plain = reduced.kept.needs_window.then(|| [head.clone(), raw.clone()]);
@@ -263,7 +264,13 @@ impl Ingest {
             again: false,
         };
         let kept = reduced.kept;
-        let pending = Pending { kept, plain, hold };
+        let len = ready.len();
+        let pending = Pending {
+            kept,
+            plain,
+            len,
+            hold,
+        };
         // While this entry is held nobody closes the flow: what is pushed behind its end would stay for ever.
         let entry = self.flows.get(&header.job);
         if entry.as_ref().is_some_and(|entry| entry.flow == outflow.flow) {
@@ -277,10 +284,55 @@ impl Ingest {
         }
     }
 
+    /// How much work a batch of this lane is worth. What a stopped VM waits for is worth little: it is small, and time counts.
+    fn level(&self, outflow: &Outflow, lane: Lane) -> Level {
+        if let Some(level) = self.way.level {
+            return level;
+        }
+        let of = if lane == Lane::Handover { Lane::Ram } else { lane };
+        let waiting = self
+            .reducing
+            .load(Ordering::Relaxed)
+            .saturating_sub(self.workers.threads());
+        let level = outflow
+            .peer
+            .level(of, waiting, self.workers.threads(), Instant::now());
+        if lane == Lane::Handover {
+            level.min(Level::Zstd1)
+        } else {
+            level
+        }
+    }
+
+    async fn reduce(&self, outflow: &Outflow, header: &BatchHeader, raw: &Bytes) -> Option<Reduced> {
+        let lane = Lane::of(header);
+        self.reducing.fetch_add(1, Ordering::Relaxed);
+        let method = Method {
+            dedup: self.way.dedup,
+            xor: self.way.xor,
+            level: self.level(outflow, lane),
+        };
+        let (pair, vm) = (outflow.peer.pair.clone(), outflow.vm());
+        let (data, of) = (raw.clone(), header.clone());
+        let reduced = self.workers.run_as(header.urgent, move || {
+            let began = Instant::now();
+            let reduced = reduction::reduce(&data, &of, vm, pair.as_deref(), method);
+            (reduced, began.elapsed())
+        });
+        let reduced = reduced.await;
+        self.reducing.fetch_sub(1, Ordering::Relaxed);
+        let (reduced, busy) = reduced.ok()?;
+        let payload = reduced.payload.bytes.len() as u64;
+        outflow
+            .peer
+            .measured(lane, method.level, raw.len() as u64, payload, busy);
+        Some(reduced)
+    }
+
     /// Sends these again without the window: the peer does not hold what they refer to.
     pub async fn send_plainly(&self, outflow: &Outflow, sequences: &Sequences) {
         for (ready, [head, raw]) in outflow.peer.missing(outflow.flow, sequences) {
-            let level = self.method.level;
+            let level = self.level(outflow, ready.lane);
             let reduce = move || reduction::reduce_plainly(&raw, level);
             let Ok(reduced) = self.workers.run_as(ready.lane == Lane::Handover, reduce).await else {
                 return;

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use longhaul_common::ids::Sequence;
@@ -20,9 +20,9 @@ use longhaul_common::wire::session::{PeerTask, Refusal, RefusalKind, chain};
 use longhaul_common::wire::window::WindowAnswer;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 
-use super::outbox::{ConnectionId, Flow, Outbox, Ready, SentAgain, window};
+use super::outbox::{ConnectionId, Flow, Lane, Outbox, Ready, SentAgain, window};
 use crate::metrics::SENT_AGAIN;
-use crate::reduction::{Kept, Pair, Windows};
+use crate::reduction::{CHOOSE_EVERY, Kept, Ladder, Level, Pair, Seen, Windows};
 use crate::settings::PeerSection;
 
 /// So long a dead connection's payloads rest at least: what the peer sent before it died, if it did, has arrived by then.
@@ -59,8 +59,18 @@ pub struct Pending {
     pub kept: Kept,
     /// Header and raw data, where the peer may lack what the payload refers to.
     pub plain: Option<[Bytes; 2]>,
-    /// Memory of both.
+    /// Bytes on the stream.
+    pub len: u64,
+    /// Memory of all.
     pub hold: Option<Arc<OwnedSemaphorePermit>>,
+}
+
+/// By lane.
+#[derive(Default)]
+struct Ladders {
+    levels: [Ladder; 4],
+    /// When each chose last.
+    chosen: [Option<Instant>; 4],
 }
 
 #[derive(Default)]
@@ -78,6 +88,10 @@ pub struct Peer {
     tls: Arc<TlsState>,
     outbox: Mutex<Outbox>,
     pending: Mutex<HashMap<Flow, BTreeMap<Sequence, Pending>>>,
+    /// How much work each lane's data is worth.
+    ladders: Mutex<Ladders>,
+    /// Bytes of payloads that the peer has accepted.
+    delivered: AtomicU64,
     /// The windows shared with this peer, unless there are to be none.
     pub pair: Option<Arc<Pair>>,
     /// Something was pushed, accepted or closed.
@@ -98,6 +112,8 @@ impl Peer {
             tls,
             outbox: Mutex::default(),
             pending: Mutex::default(),
+            ladders: Mutex::default(),
+            delivered: AtomicU64::new(0),
             pair,
             changed: Notify::new(),
             links: Mutex::default(),
@@ -152,9 +168,48 @@ impl Peer {
                 .filter_map(|sequence| known.remove(sequence))
                 .collect()
         };
+        let bytes = accepted.iter().map(|pending| pending.len).sum();
+        self.delivered.fetch_add(bytes, Ordering::Relaxed);
         if let Some(pair) = &self.pair {
             accepted.iter().for_each(|pending| pair.accepted(&pending.kept));
         }
+    }
+
+    fn ladders(&self) -> MutexGuard<'_, Ladders> {
+        self.ladders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How much work a lane's next batch is worth, while `waiting` batches wait for `workers` threads.
+    pub fn level(&self, lane: Lane, waiting: usize, workers: usize, now: Instant) -> Level {
+        let due = {
+            let ladders = self.ladders();
+            let chosen = ladders.chosen[lane as usize];
+            chosen.is_none_or(|chosen| now.saturating_duration_since(chosen) >= CHOOSE_EVERY)
+        };
+        if !due {
+            return self.ladders().levels[lane as usize].level();
+        }
+        let queued = self.outbox().waiting_up_to(lane);
+        let mut ladders = self.ladders();
+        ladders.chosen[lane as usize] = Some(now);
+        ladders.levels[lane as usize].choose(Seen {
+            now,
+            queued,
+            delivered: self.delivered.load(Ordering::Relaxed),
+            waiting,
+            workers,
+        })
+    }
+
+    /// A lane's batch of `raw` bytes became `payload` bytes at `level` within `busy` of one thread.
+    pub fn measured(&self, lane: Lane, level: Level, raw: u64, payload: u64, busy: Duration) {
+        self.ladders().levels[lane as usize].measured(level, raw, payload, busy);
+    }
+
+    /// How much work each lane's data is worth right now; handover, RAM, dirty, bulk.
+    pub fn levels(&self) -> [Level; 4] {
+        let ladders = self.ladders();
+        std::array::from_fn(|lane| ladders.levels[lane].level())
     }
 
     /// The peer cannot restore these: what it takes to send them plainly. One that is on its way again already stays: the peer will say

@@ -94,6 +94,10 @@ pub fn describe() {
     describe_counter!(REDUCED, Unit::Bytes, "Raw data by what became of it");
     describe_counter!(PEER_SENT, Unit::Bytes, "UDP payload sent to a site");
     describe_counter!(PEER_LOST, Unit::Count, "Packets to a site that were lost");
+    describe_gauges();
+}
+
+fn describe_gauges() {
     let gauges = [
         (JOBS, Unit::Count, "Jobs in the journal, by state"),
         (AGENTS, Unit::Count, "Agents linked right now"),

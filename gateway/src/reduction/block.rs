@@ -7,19 +7,20 @@ use super::layout::BLOCK_LEN;
 
 /// A block's digest under this gateway's key: BLAKE3, the first 16 bytes. Keyed, so that nobody finds two blocks of one digest who does
 /// not know the key.
-pub(super) type BlockDigest = [u8; 16];
+pub type BlockDigest = [u8; 16];
 
 /// A gateway's key for block digests.
 #[derive(Clone)]
-pub(super) struct DigestKey(pub(super) [u8; 32]);
+pub struct DigestKey(pub(super) [u8; 32]);
 
 impl DigestKey {
-    pub(super) fn random() -> Self {
+    /// A new one.
+    pub fn random() -> Self {
         Self(rand::random())
     }
 
     /// The digest of one block.
-    pub(super) fn digest(&self, block: &[u8]) -> BlockDigest {
+    pub fn digest(&self, block: &[u8]) -> BlockDigest {
         let mut digest = [0; 16];
         digest.copy_from_slice(&blake3::keyed_hash(&self.0, block).as_bytes()[..16]);
         digest

@@ -37,8 +37,8 @@ impl Index {
     }
 
     fn pack(&self, key: u64, position: u64) -> u64 {
-        let (lap, slot) = (position / self.slots & 0xff, position % self.slots + 1);
-        (key & 0xff_ffff) << 40 | lap << 32 | slot
+        let (lap, slot) = ((position / self.slots) & 0xff, position % self.slots + 1);
+        ((key & 0xff_ffff) << 40) | (lap << 32) | slot
     }
 
     /// The newest position that may belong to `key`, of those for which `fits` holds; `filled` gives the position that a slot holds now.
@@ -72,7 +72,7 @@ impl Index {
         };
         let age = |entry: u64| {
             let held = filled((entry & 0xffff_ffff).wrapping_sub(1) % slots);
-            let stale = held / slots & 0xff != entry >> 32 & 0xff;
+            let stale = (held / slots) & 0xff != (entry >> 32) & 0xff;
             match entry {
                 0 => 0,
                 // The same key, by all that is kept of it: this is its newer position.

@@ -193,7 +193,7 @@ mod tests {
         source: f64,
     }
 
-    const QUEUE_MAX: f64 = 32e6;
+    const QUEUE_MAX: f64 = 64e6;
     const STEP: f64 = 0.01;
 
     impl World {

@@ -28,7 +28,7 @@ mod tests;
 use bytes::Bytes;
 use longhaul_common::wire::batch::{BatchError, PAYLOAD_OVERHEAD};
 
-pub use block::{differing, is_noise, is_zero, xor};
+pub use block::{BlockDigest, DigestKey, differing, is_noise, is_zero, xor};
 pub use codec::Level;
 pub use decode::{RestoreError, restore};
 pub use encode::{reduce, reduce_plainly};

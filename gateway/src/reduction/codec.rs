@@ -9,7 +9,12 @@ use std::fmt;
 use longhaul_common::wire::batch::BatchError;
 use lz4_flex::block::{compress_into, decompress_into, get_maximum_output_size};
 use zstd::bulk::{Compressor, Decompressor};
+use zstd::zstd_safe::{CCtx, CParameter, DCtx, compress_bound};
 
+/// Base and content of a batch together, as a power of two: 2 MiB, and a little to spare.
+const PATCH_WINDOW: u32 = 22;
+/// Where most is found again, more search finds little more.
+const PATCH_LEVEL_MAX: i32 = 3;
 /// Less is not worth a restore.
 const GAIN_MIN: usize = 64;
 
@@ -72,11 +77,13 @@ pub(super) enum Codec {
     Raw = 1,
     Lz4 = 2,
     Zstd = 3,
+    /// A zstd frame that continues other content.
+    Patch = 4,
 }
 
 impl Codec {
     pub(super) fn from_wire(byte: u8) -> Option<Self> {
-        [Self::Raw, Self::Lz4, Self::Zstd]
+        [Self::Raw, Self::Lz4, Self::Zstd, Self::Patch]
             .into_iter()
             .find(|codec| *codec as u8 == byte)
     }
@@ -118,6 +125,35 @@ fn zstd_at(raw: &[u8], level: i32) -> Option<Vec<u8>> {
     })
 }
 
+/// `raw` as what follows `base`, or `None` where that would not be smaller. Below level 3 zstd keeps too little of the base to find it again.
+pub(super) fn compress_against(raw: &[u8], base: &[u8], level: Level) -> Option<Vec<u8>> {
+    if raw.len() <= GAIN_MIN {
+        return None;
+    }
+    let mut out: Vec<u8> = Vec::with_capacity(compress_bound(raw.len()));
+    let mut context = CCtx::try_create()?;
+    let level = level.zstd().unwrap_or(3).min(PATCH_LEVEL_MAX);
+    context.set_parameter(CParameter::CompressionLevel(level)).ok()?;
+    context.set_parameter(CParameter::WindowLog(PATCH_WINDOW)).ok()?;
+    context.ref_prefix(base).ok()?;
+    context.compress2(&mut out, raw).ok()?;
+    (out.len() + GAIN_MIN <= raw.len()).then_some(out)
+}
+
+/// Writes what `bytes` stand for, as what follows `base`, over all of `raw`.
+pub(super) fn decompress_against(bytes: &[u8], base: &[u8], raw: &mut [u8]) -> Result<(), BatchError> {
+    let expected = raw.len() as u64;
+    let mut patched = || {
+        let mut context = DCtx::try_create()?;
+        context.ref_prefix(base).ok()?;
+        context.decompress(raw, bytes).ok()
+    };
+    match patched().ok_or(BatchError::Payload("its zstd frame is damaged"))? as u64 {
+        got if got == expected => Ok(()),
+        got => Err(BatchError::DataLength { expected, got }),
+    }
+}
+
 /// Writes what `bytes` stand for over all of `raw`.
 pub(super) fn decompress(codec: Codec, bytes: &[u8], raw: &mut [u8]) -> Result<(), BatchError> {
     let expected = raw.len() as u64;
@@ -132,6 +168,7 @@ pub(super) fn decompress(codec: Codec, bytes: &[u8], raw: &mut [u8]) -> Result<(
             decompress_into(bytes, raw).map_err(|_| BatchError::Payload("its LZ4 block is damaged"))?
         }
         Codec::Zstd => unzstd(bytes, raw).ok_or(BatchError::Payload("its zstd frame is damaged"))?,
+        Codec::Patch => return Err(BatchError::Payload("it continues content where there is none")),
     };
     match len as u64 {
         got if got == expected => Ok(()),
@@ -177,7 +214,21 @@ mod tests {
         }
 
         #[test]
-        fn damage_is_refused_or_of_the_right_length(bytes in prop::collection::vec(any::<u8>(), 0..300), codec in 1u8..4, len in 0usize..5000) {
+        fn content_against_a_base_comes_back(base in prop::collection::vec(any::<u8>(), 100..3000), shift in 0usize..50, damage in any::<prop::sample::Index>()) {
+            let raw = [&base[shift..], &base[..shift]].concat();
+            if let Some(small) = compress_against(&raw, &base, Level::Zstd3) {
+                let mut back = vec![0; raw.len()];
+                decompress_against(&small, &base, &mut back).unwrap();
+                prop_assert_eq!(&back, &raw);
+                let mut damaged = small.clone();
+                damaged[damage.index(small.len())] ^= 0x55;
+                let _ = decompress_against(&damaged, &base, &mut back);
+                prop_assert!(decompress_against(&small, &base, &mut vec![0; raw.len() + 1]).is_err());
+            }
+        }
+
+        #[test]
+        fn damage_is_refused_or_of_the_right_length(bytes in prop::collection::vec(any::<u8>(), 0..300), codec in 1u8..5, len in 0usize..5000) {
             let _ = decompress(Codec::from_wire(codec).unwrap(), &bytes, &mut vec![0; len]);
         }
     }

@@ -9,7 +9,7 @@ use longhaul_common::wire::batch::{BatchError, BatchHeader};
 
 use super::block::{self, BlockDigest};
 use super::codec::{self, Codec};
-use super::encode::{STORES, THEIRS};
+use super::encode::{PATCHED, STORES, THEIRS};
 use super::layout::{BLOCK_LEN, Layout, Vm};
 use super::pair::Pair;
 use super::plan::{self, Fate};
@@ -58,10 +58,11 @@ pub fn restore(
 
 fn restore_blocks(bytes: &[u8], header: &BatchHeader, vm: Vm, pair: &Pair) -> Result<Bytes, RestoreError> {
     let layout = Layout::of(header, vm);
-    let parts = Parts::read(bytes, &layout)?;
+    let mut parts = Parts::read(bytes, &layout)?;
     let incoming = pair.incoming().ok_or(RestoreError::Missing)?;
     let mut raw = vec![0; header.data_len() as usize];
     fetch(&parts, &layout, &incoming, pair, &mut raw)?;
+    parts.patch(&layout, &raw)?;
     parts.fill(&layout, &mut raw)?;
     match header.verify(&raw) {
         // Sound as it may look, a slot may hold what the sender does not mean: its own end may be of another opinion.
@@ -80,6 +81,8 @@ struct Parts {
     first: u64,
     fates: Vec<Fate>,
     residues: Vec<u8>,
+    /// What the residues are made of, once their bases are there.
+    patch: Option<Vec<u8>>,
     plain: Vec<u8>,
     raw: Vec<u8>,
 }
@@ -104,7 +107,13 @@ impl Parts {
         let residues = count(|fate| matches!(fate, Fate::XorOwn(_) | Fate::XorTheirs(_)));
         let plain = count(|fate| *fate == Fate::Plain) + layout.loose_len();
         let raw = count(|fate| *fate == Fate::Raw);
-        let residues = section(bytes, residues)?;
+        let (residues, patch) = match bytes.first() {
+            Some(codec) if residues > 0 && *codec == Codec::Patch as u8 => {
+                plan::take(bytes, 1)?;
+                (vec![0; residues], Some(sized(bytes)?.to_vec()))
+            }
+            _ => (section(bytes, residues)?, None),
+        };
         let plain = section(bytes, plain)?;
         let raw = plan::take(bytes, raw)?.to_vec();
         if !bytes.is_empty() {
@@ -117,9 +126,24 @@ impl Parts {
             first,
             fates,
             residues,
+            patch,
             plain,
             raw,
         })
+    }
+
+    /// Makes changed blocks of their bases, which stand in their places in `raw`.
+    fn patch(&mut self, layout: &Layout, raw: &[u8]) -> Result<(), BatchError> {
+        let Some(small) = self.patch.take() else {
+            return Ok(());
+        };
+        let mut bases = Vec::with_capacity(self.residues.len());
+        for (fate, block) in self.fates.iter().zip(&layout.blocks) {
+            if matches!(fate, Fate::XorOwn(_) | Fate::XorTheirs(_)) {
+                bases.extend_from_slice(&raw[block.at..block.at + BLOCK_LEN]);
+            }
+        }
+        codec::decompress_against(&small, &bases, &mut self.residues)
     }
 
     fn needs_window(&self) -> bool {
@@ -141,6 +165,9 @@ impl Parts {
                         "a block repeats one that does not come before it",
                     ))?;
                     raw.copy_within(from.at..from.at + BLOCK_LEN, block.start);
+                }
+                Fate::XorOwn(_) | Fate::XorTheirs(_) if self.flags & PATCHED != 0 => {
+                    raw[block].copy_from_slice(plan::take(&mut residues, BLOCK_LEN)?);
                 }
                 Fate::XorOwn(_) | Fate::XorTheirs(_) => {
                     block::xor(&mut raw[block], plan::take(&mut residues, BLOCK_LEN)?);
@@ -170,11 +197,16 @@ fn section(bytes: &mut &[u8], len: usize) -> Result<Vec<u8>, BatchError> {
     let codec = codec.ok_or(BatchError::Payload(
         "its compression is unknown; the peer may run another version",
     ))?;
-    let small = usize::try_from(plan::get(bytes)?).unwrap_or(usize::MAX);
-    let small = plan::take(bytes, small)?;
+    let small = sized(bytes)?;
     let mut content = vec![0; len];
     codec::decompress(codec, small, &mut content)?;
     Ok(content)
+}
+
+/// Bytes behind their length.
+fn sized<'a>(bytes: &mut &'a [u8]) -> Result<&'a [u8], BatchError> {
+    let len = usize::try_from(plan::get(bytes)?).unwrap_or(usize::MAX);
+    plan::take(bytes, len)
 }
 
 /// A block that was read from a slot and is yet to be checked, or to be read from a file.

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! flags u8 | epoch u64 LE | [epoch of the other direction u64 LE] | first position | fates
-//!   | [codec u8, length, residues of XOR] | [codec u8, length, plain blocks and loose bytes] | [raw blocks]
+//!   | [codec u8, length, residues of XOR or changed blocks] | [codec u8, length, plain blocks and loose bytes] | [raw blocks]
 //! ```
 
 use std::collections::HashMap;
@@ -26,6 +26,9 @@ use super::{Encoding, Kept, Method, OVERHEAD, Payload, Reduced, ReductionCounts}
 pub(super) const STORES: u8 = 1;
 /// It refers to the other direction, whose epoch follows.
 pub(super) const THEIRS: u8 = 2;
+
+/// Changed blocks are content that continues their bases, not differences.
+pub(super) const PATCHED: u8 = 4;
 
 /// A difference of more bytes than this is not worth it: the content itself compresses as well.
 const DIFFERING_MAX: usize = BLOCK_LEN / 3;
@@ -82,6 +85,8 @@ struct Draft<'a> {
     digests: Vec<BlockDigest>,
     /// What stands at a block's place so far, for those that are to be sent as a difference.
     bases: Vec<u8>,
+    /// The blocks themselves, where zstd finds the difference; empty where XOR makes it.
+    changed: Vec<u8>,
     /// Blocks whose base is read from a file first: where in `bases`, which window, what.
     in_file: Vec<(usize, bool, Found)>,
 }
@@ -97,6 +102,7 @@ impl<'a> Draft<'a> {
             fates: Vec::with_capacity(blocks),
             digests: Vec::with_capacity(blocks),
             bases: Vec::new(),
+            changed: Vec::new(),
             in_file: Vec::new(),
         }
     }
@@ -121,9 +127,13 @@ impl<'a> Draft<'a> {
         let (receipt, head, theirs) = self.look_up(own, incoming.as_deref(), method)?;
         self.read_bases(own, incoming.as_deref());
         self.keep_in_file(own, &receipt);
-        self.differ();
+        // Measured on changed pages: from level 3 on zstd against the old content finds what XOR finds, and what has moved, too.
+        let patch = method.level >= Level::Zstd3;
+        self.differ(patch);
         let mut out = Vec::with_capacity(self.raw.len() / 2);
-        let flags = if receipt.count > 0 { STORES } else { 0 } | if theirs.is_some() { THEIRS } else { 0 };
+        let flags = if receipt.count > 0 { STORES } else { 0 }
+            | if theirs.is_some() { THEIRS } else { 0 }
+            | if patch { PATCHED } else { 0 };
         out.push(flags);
         out.extend(receipt.epoch.to_le_bytes());
         out.extend(theirs.into_iter().flat_map(u64::to_le_bytes));
@@ -299,7 +309,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Makes differences of those bases that help; the others' blocks are sent as content.
-    fn differ(&mut self) {
+    fn differ(&mut self, patch: bool) {
         let unread: Vec<_> = self.in_file.iter().map(|(start, ..)| *start).collect();
         let (mut from, mut to) = (0, 0);
         for index in 0..self.fates.len() {
@@ -308,11 +318,18 @@ impl<'a> Draft<'a> {
             if differs {
                 let base = &self.bases[from..from + BLOCK_LEN];
                 let differing = block::differing(block, base);
-                let helps =
-                    differing <= DIFFERING_MAX || differing <= DIFFERING_NOISE_MAX && block::is_noise(block);
+                let helps = if block::is_noise(block) {
+                    differing <= DIFFERING_NOISE_MAX
+                } else {
+                    patch || differing <= DIFFERING_MAX
+                };
                 if helps && !unread.contains(&from) {
                     self.bases.copy_within(from..from + BLOCK_LEN, to);
-                    block::xor(&mut self.bases[to..to + BLOCK_LEN], block);
+                    if patch {
+                        self.changed.extend_from_slice(block);
+                    } else {
+                        block::xor(&mut self.bases[to..to + BLOCK_LEN], block);
+                    }
                     to += BLOCK_LEN;
                 } else {
                     self.fates[index] = Fate::Plain;
@@ -343,8 +360,12 @@ impl<'a> Draft<'a> {
         for range in &self.layout.loose {
             plain.extend_from_slice(&self.raw[range.clone()]);
         }
-        // A difference is mostly zeros: the cheapest step is nearly free there, and nothing is won without one.
-        add_section(&self.bases, level.max(Level::Lz4), out);
+        if self.changed.is_empty() {
+            // A difference is mostly zeros: zstd 1 is as fast as LZ4 there, and a quarter smaller.
+            add_section(&self.bases, level.max(Level::Zstd1), out);
+        } else {
+            add_patch(&self.changed, &self.bases, level, out);
+        }
         if add_section(&plain, level, out) {
             counts.compressed += plain.len() as u64;
         } else {
@@ -370,4 +391,16 @@ fn add_section(content: &[u8], level: Level, out: &mut Vec<u8>) -> bool {
     plan::put(bytes.len() as u64, out);
     out.extend_from_slice(bytes);
     codec != Codec::Raw
+}
+
+/// Adds changed blocks as what follows their bases.
+fn add_patch(changed: &[u8], bases: &[u8], level: Level, out: &mut Vec<u8>) {
+    match codec::compress_against(changed, bases, level) {
+        Some(small) => {
+            out.push(Codec::Patch as u8);
+            plan::put(small.len() as u64, out);
+            out.extend_from_slice(&small);
+        }
+        None => drop(add_section(changed, level, out)),
+    }
 }

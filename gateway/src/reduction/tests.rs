@@ -403,6 +403,39 @@ fn a_small_change_costs_little_and_a_failback_less() {
 }
 
 #[test]
+fn what_has_moved_within_its_block_is_found_from_level_3_on() {
+    let vm = Vm::named("vm");
+    let mut sizes = Vec::new();
+    for level in [Level::Zstd1, Level::Zstd3, Level::Zstd9] {
+        let (a, b) = two();
+        let mut data = noise(2, 100).to_vec();
+        through(
+            &a.0,
+            &b.0,
+            &ram_header(5, 100, 0, &data),
+            &data.clone().into(),
+            vm,
+        );
+        data.chunks_mut(BLOCK)
+            .for_each(|block| block.copy_within(..BLOCK - 8, 8));
+        let header = ram_header(5, 100, 0, &data);
+        let reduced = reduce(
+            &data.clone().into(),
+            &header,
+            vm,
+            Some(&a.0),
+            Method { level, ..ALL },
+        );
+        assert_eq!(restore(&reduced.payload, &header, vm, Some(&b.0)).unwrap(), data);
+        sizes.push(reduced.payload.bytes.len());
+    }
+    assert!(
+        sizes[0] > 90 * BLOCK && sizes[1] < 10 * BLOCK && sizes[2] < 10 * BLOCK,
+        "{sizes:?}"
+    );
+}
+
+#[test]
 fn nothing_is_referred_to_before_it_is_accepted() {
     let (a, b) = two();
     let vm = Vm::named("vm");

@@ -284,7 +284,7 @@ impl Ingest {
         }
     }
 
-    /// How much work a batch of this lane is worth. What a stopped VM waits for is worth little: it is small, and time counts.
+    /// How much work a batch of this lane is worth. What a stopped VM waits for is worth no long search: time counts.
     fn level(&self, outflow: &Outflow, lane: Lane) -> Level {
         if let Some(level) = self.way.level {
             return level;
@@ -298,7 +298,7 @@ impl Ingest {
             .peer
             .level(of, waiting, self.workers.threads(), Instant::now());
         if lane == Lane::Handover {
-            level.min(Level::Zstd1)
+            level.min(Level::Zstd3)
         } else {
             level
         }

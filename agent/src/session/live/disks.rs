@@ -8,14 +8,14 @@ use std::path::PathBuf;
 
 use longhaul_common::extent::Extent;
 use longhaul_common::wire::session::{DISKS_MAX, OpenedDisk, Refusal, RefusalKind, SourceDisk};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::disk::image::{Allocation, LiveImage};
 use crate::vm::qmp::Qmp;
 use crate::vm::rounds::{RoundExport, Rounds, RoundsError};
 
 /// One disk of the VM.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct VmDisk {
     /// Root node that the guest's device sees.
     pub node: String,
@@ -188,6 +188,21 @@ pub(super) fn report(disk: &VmDisk, image: &LiveImage) -> Result<OpenedDisk, Ref
         scan_ms: started.elapsed().as_millis() as u64,
         sent_before: 0,
     })
+}
+
+/// What is told of a disk that is not read any more.
+pub(super) fn unread(disk: &VmDisk) -> OpenedDisk {
+    OpenedDisk {
+        size: disk.size,
+        format: disk.format.clone(),
+        allocated: 0,
+        free: 0,
+        used: 0,
+        parts: Vec::new(),
+        notes: Vec::new(),
+        scan_ms: 0,
+        sent_before: 0,
+    }
 }
 
 /// How much of a disk's map is asked for at once, in bytes of the disk.

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use longhaul_common::extent::Extent;
 use longhaul_common::wire::session::{DISKS_MAX, OpenedDisk, Refusal, RefusalKind, SourceDisk};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::disk::free_map::FreeMap;
 use crate::disk::image::{Allocation, LiveImage};
@@ -16,7 +16,7 @@ use crate::vm::qmp::Qmp;
 use crate::vm::rounds::{RoundExport, Rounds, RoundsError};
 
 /// One disk of the VM.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct VmDisk {
     /// Root node that the guest's device sees.
     pub node: String,
@@ -207,6 +207,21 @@ fn each_stored(image: &LiveImage, mut stored: impl FnMut(&Extent)) -> Result<(),
         at = range.end();
     }
     Ok(())
+}
+
+/// What is told of a disk that is not read any more.
+pub(super) fn unread(disk: &VmDisk) -> OpenedDisk {
+    OpenedDisk {
+        size: disk.size,
+        format: disk.format.clone(),
+        allocated: 0,
+        free: 0,
+        used: 0,
+        parts: Vec::new(),
+        notes: Vec::new(),
+        scan_ms: 0,
+        sent_before: 0,
+    }
 }
 
 /// How much of a disk's map is asked for at once, in bytes of the disk.

@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, watch};
 use super::disks::{self, VmDisk};
 use super::drive::{self, Parts};
 use super::proof::FreeProof;
+use super::record::Leaving;
 use super::uplink::Uplink;
 use super::word::{self, ToSource as Said, ToTarget};
 use crate::disk::have::HaveLeaves;
@@ -68,6 +69,7 @@ pub(crate) struct LiveSource {
     words: mpsc::Sender<Word>,
     /// Where the RAM stream of the current generation is told how far the target is.
     pub(super) ram: Mutex<Option<Arc<super::ram_out::RamOut>>>,
+    pub(super) record: Mutex<Leaving>,
     /// What the driver begins with, until it does.
     parts: Mutex<Option<Parts>>,
     ended: watch::Sender<Option<End>>,
@@ -136,6 +138,16 @@ impl LiveSource {
             socket: nbd,
             foreign_socket: None,
         };
+        let record = Leaving {
+            job: open.job.to_string(),
+            vm: vm.clone(),
+            qmp: socket.clone(),
+            nbd: options.socket.clone(),
+            disks: disks.clone(),
+            saved: None,
+            outcome: None,
+        };
+        save(agent, open.job, record.clone()).await?;
         let mut rounds = Rounds::start(&qmp, options)
             .await
             .map_err(|error| refused(&error))?;
@@ -190,6 +202,7 @@ impl LiveSource {
             uplink: watch::Sender::new(None),
             words,
             ram: Mutex::default(),
+            record: Mutex::new(record),
             parts: Mutex::new(Some(Parts { rounds, words: heard })),
             ended: watch::Sender::new(None),
         }))
@@ -215,6 +228,64 @@ impl LiveSource {
         {
             tracing::warn!(job = %self.job, "something of ours is left in the VM's QEMU: {error}");
         }
+        self.forget().await;
+    }
+
+    /// Nothing of this job is open here any more.
+    pub(super) async fn forget(&self) {
+        let (state, job) = (self.agent.settings.paths.state.clone(), self.job);
+        let _ = on_thread("record", move || Leaving::remove(&state, job)).await;
+    }
+
+    /// Writes the record down, changed.
+    pub(super) async fn remember(&self, change: impl FnOnce(&mut Leaving)) -> Result<(), Refusal> {
+        let record = {
+            let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+            change(&mut record);
+            record.clone()
+        };
+        save(&self.agent, self.job, record).await
+    }
+
+    /// What a former life of this agent left: settled as far as it can be. Gives the session where somebody may still ask for it.
+    pub(super) async fn settle(
+        agent: &Arc<Agent>,
+        job: JobId,
+        record: Leaving,
+        qmp: Option<Qmp>,
+    ) -> Option<Arc<Self>> {
+        let (words, heard) = mpsc::channel(QUEUE);
+        let qmp = match qmp {
+            Some(qmp) => qmp,
+            None => Qmp::gone(&record.qmp).await,
+        };
+        let moved = record.outcome.clone().map(|outcome| Ok(Box::new(outcome)));
+        let session = Arc::new(Self {
+            agent: Arc::clone(agent),
+            job,
+            vm: record.vm.clone(),
+            qmp,
+            disks: record.disks.clone(),
+            reports: record.disks.iter().map(disks::unread).collect(),
+            free: Arc::new(FreeProof::none()),
+            definition: None,
+            heard: watch::Sender::default(),
+            uplink: watch::Sender::new(None),
+            words,
+            ram: Mutex::default(),
+            record: Mutex::new(record),
+            parts: Mutex::default(),
+            ended: watch::Sender::new(moved.clone()),
+        });
+        if moved.is_some() {
+            return Some(session);
+        }
+        drive::settle(&session, heard).await.then_some(session)
+    }
+
+    /// How the migration ended, for everybody who asks.
+    pub(super) fn end(&self, end: End) {
+        self.ended.send_replace(Some(end));
     }
 
     /// Speaks with the gateway for as long as the attempt lasts.
@@ -358,7 +429,7 @@ impl LiveSource {
             let session = Arc::clone(self);
             tokio::spawn(async move {
                 let end = drive::run(&session, parts).await;
-                session.ended.send_replace(Some(end));
+                session.end(end);
             });
         }
     }
@@ -377,6 +448,13 @@ impl LiveSource {
             .send_modify(|heard| heard.probe = Some((number, Instant::now())));
         self.tell(&ToTarget::Probe(number)).await;
     }
+}
+
+async fn save(agent: &Arc<Agent>, job: JobId, record: Leaving) -> Result<(), Refusal> {
+    let state = agent.settings.paths.state.clone();
+    let saved = on_thread("record", move || record.save(&state, job)).await;
+    let saved = saved.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
+    saved.map_err(|text| Refusal::new(RefusalKind::Refused, text))
 }
 
 async fn has_ended(ended: &mut watch::Receiver<Option<End>>) -> Option<End> {

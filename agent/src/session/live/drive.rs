@@ -85,6 +85,8 @@ pub(super) struct Drive {
     /// What was decided last, so that it is noted once.
     last: Option<std::mem::Discriminant<Decision>>,
     counted: bool,
+    /// What QEMU had still to send of memory when it was asked last.
+    ram_left: u64,
 }
 
 /// Moves the VM.
@@ -109,6 +111,7 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
         outcome: blank(disks),
         last: None,
         counted: false,
+        ram_left: 0,
     };
     let end = drive.move_vm().await;
     drive.leave(end).await
@@ -385,6 +388,7 @@ impl Drive {
         }
         let left = view.disks.iter().map(|disk| disk.dirty).sum();
         let ram_left = view.ram.as_ref().map_or(0, |ram| ram.remaining);
+        self.ram_left = ram_left;
         let stage = if view.ram.is_some() {
             LiveStage::Ram
         } else {
@@ -399,7 +403,14 @@ impl Drive {
         self.round += 1;
         self.outcome.rounds += 1;
         self.rounds.next().await?;
+        // Memory waits with its last part: once QEMU has sent all of it, it stops the VM.
+        if let Some(out) = self.vm.ram_out() {
+            out.allow(self.ram_left / 2);
+        }
         let sent = self.send_round(uplink).await;
+        if let Some(out) = self.vm.ram_out() {
+            out.let_flow();
+        }
         match sent {
             Ok(()) => Ok(self.rounds.finish().await?),
             Err(stop) => {
@@ -568,6 +579,7 @@ impl Drive {
             }
         }
         self.vm.undo_slowing().await;
+        let socket = self.rounds.socket().to_owned();
         if end.is_err()
             && let Err(error) = self.rounds.remove().await
         {
@@ -576,7 +588,7 @@ impl Drive {
         match end {
             Ok(()) => {
                 // A QEMU that quits leaves its NBD server's name behind.
-                let _ = std::fs::remove_file(self.rounds.socket());
+                let _ = std::fs::remove_file(&socket);
                 let outcome = self.outcome.clone();
                 if let Err(refusal) = self.s.remember(|record| record.outcome = Some(outcome)).await {
                     tracing::warn!(job = %self.s.job, "{refusal}");

@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::uplink::Uplink;
 use crate::vm::handover::{Generation, Stream};
-use crate::vm::ram::{Counts, Part, ReadWindow, Retained, Tokenizer, TokenizerOptions};
+use crate::vm::ram::{Counts, Part, ReadWindow, Retained, Tokenizer, TokenizerOptions, WindowError};
 
 /// What one read takes at most.
 const READ: usize = 256 << 10;
@@ -33,12 +33,27 @@ pub(super) const WINDOW_START: u64 = 4 << 20;
 /// What the thread, the sender and the driver share.
 struct Tap {
     window: ReadWindow,
+    /// While a round of the disks is on: how much may still be read before it is over.
+    allowance: Option<u64>,
     retained: Retained,
     tail: bool,
     counts: Counts,
     /// Bytes of data handed to the sender.
     data: u64,
     last_ack: Instant,
+}
+
+impl Tap {
+    /// How much may be read now.
+    fn may_read(&self) -> Result<u64, WindowError> {
+        let room = self.window.may_read()?;
+        Ok(room.min(self.allowance.unwrap_or(u64::MAX)))
+    }
+
+    fn took(&mut self, bytes: u64) {
+        self.window.read(bytes);
+        self.allowance = self.allowance.map(|left| left.saturating_sub(bytes));
+    }
 }
 
 /// One generation's stream.
@@ -78,6 +93,7 @@ impl RamOut {
             generation,
             tap: Mutex::new(Tap {
                 window: ReadWindow::new(WINDOW_START.min(memory)),
+                allowance: None,
                 // Zero pages and the tail are read in steps: a little beyond the window.
                 retained: Retained::new(memory.saturating_mul(2)),
                 tail: false,
@@ -133,7 +149,7 @@ impl RamOut {
                 Ok(0) => break,
                 Ok(bytes) => {
                     tokenizer.push(&buffer[..bytes]);
-                    self.tap().window.read(bytes as u64);
+                    self.tap().took(bytes as u64);
                     while let Some(part) = tokenizer.next_part() {
                         self.hand_over(part, parts)?;
                     }
@@ -158,7 +174,7 @@ impl RamOut {
     fn wait_room(&self) -> Result<u64, String> {
         let mut tap = self.tap();
         loop {
-            match tap.window.may_read() {
+            match tap.may_read() {
                 Err(error) => return Err(error.to_string()),
                 Ok(0) if self.stopped.load(Ordering::Relaxed) => return Err("the session ended".to_owned()),
                 Ok(0) => {
@@ -290,11 +306,24 @@ impl RamOut {
         self.moved.notify_all();
     }
 
+    /// A round of the disks begins: until `let_flow` no more than this is read. A QEMU that has sent everything stops the VM by itself, and
+    /// that is of no use while the disks are not ready.
+    pub(super) fn allow(&self, bytes: u64) {
+        self.tap().allowance = Some(bytes);
+    }
+
+    /// The round is over.
+    pub(super) fn let_flow(&self) {
+        self.tap().allowance = None;
+        self.moved.notify_all();
+    }
+
     /// QEMU goes on to its end: everything is taken at full speed from now on.
     pub(super) fn begin_tail(&self) {
         let mut tap = self.tap();
         tap.window.begin_tail(self.memory);
         tap.tail = true;
+        tap.allowance = None;
         drop(tap);
         self.moved.notify_all();
     }

@@ -12,13 +12,19 @@ DESTDIR ?=
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: ## Move a Linux VM's disk over an emulated WAN, prove it equal, boot it
+demo: ## Move a running Linux VM over an emulated WAN, and let it prove itself there
 	@.ci/bootstrap demo
 	@cargo build --release --locked --bins -p longhaul-agent -p longhaul-gateway -p longhaul-lab
 	@cargo lab demo --kind $(KIND) --rate $(RATE) --rtt $(RTT)
+
+.PHONY: demo-cold
+demo-cold: ## Move a Linux VM's disk over an emulated WAN, prove it equal, boot it
+	@.ci/bootstrap demo
+	@cargo build --release --locked --bins -p longhaul-agent -p longhaul-gateway -p longhaul-lab
+	@cargo lab demo --cold --kind $(KIND) --rate $(RATE) --rtt $(RTT)
 
 .PHONY: test
 test: ## Run every test
@@ -65,10 +71,13 @@ bench: ## Measure the whole path over the emulated WAN, and its parts
 	@.ci/bench
 
 # Runs with faults drawn at random: programs killed, the link cut. The same SEED draws the same faults.
+# A campaign that was stopped goes on at run FIRST. WHICH is cold, live or all.
 RUNS ?= 10
 SEED ?= 1
+FIRST ?= 1
+WHICH ?= all
 
 .PHONY: campaign
-campaign: ## Kill programs and cut the link at random moments, many times (RUNS, SEED)
+campaign: ## Kill programs and cut the link at random moments, many times (RUNS, SEED, FIRST, WHICH)
 	@.ci/bootstrap demo
-	@.ci/campaign $(RUNS) $(SEED)
+	@.ci/campaign $(RUNS) $(SEED) $(FIRST) $(WHICH)

@@ -1,8 +1,8 @@
-//! `lab demo`: a guest's disk is made, moved over an emulated WAN, proved equal and booted, while somebody
-//! watches.
+//! `lab demo`: a guest that works moves over an emulated WAN while somebody watches, and proves itself there. With `--cold`
+//! its disk alone is moved, proved equal and booted.
 //!
 //! Owns the story and the live line. Leaves alone each of its parts. Promises a failure in words and in the
-//! exit code when any part of the story fails, the guest's boot included.
+//! exit code when any part of the story fails, the guest's proof or boot included.
 
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
@@ -10,11 +10,18 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
+use longhaul_common::units::Span;
+
 use crate::guest::boot::{Booted, boot};
+use crate::guest::workload::Workload;
 use crate::guest::{self, Kind};
+use crate::live::args::{By, LiveArgs, Ram};
+use crate::live::rival::RamMode;
+use crate::live::verdict::LiveReport;
 use crate::move_disk::{self, Moment, MoveArgs};
 use crate::page::{Paint, page, span};
 use crate::report::Report;
+use crate::wan::spec::LinkSpec;
 
 /// A guest under software emulation on a busy machine takes a while.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(300);
@@ -27,13 +34,85 @@ pub struct DemoArgs {
     /// Which disk
     #[arg(long, value_enum, default_value = "small")]
     pub kind: Kind,
+    /// Move a disk whose machine is off
+    #[arg(long)]
+    pub cold: bool,
+    /// What the guest does meanwhile
+    #[arg(long, value_enum, default_value = "mixed", conflicts_with = "cold")]
+    pub workload: Workload,
+    /// The guest's memory
+    #[arg(long, default_value = "256M", conflicts_with = "cold")]
+    pub ram: Ram,
 }
 
 /// Runs it, on this link; gives whether all went well.
 ///
 /// # Errors
 /// When a part cannot be started at all.
-pub fn run(args: &DemoArgs, mut job: MoveArgs) -> io::Result<bool> {
+pub fn run(args: &DemoArgs, job: MoveArgs) -> io::Result<bool> {
+    if args.cold {
+        cold(args, job)
+    } else {
+        live(args, job.link)
+    }
+}
+
+fn live(args: &DemoArgs, link: LinkSpec) -> io::Result<bool> {
+    println!(
+        "Longhaul moves a running Linux machine from one site to another: its disk, its memory, all of it."
+    );
+    println!("The machine works on, and says a heartbeat twenty times a second.\n");
+    let step = |text: &str| println!("  {text} ...");
+    guest::disk(args.kind, &step)?;
+    let mut shown = Live::new();
+    let report = crate::live::run::run(&job_of(args, link), &mut |moment| shown.show(&moment))?;
+    print!("{}", crate::live::page::page(&report));
+    println!("\n{}", live_closing(&report));
+    Ok(report.report.ok)
+}
+
+fn live_closing(report: &LiveReport) -> String {
+    if !report.report.ok {
+        return "The demonstration failed. `cargo lab live --keep` keeps configs and logs to look at."
+            .to_owned();
+    }
+    let silence = report.blackout_heartbeat_ms.unwrap_or_default();
+    format!(
+        "The machine works at the other site after {}. Its users missed it for {silence:.0} ms.\n\
+         `lab demo --cold` moves a machine that is off; `lab live --help` has faults to try.",
+        span(report.report.seconds)
+    )
+}
+
+/// The live migration that is shown.
+fn job_of(args: &DemoArgs, link: LinkSpec) -> LiveArgs {
+    let seconds = |seconds| Span(Duration::from_secs(seconds));
+    LiveArgs {
+        kind: args.kind,
+        disk: None,
+        format: "raw".to_owned(),
+        workload: args.workload,
+        ram: Some(args.ram),
+        qemu: None,
+        core: None,
+        link,
+        cut: Vec::new(),
+        kill: Vec::new(),
+        cancel: None,
+        target_format: None,
+        blackout: None,
+        by: By::Longhaul,
+        qemu_ram: RamMode::Plain,
+        before: seconds(4),
+        after: seconds(3),
+        connections: None,
+        keep: false,
+        directory: None,
+        limit: seconds(600),
+    }
+}
+
+fn cold(args: &DemoArgs, mut job: MoveArgs) -> io::Result<bool> {
     let mut live = Live::new();
     let step = |text: &str| println!("  {text} ...");
     println!("Longhaul moves a Linux machine's disk from one site to another.\n");

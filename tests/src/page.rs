@@ -189,7 +189,8 @@ fn proof(page: &mut String, report: &Report, booted: Option<&Booted>, paint: Pai
     }
 }
 
-fn bar(part: u64, whole: u64) -> String {
+/// A share of a whole, drawn.
+pub(crate) fn bar(part: u64, whole: u64) -> String {
     let length = (part as f64 / whole.max(1) as f64 * BAR as f64).round() as usize;
     let length = if part > 0 { length.clamp(1, BAR) } else { 0 };
     format!(

@@ -9,9 +9,11 @@
 //! init|issue`, and `longhaul --api SOCKET run JOB --json`, which prints one JSON object per line and a last
 //! one with `"event":"report"`.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
-use std::io;
+use std::io::{self, Read, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -29,6 +31,9 @@ const PORT_PEER: u16 = 7401;
 const PORT_AGENTS: u16 = 7402;
 /// How long programs may take until they are ready.
 const READY_LIMIT: Duration = Duration::from_secs(30);
+
+/// More metrics than any gateway has.
+const METRICS_MAX: u64 = 4 << 20;
 
 /// Where the programs are.
 #[derive(Clone, Debug)]
@@ -146,9 +151,7 @@ impl Programs {
     pub fn wait_ready(&self, lab: &Lab) -> io::Result<()> {
         for end in [End::Source, End::Target] {
             let socket = api_socket(lab.directory(), end);
-            let ready = wait_until(READY_LIMIT, || {
-                std::os::unix::net::UnixStream::connect(&socket).ok()
-            });
+            let ready = wait_until(READY_LIMIT, || UnixStream::connect(&socket).ok());
             if ready.is_none() {
                 return Err(io::Error::other(format!(
                     "the {} gateway does not answer on its API",
@@ -179,6 +182,12 @@ impl Programs {
         let socket = api_socket(lab.directory(), End::Source);
         command.args(["--api", &text(&socket), "cancel", job]);
         command
+    }
+
+    /// What the source's gateway made of the data, by kind, in raw bytes; nothing where it does not say.
+    pub fn reduced(&self, lab: &Lab) -> BTreeMap<String, u64> {
+        let text = metrics(&api_socket(lab.directory(), End::Source)).unwrap_or_default();
+        text.lines().filter_map(reduced_line).collect()
     }
 
     fn operator(&self, words: &[&str]) -> io::Result<()> {
@@ -379,6 +388,23 @@ fn job_file(directory: &Path, job: &Job) -> String {
     )
 }
 
+/// The metrics as a gateway gives them over its API.
+fn metrics(socket: &Path) -> io::Result<String> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\n\r\n")?;
+    let mut text = String::new();
+    stream.take(METRICS_MAX).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// Kind and bytes of a line about reduced data.
+fn reduced_line(line: &str) -> Option<(String, u64)> {
+    let rest = line.strip_prefix("longhaul_reduced_bytes_total{kind=\"")?;
+    let (kind, bytes) = rest.split_once("\"} ")?;
+    Some((kind.to_owned(), bytes.trim().parse().ok()?))
+}
+
 /// A path inside a TOML string or on a command line; the lab refuses images whose names need quoting.
 fn text(path: impl AsRef<Path>) -> String {
     path.as_ref().display().to_string()
@@ -387,6 +413,19 @@ fn text(path: impl AsRef<Path>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_became_of_the_data_is_read_from_the_metrics() {
+        let line = "longhaul_reduced_bytes_total{kind=\"xor\"} 4096";
+        assert_eq!(reduced_line(line), Some(("xor".to_owned(), 4096)));
+        for line in [
+            "",
+            "# TYPE longhaul_reduced_bytes_total counter",
+            "longhaul_jobs 3",
+        ] {
+            assert_eq!(reduced_line(line), None, "{line}");
+        }
+    }
 
     #[test]
     fn the_operators_lines_are_understood_and_others_ignored() {

@@ -58,7 +58,7 @@ impl Workload {
 /// The kernel's command line for a guest with this workload.
 pub fn command_line(root: &str, workload: Workload, seed: u64) -> String {
     format!(
-        "console=ttyS0,115200 quiet panic=-1 longhaul.root={root} longhaul.workload={} longhaul.seed={seed}",
+        "console=ttyS0,115200 quiet panic=-1 no_timer_check longhaul.root={root} longhaul.workload={} longhaul.seed={seed}",
         workload.name()
     )
 }

@@ -151,14 +151,23 @@ pub struct Phases {
 }
 
 impl Phases {
-    /// A phase is or was there.
-    pub fn see(&mut self, name: &str, now: Duration) {
+    /// Whether a phase was not seen so far.
+    pub fn begins(&self, name: &str) -> bool {
+        self.seen(&Self::known_as(name)).is_none()
+    }
+
+    fn known_as(name: &str) -> String {
         // The program's word for round 0, and everybody else's.
-        let name = if name == "transfer" {
+        if name == "transfer" {
             "copy".to_owned()
         } else {
             name.replace('_', "-")
-        };
+        }
+    }
+
+    /// A phase is or was there.
+    pub fn see(&mut self, name: &str, now: Duration) {
+        let name = Self::known_as(name);
         if self.seen.iter().all(|(seen, _)| *seen != name) {
             self.seen.push((name, now));
         }

@@ -57,7 +57,9 @@ pub fn find(stage: &Stage, report: &LiveReport, before: &QemuSettings) -> Vec<St
     let cause = report.report.job["cause"].as_str().unwrap_or_default();
     let cancelled = cause.starts_with("the job is cancelled");
     let directory = stage.lab.directory();
-    if report.owner == "source" {
+    // A job that failed can be resumed: what it needs for that stays.
+    let over = cancelled || report.report.job["ok"] == Value::Bool(true);
+    if report.owner == "source" && over {
         found.extend(in_qemu(stage.monitor(End::Source)));
         let now = QemuSettings::of(stage.monitor(End::Source));
         found.extend(before.differences(&now));
@@ -77,7 +79,7 @@ pub fn find(stage: &Stage, report: &LiveReport, before: &QemuSettings) -> Vec<St
             found.push("the source's QEMU runs".to_owned());
         }
     }
-    if report.owner == "source" || report.owner == "target" {
+    if over {
         let socket = |path: &Path| name(path).starts_with("nbd-");
         found.extend(entries(&settings::qmp_folder(directory, End::Source), socket));
     }

@@ -5,7 +5,11 @@
 use std::fmt::Write as _;
 
 use super::verdict::LiveReport;
-use crate::page::{bits, size, span};
+use crate::page::{bar, bits, size, span};
+
+/// Width of the page, and how many decisions it shows.
+const COLUMNS: usize = 80;
+const DECISIONS_MAX: usize = 12;
 
 /// The whole page.
 pub fn page(live: &LiveReport) -> String {
@@ -26,6 +30,7 @@ pub fn page(live: &LiveReport) -> String {
         "its own longest silence",
         format!("{beat} before the migration"),
     );
+    moved(&mut page, live);
     heading(&mut page, "What its users noticed");
     row(&mut page, "longest silence", ms(live.blackout_heartbeat_ms));
     row(&mut page, "stopped, as QEMU says", ms(live.blackout_qmp_ms));
@@ -58,6 +63,65 @@ pub fn page(live: &LiveReport) -> String {
     page
 }
 
+/// Where the bytes went: on the disk, in memory, on the wire.
+fn moved(page: &mut String, live: &LiveReport) {
+    let report = &live.report;
+    if report.raw_bytes == 0 {
+        return;
+    }
+    heading(page, "What had to be moved");
+    let whole = report.raw_bytes + (live.ram_mib << 20);
+    let mut share = |name: &str, bytes: u64| {
+        let _ = writeln!(page, "  {name:<26}{:>10}  {}", size(bytes), bar(bytes, whole));
+    };
+    let job = &report.job["live"];
+    let count = |name: &str| job[name].as_u64().unwrap_or(0);
+    share("its disk", report.raw_bytes);
+    share("  holes and zeros", report.hole_bytes + report.zero_bytes);
+    share("  free, proven: left out", report.skipped_free_bytes);
+    share(
+        "  data in use",
+        report.used_bytes.saturating_sub(report.zero_bytes),
+    );
+    share("  written meanwhile", count("dirty_bytes"));
+    share("its memory", live.ram_mib << 20);
+    share("  sent, with changes", count("ram_sent_bytes"));
+    for (kind, words) in [
+        ("reference", "known there: only named"),
+        ("xor", "sent as a difference"),
+        ("compressed", "compressed"),
+        ("raw", "sent as it is"),
+    ] {
+        if let Some(bytes) = live.reduced_bytes.get(kind).filter(|bytes| **bytes > 0) {
+            share(words, *bytes);
+        }
+    }
+    let wire = live.link_bytes.map_or(report.wan_bytes, |(forth, _)| forth);
+    share("on the wire, all of it", wire);
+}
+
+/// What was decided and when, cut to the page.
+fn decided(page: &mut String, live: &LiveReport) {
+    for decision in live.decisions.iter().take(DECISIONS_MAX) {
+        // The figures behind the colon are in the report for programs.
+        let (when, words) = decision.split_once(": ").unwrap_or(("", decision));
+        let words = words.split(": ").next().unwrap_or(words);
+        let mut line = format!("  {when:>8}  {words}");
+        if line.len() > COLUMNS {
+            line.truncate(line.floor_char_boundary(COLUMNS - 3));
+            line.push_str("...");
+        }
+        let _ = writeln!(page, "{line}");
+    }
+    if live.decisions.len() > DECISIONS_MAX {
+        let _ = writeln!(
+            page,
+            "            ... and {} more",
+            live.decisions.len() - DECISIONS_MAX
+        );
+    }
+}
+
 fn journey(page: &mut String, live: &LiveReport) {
     let report = &live.report;
     row(page, "time", span(report.seconds));
@@ -88,6 +152,7 @@ fn journey(page: &mut String, live: &LiveReport) {
         row(page, &format!("  {phase}"), format!("{:>9.0} ms", ms));
     }
     steps(page, live);
+    decided(page, live);
 }
 
 /// The handover's steps, each with the time since the guest stood and what it took itself.

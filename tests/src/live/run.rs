@@ -132,7 +132,8 @@ impl Run<'_> {
         self.settle()?;
         self.idle(self.args.after.0)?;
         self.measure(up, began, ended);
-        if programs.is_some() {
+        if let Some(programs) = programs {
+            self.report.reduced_bytes = programs.reduced(&self.stage.lab);
             self.report.leftovers = self.leftovers()?;
         }
         self.prove(watch)?;
@@ -270,6 +271,9 @@ impl Run<'_> {
             job.clone_into(&mut self.job);
         }
         if let Some(phase) = value["progress"]["phase"].as_str() {
+            if let Some(words) = self.phases.begins(phase).then(|| phase_words(phase)).flatten() {
+                watch(Moment::Step(words.to_owned()));
+            }
             self.phases.see(phase, self.stage.consoles.now());
         }
         match programs::read_line(line) {
@@ -501,6 +505,19 @@ impl Run<'_> {
             std::fs::read_to_string(self.stage.lab.directory().join("longhaul.log")).unwrap_or_default();
         io::Error::other(format!("longhaul ended without a report: {}", log.trim()))
     }
+}
+
+/// A phase in words, for those who watch.
+fn phase_words(phase: &str) -> Option<&'static str> {
+    Some(match phase {
+        "scan" => "looking what is free on its disk, while it writes",
+        "transfer" => "copying its disk, while it writes",
+        "rounds" => "sending what it wrote meanwhile",
+        "ram" => "sending its memory, and again what changes",
+        "handover" => "it stands: the rest goes, and the other site takes over",
+        "in_doubt" => "handed over; waiting for word from the other site",
+        _ => return None,
+    })
 }
 
 fn unix_now() -> f64 {

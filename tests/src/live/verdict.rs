@@ -39,6 +39,8 @@ pub struct LiveReport {
     pub steps_ms: Vec<(String, u64)>,
     /// What the job decided on its way, in its words.
     pub decisions: Vec<String>,
+    /// What the source's gateway made of the data, raw bytes by kind: zero, reference, xor, compressed, raw.
+    pub reduced_bytes: BTreeMap<String, u64>,
     /// What the job should have cleared up and did not: names of files, bitmaps, exports, machines.
     pub leftovers: Vec<String>,
     /// Guest operations per second.

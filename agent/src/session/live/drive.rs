@@ -19,6 +19,7 @@ use super::source::{End, LiveSource};
 use super::source_vm::SourceVm;
 use super::uplink::{Detached, Uplink};
 use super::word::ToTarget;
+use crate::session::threads::on_thread;
 use crate::vm::converge::{Converge, Decision, Verdict};
 use crate::vm::handover::{Generation, Reason, Word};
 use crate::vm::rounds::{Rounds, RoundsError};
@@ -247,6 +248,7 @@ impl Drive {
         }
         if self.rounds.exports().is_empty() {
             self.rounds.open_base().await?;
+            self.look_anew().await?;
         }
         let reach = self.reach().await?;
         let session = Arc::clone(&self.s);
@@ -275,6 +277,19 @@ impl Drive {
         self.put_off(uplink).await?;
         self.rounds.finish().await?;
         Ok(())
+    }
+
+    /// Has the looks at what is free go through the exports that are open now.
+    async fn look_anew(&mut self) -> Result<(), Stop> {
+        let reach = disks::reach(&mut self.rounds, 1).await?;
+        let free = Arc::clone(&self.s.free);
+        let renewed = on_thread("free-look", move || {
+            disks::connect(reach).map(|images| free.renew(images))
+        });
+        let renewed = renewed
+            .await
+            .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
+        Ok(renewed?)
     }
 
     /// What the first look called free goes last, unless it was proven free meanwhile.

@@ -60,6 +60,13 @@ impl FreeProof {
         }
     }
 
+    /// The disks are read by these from now on: the exports of the ones before are closed.
+    pub(super) fn renew(&self, images: Vec<LiveImage>) {
+        for (disk, image) in self.disks().iter_mut().zip(images) {
+            disk.image = image;
+        }
+    }
+
     /// Of a session that reads nothing any more.
     pub(super) fn none() -> Self {
         Self {

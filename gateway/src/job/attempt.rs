@@ -44,6 +44,8 @@ pub struct Source {
     pub definition: Option<Vec<u8>>,
     /// It said that the VM runs at the target already.
     pub moved: Option<Box<LiveOutcome>>,
+    /// A running VM's source: once it has said its last word it hears no more, so what it does not hear ends nothing.
+    live: bool,
     send: SendStream,
     pub(super) heard: Hearing<FromSource>,
     link: Link,
@@ -164,6 +166,7 @@ impl Source {
             disks,
             definition,
             moved,
+            live: spec.kind == Kind::Live,
             send,
             heard,
             link,
@@ -177,7 +180,13 @@ impl Source {
 
     pub(super) async fn tell(&mut self, message: &ToSource) -> Result<(), Refusal> {
         let lost = |error: frame::FrameError| Refusal::new(RefusalKind::Lost, self.link.reason_or(&error));
-        frame::write(&mut self.send, message).await.map_err(lost)
+        match frame::write(&mut self.send, message).await {
+            Err(error) if self.live => {
+                tracing::debug!("the source agent does not hear any more: {error}");
+                Ok(())
+            }
+            written => written.map_err(lost),
+        }
     }
 }
 

@@ -339,6 +339,10 @@ impl Drive {
                 Decision::Round => self.dirty_round(uplink).await?,
                 Decision::StartRam => self.start_ram(uplink).await?,
                 Decision::Continue => tokio::time::sleep(LOOK).await,
+                // The tail is taken whole while the VM stands: it has to fit into the memory for it.
+                Decision::HandOver { .. } if self.ram_left > self.tail_max() => {
+                    tokio::time::sleep(LOOK).await;
+                }
                 Decision::HandOver { predicted } => {
                     self.outcome.predicted_blackout_ms = predicted.as_millis() as u64;
                     if self.vm.switch_over().await? {
@@ -361,6 +365,11 @@ impl Drive {
                 }
             }
         }
+    }
+
+    /// How much memory may be left for the tail, in bytes. What is on its way already and what changes until the stop need room, too.
+    fn tail_max(&self) -> u64 {
+        self.s.agent.settings.vm.ram_memory.0 / 2
     }
 
     /// QEMU has stopped an idle VM: finished where what is left fits, undone otherwise.

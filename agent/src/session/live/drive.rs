@@ -252,7 +252,7 @@ impl Drive {
             tokio::select! {
                 counts = &mut copying => break counts?,
                 () = tokio::time::sleep(LOOK) => {
-                    self.pace.sample(self.began.elapsed(), uplink, 0);
+                    self.pace.sample(self.began.elapsed(), uplink, 0, true);
                     self.s.free.look().await;
                 }
             }
@@ -348,7 +348,7 @@ impl Drive {
     /// QEMU has stopped an idle VM: finished where what is left fits, undone otherwise.
     async fn unasked(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
         let dirty = self.rounds.dirty_bytes().await?;
-        let (now, rtt) = (self.began.elapsed(), self.s.heard.borrow().rtt);
+        let (now, rtt) = (self.began.elapsed(), self.s.heard.borrow().rtt());
         let ram = self.vm.ram_view();
         let view = self.pace.view(now, &dirty, None, ram.as_ref(), uplink, rtt);
         let verdict = self
@@ -367,7 +367,7 @@ impl Drive {
     async fn decide(&mut self, uplink: &Uplink) -> Result<Verdict, Stop> {
         let dirty = self.rounds.dirty_bytes().await?;
         let stats = self.vm.stats().await?;
-        let rtt = self.s.heard.borrow().rtt;
+        let rtt = self.s.heard.borrow().rtt();
         let now = self.began.elapsed();
         let ram = self.vm.ram_view();
         if let Some((out, ram)) = self.vm.ram_out().zip(ram) {

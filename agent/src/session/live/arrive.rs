@@ -211,7 +211,8 @@ impl Arrive {
                 }
             }
             Event::Word(ToTarget::Handover(word)) => self.on(TargetEvent::Heard(word)).await,
-            Event::Word(ToTarget::Probe(number)) => self.s.tell(&ToSource::Echo(number)).await,
+            // Answered where it is heard.
+            Event::Word(ToTarget::Probe(_)) => {}
             Event::GiveUp => {
                 self.cancelled = true;
                 self.on(TargetEvent::Stop(Reason::Cancelled)).await;

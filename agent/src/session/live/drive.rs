@@ -575,6 +575,8 @@ impl Drive {
         }
         match end {
             Ok(()) => {
+                // A QEMU that quits leaves its NBD server's name behind.
+                let _ = std::fs::remove_file(self.rounds.socket());
                 let outcome = self.outcome.clone();
                 if let Err(refusal) = self.s.remember(|record| record.outcome = Some(outcome)).await {
                     tracing::warn!(job = %self.s.job, "{refusal}");

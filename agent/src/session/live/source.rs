@@ -175,10 +175,12 @@ impl LiveSource {
             let mut reports: Vec<_> = reports.collect::<Result<_, _>>()?;
             let free = FreeProof::first(images, started, &policy, filter);
             for (index, report) in reports.iter_mut().enumerate() {
-                report.free = free
-                    .deferred(index)
-                    .map_or(0, |free| free.free_bytes())
-                    .min(report.allocated);
+                let Some(deferred) = free.deferred(index) else {
+                    continue;
+                };
+                let counted = free.with_image(index, |image| disks::stored_and_free(image, &deferred));
+                // Holes are left behind as what they are.
+                report.free = counted.transpose()?.unwrap_or(0).min(report.allocated);
                 report.used = report.allocated - report.free;
             }
             Ok((reports, Arc::new(free)))

@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, watch};
 use super::arrive::{self, Event};
 use super::ram_in::RamIn;
 use super::record::Arriving;
-use super::word::{self, ToSource};
+use super::word::{self, ToSource, ToTarget as Word};
 use crate::disk::apply::{Have, Target};
 use crate::session::arrivals::Seat;
 use crate::session::target::tell_have;
@@ -337,8 +337,11 @@ impl LiveTarget {
     async fn on_message(&self, message: ToTarget) -> Result<(), Refusal> {
         match message {
             ToTarget::Say(word) => {
-                if let Some(word) = word::decode(&word) {
-                    self.event(Event::Word(word)).await;
+                match word::decode(&word) {
+                    // Not behind the driver, who may be starting a QEMU: what is measured is the way.
+                    Some(Word::Probe(number)) => self.tell(&ToSource::Echo(number)).await,
+                    Some(word) => self.event(Event::Word(word)).await,
+                    None => {}
                 }
                 Ok(())
             }

@@ -504,6 +504,16 @@ fn mostly(reduced: &Reduced, data: &[u8]) -> bool {
     reduced.counts.reference as usize >= data.len() / 100 * 95
 }
 
+/// How many files of the folders hold the beginning of `content`.
+fn files_with(content: &[u8], folders: [&Path; 2]) -> usize {
+    let files = folders.into_iter().flat_map(|folder| std::fs::read_dir(folder).unwrap());
+    let holds = |path: &Path| {
+        let bytes = std::fs::read(path).unwrap();
+        bytes.windows(64).any(|window| window == &content[..64])
+    };
+    files.filter(|file| holds(&file.as_ref().unwrap().path())).count()
+}
+
 #[test]
 fn windows_survive_an_orderly_restart_and_no_crash() {
     let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -528,16 +538,7 @@ fn windows_survive_an_orderly_restart_and_no_crash() {
     through(&a.0, &b.0, &ram_header(0, 64, 0, &memory), &memory, vm);
     let old = through(&a.0, &b.0, &disk_header(0, &disk[0]), &disk[0], vm);
     assert!(mostly(&old, &disk[0]), "older than what is in memory");
-    let holds = |content: &[u8]| {
-        let files = std::fs::read_dir(here.path())
-            .unwrap()
-            .chain(std::fs::read_dir(there.path()).unwrap());
-        let found = |path: &Path| {
-            std::fs::read(path)
-                .unwrap()
-                .windows(64)
-                .any(|window| window == &content[..64])
-        };
+    let holds = |content: &[u8]| files_with(content, [here.path(), there.path()]);
         files.filter(|file| found(&file.as_ref().unwrap().path())).count()
     };
     assert_eq!(

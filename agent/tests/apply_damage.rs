@@ -192,7 +192,7 @@ fn many_rewrites_keep_the_log_short() {
 /// A small file system, gone when dropped. A ballast file leaves 8 MiB of it free, about.
 struct Small {
     path: PathBuf,
-    #[allow(dead_code)] // removed when dropped
+    #[expect(dead_code, reason = "held so that it is removed when dropped")]
     dir: tempfile::TempDir,
 }
 

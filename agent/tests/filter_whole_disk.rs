@@ -4,8 +4,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-// Shared with `filter_disk`, which uses all of it.
-#[allow(dead_code)]
+#[allow(dead_code, reason = "shared with filter_disk, which uses all of it")]
 #[path = "filter_disk/tools.rs"]
 mod tools;
 

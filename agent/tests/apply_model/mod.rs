@@ -1,5 +1,5 @@
 //! What the tests of `apply` share: options, batches with known content, and a disk in memory to compare with.
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::path::Path;
 

@@ -1,7 +1,7 @@
 //! What the image tests share: a temporary directory with QEMU's tools at hand, and content to write.
 
-// Each test program uses a part of it; a step that fails is a test that fails.
-#![allow(dead_code, clippy::unwrap_used)]
+#![allow(dead_code, reason = "each test program uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "a step that fails is a test that fails")]
 
 pub(crate) mod fake;
 

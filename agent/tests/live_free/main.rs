@@ -11,7 +11,7 @@ mod campaign;
 mod frozen;
 mod guest;
 mod hostile;
-#[allow(dead_code)]
+#[allow(dead_code, reason = "shared with filter_disk, which uses all of it")]
 #[path = "../filter_disk/lvm_image.rs"]
 mod lvm_image;
 mod places;

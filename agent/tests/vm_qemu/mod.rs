@@ -1,6 +1,6 @@
 //! A real QEMU for tests: no guest but its BIOS, little RAM, ended when dropped.
 
-#![allow(dead_code, unreachable_pub)] // Each test program uses a part of it.
+#![allow(dead_code, unreachable_pub, reason = "each test program uses a part of it")]
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;

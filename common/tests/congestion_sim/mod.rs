@@ -5,7 +5,8 @@
 //! simple models of TCP's Cubic (RFC 9438) and of a BBR. Leaves the judging to the tests. The models are honest in what
 //! decides a contest for a queue, and nothing more: no slow receivers, no timeouts.
 
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
+#![allow(dead_code, unreachable_pub, reason = "each test program uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "a step that fails is a test that fails")]
 
 mod path;
 pub mod rivals;

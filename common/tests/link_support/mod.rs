@@ -3,7 +3,8 @@
 //! Makes certificates that the real authority would never make (expired, wrong role, no name), so that every refusal can be
 //! provoked. Everything lives in a temporary directory that goes away with it.
 
-#![allow(dead_code, clippy::unwrap_used, unreachable_pub)]
+#![allow(dead_code, unreachable_pub, reason = "each test program uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "a step that fails is a test that fails")]
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

@@ -7,17 +7,17 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use longhaul_common::digest::Digest;
 use longhaul_common::ids::{Attempt, JobId};
 use longhaul_common::wire::session::{Refusal, RefusalKind};
 use tokio::sync::watch;
 
-use super::attempt::{Context, Proof, Source, Target, Transfer, elapsed_ms, target_open};
+use super::attempt::{Context, Source, Target, Transfer, elapsed_ms, target_open};
 use super::board::Board;
+use super::finish;
 use super::ledger::Ledger;
-use super::live::{self, Cancelled, Moved};
+use super::live::{self, Cancelled};
 use super::progress::{JobState, Phase};
-use super::report::{DiskReport, LiveReport, Report, joint_digest};
+use super::report::Report;
 use super::spec::Kind;
 use crate::store::{JobRecord, Store, StoreError};
 
@@ -264,30 +264,22 @@ impl Driver {
             transfer,
         };
         let sending = Instant::now();
-        if self.record.spec.kind == Kind::Live {
+        let mut report = if self.record.spec.kind == Kind::Live {
             let moved = transfer.transfer.move_live().await?;
             self.stages.push(("transfer", elapsed_ms(sending)));
-            let mut report = live_report(&self.record, &transfer.transfer, moved);
-            report.wan_lost_packets = self.context.peer.stats().lost_packets.saturating_sub(lost_before);
-            return Ok(report);
-        }
-        transfer.transfer.send_all().await?;
-        self.stages.push(("transfer", elapsed_ms(sending)));
-        let proving = Instant::now();
-        let proofs = transfer.transfer.prove().await?;
-        self.stages.push(("verify", elapsed_ms(proving)));
-        let committing = Instant::now();
-        self.record.committing = Some(proofs.iter().map(|proof| proof.target.to_string()).collect());
-        self.record.report = Some(report(&self.record, &transfer.transfer, &proofs));
-        self.record.progress = board.read().1;
-        self.record.sent = transfer.transfer.outflow.sent();
-        let journaled = self.store.save(&self.record).await;
-        journaled.map_err(|error| Refusal::because(RefusalKind::Refused, &error))?;
-        let hook = transfer.transfer.commit(&proofs).await?;
-        self.stages.push(("commit", elapsed_ms(committing)));
+            finish::moved_live(&self.record, &transfer.transfer, moved)
+        } else {
+            transfer.transfer.send_all().await?;
+            self.stages.push(("transfer", elapsed_ms(sending)));
+            let desk = Desk {
+                record: &mut self.record,
+                store: &self.store,
+                stages: &mut self.stages,
+                board: &board,
+            };
+            desk.prove_and_commit(&mut transfer.transfer).await?
+        };
         drop(transfer);
-        let mut report = self.record.report.take().unwrap_or_default();
-        report.hook = hook;
         report.wan_lost_packets = self.context.peer.stats().lost_packets.saturating_sub(lost_before);
         Ok(report)
     }
@@ -451,6 +443,35 @@ impl Driver {
     }
 }
 
+/// What of the driver is needed while a transfer holds its ledger.
+struct Desk<'a> {
+    record: &'a mut JobRecord,
+    store: &'a Store,
+    stages: &'a mut Vec<(&'static str, u64)>,
+    board: &'a Board,
+}
+
+impl Desk<'_> {
+    /// The end of a cold move. What is about to be committed is journaled first.
+    async fn prove_and_commit(self, transfer: &mut Transfer<'_>) -> Result<Report, Refusal> {
+        let proving = Instant::now();
+        let proofs = transfer.prove().await?;
+        self.stages.push(("verify", elapsed_ms(proving)));
+        let committing = Instant::now();
+        self.record.committing = Some(proofs.iter().map(|proof| proof.target.to_string()).collect());
+        self.record.report = Some(finish::moved_cold(self.record, transfer, &proofs));
+        self.record.progress = self.board.read().1;
+        self.record.sent = transfer.outflow.sent();
+        let journaled = self.store.save(self.record).await;
+        journaled.map_err(|error| Refusal::because(RefusalKind::Refused, &error))?;
+        let hook = transfer.commit(&proofs).await?;
+        self.stages.push(("commit", elapsed_ms(committing)));
+        let mut report = self.record.report.take().unwrap_or_default();
+        report.hook = hook;
+        Ok(report)
+    }
+}
+
 /// Gives the ledger back to the driver when the transfer ends, also when it is interrupted.
 struct KeepLedger<'a, 'b> {
     ledger: &'a mut Ledger,
@@ -461,107 +482,6 @@ impl Drop for KeepLedger<'_, '_> {
     fn drop(&mut self) {
         self.transfer.context.ingest.close(&self.transfer.outflow);
         *self.ledger = self.transfer.outflow.to_next();
-    }
-}
-
-fn report(record: &JobRecord, transfer: &Transfer<'_>, proofs: &[Proof]) -> Report {
-    let sums = transfer.outflow.ledger().disks().to_vec();
-    let mut disks = Vec::new();
-    for (((section, opened), proof), sums) in record
-        .spec
-        .disk
-        .iter()
-        .zip(&transfer.source.disks)
-        .zip(proofs)
-        .zip(sums)
-    {
-        let (source, target) = (
-            section.source.display().to_string(),
-            section.target.display().to_string(),
-        );
-        let mut disk = DiskReport::opened(&source, &target, opened);
-        disk.read(proof.source, &proof.counts);
-        disk.target_digest = proof.target.to_string();
-        disk.wan_bytes = sums.wan;
-        (disk.verify_ms, disk.flush_ms) = (proof.verify_ms, proof.flush_ms);
-        disks.push(disk);
-    }
-    let total = transfer.outflow.sums();
-    let sum = |of: fn(&DiskReport) -> u64| disks.iter().map(of).sum();
-    let digests = |of: fn(&Proof) -> Digest| joint_digest(&proofs.iter().map(of).collect::<Vec<_>>());
-    let notes = transfer
-        .source
-        .disks
-        .iter()
-        .flat_map(|disk| &disk.notes)
-        .chain(&transfer.target.notes);
-    Report {
-        equal: proofs.iter().all(|proof| proof.source == proof.target),
-        raw_bytes: sum(|disk| disk.raw_bytes),
-        used_bytes: sum(|disk| disk.used_bytes),
-        skipped_free_bytes: sum(|disk| disk.skipped_free_bytes),
-        hole_bytes: sum(|disk| disk.hole_bytes),
-        zero_bytes: sum(|disk| disk.zero_bytes),
-        sent_raw_bytes: total.sent,
-        wan_bytes: total.wan,
-        resent_bytes: total.resent,
-        source_digest: digests(|proof| proof.source),
-        target_digest: digests(|proof| proof.target),
-        notes: notes.cloned().collect(),
-        disks,
-        ..Report::default()
-    }
-}
-
-/// The report of a VM that was moved while it ran. Its proof is end to end: every batch's digest was checked where it was written, and
-/// both agents state one digest over the RAM stream.
-fn live_report(record: &JobRecord, transfer: &Transfer<'_>, moved: Moved) -> Report {
-    let sums = transfer.outflow.ledger().disks().to_vec();
-    let opened = record.spec.disk.iter().zip(&transfer.source.disks);
-    let mut disks = Vec::new();
-    for ((index, (section, opened)), sums) in opened.enumerate().zip(sums) {
-        let (source, target) = (
-            section.source.display().to_string(),
-            section.target.display().to_string(),
-        );
-        let mut disk = DiskReport::opened(&source, &target, opened);
-        if let Some(Some((_, counts))) = transfer.done.get(index) {
-            (disk.zero_bytes, disk.kept_bytes) = (counts.zero, counts.kept);
-            (disk.read_ms, disk.hash_ms) = (counts.read_ms, counts.hash_ms);
-        }
-        (disk.sent_raw_bytes, disk.wan_bytes) = (sums.sent, sums.wan);
-        if let Some(parts) = moved.outcome.parts.get(index) {
-            disk.left_behind(parts);
-        }
-        disks.push(disk);
-    }
-    let mut live = LiveReport::new(&moved.outcome);
-    let ledger = transfer.outflow.ledger();
-    (live.ram_sent_bytes, live.ram_wan_bytes) = (ledger.ram().sent, ledger.ram().wan);
-    live.dirty_wan_bytes = ledger.dirty().1;
-    drop(ledger);
-    let total = transfer.outflow.sums();
-    let sum = |of: fn(&DiskReport) -> u64| disks.iter().map(of).sum();
-    let digest = moved.outcome.stream_digest.to_string();
-    let notes = transfer.source.disks.iter().flat_map(|disk| &disk.notes);
-    let notes = notes.chain(&transfer.target.notes).chain(&moved.outcome.notes);
-    Report {
-        equal: true,
-        raw_bytes: sum(|disk| disk.raw_bytes),
-        used_bytes: sum(|disk| disk.used_bytes),
-        skipped_free_bytes: sum(|disk| disk.skipped_free_bytes),
-        hole_bytes: sum(|disk| disk.hole_bytes),
-        zero_bytes: sum(|disk| disk.zero_bytes),
-        sent_raw_bytes: total.sent,
-        wan_bytes: total.wan,
-        resent_bytes: total.resent,
-        source_digest: digest.clone(),
-        target_digest: digest,
-        notes: notes.cloned().collect(),
-        hook: moved.hook,
-        live: Some(live),
-        disks,
-        ..Report::default()
     }
 }
 

@@ -5,6 +5,7 @@
 pub mod attempt;
 pub mod board;
 pub mod driver;
+mod finish;
 pub mod ledger;
 pub mod live;
 pub mod plan;

@@ -305,7 +305,8 @@ impl JobSpec {
         let disk = &self.disk[index];
         for (key, path) in [("source", &disk.source), ("target", &disk.target)] {
             // A running VM's disks are named as its QEMU does.
-            if !path.is_absolute() && !(key == "source" && self.kind == Kind::Live) {
+            let in_qemu = key == "source" && self.kind == Kind::Live;
+            if !path.is_absolute() && !in_qemu {
                 return Err(SpecError::Relative {
                     index,
                     key,

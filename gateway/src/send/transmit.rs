@@ -189,7 +189,18 @@ impl Peer {
         if !due {
             return self.ladders().levels[lane as usize].level();
         }
-        let queued = self.outbox().waiting_up_to(lane);
+        let windows: u64 = {
+            let links = self.links();
+            links
+                .live
+                .values()
+                .map(|link| link.stats().congestion_window)
+                .sum()
+        };
+        let queued = {
+            let outbox = self.outbox();
+            outbox.waiting_up_to(lane) + outbox.in_flight().saturating_sub(windows)
+        };
         let mut ladders = self.ladders();
         ladders.chosen[lane as usize] = Some(now);
         ladders.levels[lane as usize].choose(Seen {

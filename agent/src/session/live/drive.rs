@@ -257,7 +257,7 @@ impl Drive {
             tokio::select! {
                 counts = &mut copying => break counts?,
                 () = tokio::time::sleep(LOOK) => {
-                    self.pace.sample(self.began.elapsed(), uplink, 0);
+                    self.pace.sample(self.began.elapsed(), uplink, 0, true);
                     self.s.free.look().await;
                 }
             }
@@ -375,7 +375,7 @@ impl Drive {
     /// QEMU has stopped an idle VM: finished where what is left fits, undone otherwise.
     async fn unasked(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
         let dirty = self.rounds.dirty_bytes().await?;
-        let (now, rtt) = (self.began.elapsed(), self.s.heard.borrow().rtt);
+        let (now, rtt) = (self.began.elapsed(), self.s.heard.borrow().rtt());
         let ram = self.vm.ram_view();
         let view = self.pace.view(now, &dirty, None, ram.as_ref(), uplink, rtt);
         let verdict = self
@@ -394,7 +394,7 @@ impl Drive {
     async fn decide(&mut self, uplink: &Uplink) -> Result<Verdict, Stop> {
         let dirty = self.rounds.dirty_bytes().await?;
         let stats = self.vm.stats().await?;
-        let rtt = self.s.heard.borrow().rtt;
+        let rtt = self.s.heard.borrow().rtt();
         let now = self.began.elapsed();
         let ram = self.vm.ram_view();
         if let Some((out, ram)) = self.vm.ram_out().zip(ram) {
@@ -612,7 +612,7 @@ impl Drive {
         match end {
             Ok(()) => {
                 // A QEMU that quits leaves its NBD server's name behind.
-                let _ = std::fs::remove_file(&socket);
+                let _ = std::fs::remove_file(socket);
                 let outcome = self.outcome.clone();
                 if let Err(refusal) = self.s.remember(|record| record.outcome = Some(outcome)).await {
                     tracing::warn!(job = %self.s.job, "{refusal}");

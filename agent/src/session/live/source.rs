@@ -31,6 +31,8 @@ use crate::vm::handover::{Generation, Word};
 use crate::vm::qmp::Qmp;
 use crate::vm::rounds::{self, Rounds, RoundsOptions};
 
+/// For so long the least round trip counts.
+const RTT_MEMORY: Duration = Duration::from_secs(30);
 /// Messages that wait for the gateway or the driver.
 const QUEUE: usize = 64;
 /// How long the gateway may take to hear the end.
@@ -46,9 +48,17 @@ pub(super) struct Heard {
     /// The target's QEMU waits, or why not.
     pub prepared: Option<(Generation, Result<Vec<String>, String>)>,
     pub cancel: Option<Refusal>,
-    /// There and back, and when the last probe left.
-    pub rtt: Option<Duration>,
+    /// There and back without queues: the least of the last seconds, and when it was measured.
+    rtt: Option<(Duration, Instant)>,
+    /// The last probe, and when it left.
     probe: Option<(u64, Instant)>,
+}
+
+impl Heard {
+    /// The way to the target agent and back, once it was measured.
+    pub(super) fn rtt(&self) -> Option<Duration> {
+        self.rtt.map(|(rtt, _)| rtt)
+    }
 }
 
 /// How a migration ended.
@@ -410,7 +420,11 @@ impl LiveSource {
             Said::Echo(number) => self.heard.send_modify(|heard| {
                 if let Some((_, left)) = heard.probe.take_if(|(sent, _)| *sent == number) {
                     let now = left.elapsed();
-                    heard.rtt = Some(heard.rtt.map_or(now, |rtt| (rtt * 3 + now) / 4));
+                    // A stopped VM's bytes go before all others, so what waits behind them now does not count.
+                    let least = heard
+                        .rtt
+                        .filter(|(rtt, at)| *rtt <= now && at.elapsed() < RTT_MEMORY);
+                    heard.rtt = Some(least.unwrap_or((now, Instant::now())));
                 }
             }),
         }

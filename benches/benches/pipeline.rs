@@ -8,7 +8,6 @@ use longhaul_common::digest::{Digest, LEAF, leaf_count};
 use longhaul_common::extent::Extent;
 use longhaul_common::ids::{Attempt, DiskIndex, JobId, Round, Sequence};
 use longhaul_common::wire::batch::{BatchHeader, Content, Leaves, Piece};
-use longhaul_gateway::reduction::{reduce, restore};
 
 fn batch(data: &[u8]) -> BatchHeader {
     let size = data.len() as u64;
@@ -50,16 +49,6 @@ fn stages(criterion: &mut Criterion) {
     group.bench_function("verify batch digest", |bench| {
         bench.iter(|| header.verify(std::hint::black_box(&system)))
     });
-    for (name, data) in [("system", &system), ("noise", &noise)] {
-        let raw = bytes::Bytes::from(data.clone());
-        group.bench_function(format!("reduce {name}"), |bench| {
-            bench.iter(|| reduce(raw.clone()))
-        });
-        let payload = reduce(raw.clone());
-        group.bench_function(format!("restore {name}"), |bench| {
-            bench.iter(|| restore(&payload, raw.len()))
-        });
-    }
     group.finish();
 }
 

@@ -14,9 +14,10 @@ use longhaul_gateway::job::table::Jobs;
 use longhaul_gateway::metrics::{self, Gauges};
 use longhaul_gateway::receive::Receiving;
 use longhaul_gateway::reduction::workers::Workers;
+use longhaul_gateway::reduction::{Level, Size, Way, Windows};
 use longhaul_gateway::send::ingest::Ingest;
 use longhaul_gateway::send::transmit::Peer;
-use longhaul_gateway::settings::GatewaySettings;
+use longhaul_gateway::settings::{GatewaySettings, LevelSetting};
 use longhaul_gateway::store::Store;
 
 /// Longhaul's gateway: one or more per site.
@@ -67,6 +68,32 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         .block_on(serve(settings, tls, text))
 }
 
+/// The windows, and how data is reduced: at a level of its own choice where there is none.
+fn reduction(settings: &GatewaySettings) -> Result<(Arc<Windows>, Way), String> {
+    let section = &settings.reduction;
+    let level = match section.level {
+        LevelSetting::Adaptive => None,
+        LevelSetting::Raw => Some(Level::Raw),
+        LevelSetting::Lz4 => Some(Level::Lz4),
+        LevelSetting::Zstd1 => Some(Level::Zstd1),
+        LevelSetting::Zstd3 => Some(Level::Zstd3),
+        LevelSetting::Zstd9 => Some(Level::Zstd9),
+    };
+    let way = Way {
+        dedup: section.dedup,
+        xor: section.xor,
+        level,
+    };
+    let size = Size::of(section.window.0, section.window_file.0);
+    if section.window_file.0 <= section.window.0 {
+        return Ok((Windows::new(Some(size)), way));
+    }
+    let folder = settings.state.join("windows");
+    let windows = Windows::in_folder(size, &folder)
+        .map_err(|error| format!("cannot keep windows in {}: {error}", folder.display()))?;
+    Ok((windows, way))
+}
+
 async fn serve(
     settings: GatewaySettings,
     tls: Arc<TlsState>,
@@ -84,17 +111,27 @@ async fn serve(
     };
     let workers = Workers::start(threads).map_err(|error| format!("cannot start threads: {error}"))?;
     let agents = Arc::new(Agents::default());
-    let ingest = Arc::new(Ingest::new(workers.clone(), settings.limits.send_memory.0));
+    let (windows, method) = reduction(&settings)?;
+    let ingest = Arc::new(Ingest::new(
+        workers.clone(),
+        method,
+        settings.limits.send_memory.0,
+    ));
     agents::listen(&settings.agents, &tls, Arc::clone(&agents), Arc::clone(&ingest))
         .map_err(|error| format!("agents.listen: {}", chain(&error)))?;
-    let receiving = Receiving::new(Arc::clone(&agents), workers, settings.limits.receive_memory.0);
+    let receiving = Receiving::new(
+        Arc::clone(&agents),
+        workers,
+        Arc::clone(&windows),
+        settings.limits.receive_memory.0,
+    );
     Arc::clone(&receiving)
         .listen(&settings.peers, &tls)
         .map_err(|error| format!("peers.listen: {}", chain(&error)))?;
     let peers = settings
         .peer
         .iter()
-        .map(|peer| Peer::start(peer.clone(), Arc::clone(&tls)))
+        .map(|peer| Peer::start(peer.clone(), Arc::clone(&tls), &windows))
         .collect();
     let jobs = Jobs::new(agents, Arc::clone(&ingest), peers, store, settings.limits.jobs);
     let gauges = Gauges { ingest, receiving };
@@ -108,5 +145,8 @@ async fn serve(
     }
     let signal = telemetry::stop_signal().await;
     tracing::info!("the gateway stops: {signal}");
+    if let Err(error) = windows.keep() {
+        tracing::warn!("the windows are not kept, and begin anew: {error}");
+    }
     Ok(())
 }

@@ -24,6 +24,11 @@ pub const RECEIVED_RAW: &str = "longhaul_received_raw_bytes_total";
 /// Payloads with their headers, as they came from peers.
 pub const RECEIVED_WAN: &str = "longhaul_received_wan_bytes_total";
 
+/// Payloads from peers that refer to blocks which this gateway does not hold; each was asked for again.
+pub const MISSING: &str = "longhaul_window_missing_total";
+/// Raw data by what became of it, label `kind`: zero, reference, xor, compressed, raw.
+pub const REDUCED: &str = "longhaul_reduced_bytes_total";
+
 const JOBS: &str = "longhaul_jobs";
 const AGENTS: &str = "longhaul_agents";
 const SEND_MEMORY: &str = "longhaul_send_memory_bytes";
@@ -34,6 +39,7 @@ const PEER_SENT: &str = "longhaul_peer_sent_bytes_total";
 const PEER_LOST: &str = "longhaul_peer_lost_packets_total";
 const PEER_QUEUE: &str = "longhaul_peer_queue_bytes";
 const PEER_IN_FLIGHT: &str = "longhaul_peer_in_flight_bytes";
+const PEER_LEVEL: &str = "longhaul_peer_level";
 const LINK_REFUSED: &str = "longhaul_link_refused_total";
 
 const STATES: [(JobState, &str); 7] = [
@@ -71,6 +77,11 @@ pub fn describe() {
             "Payloads and headers that came from peers",
         ),
         (
+            MISSING,
+            Unit::Count,
+            "Payloads that refer to blocks which this gateway does not hold",
+        ),
+        (
             LINK_REFUSED,
             Unit::Count,
             "Peers and agents that were refused a link",
@@ -80,8 +91,13 @@ pub fn describe() {
         describe_counter!(name, unit, help);
         counter!(name).increment(0);
     }
+    describe_counter!(REDUCED, Unit::Bytes, "Raw data by what became of it");
     describe_counter!(PEER_SENT, Unit::Bytes, "UDP payload sent to a site");
     describe_counter!(PEER_LOST, Unit::Count, "Packets to a site that were lost");
+    describe_gauges();
+}
+
+fn describe_gauges() {
     let gauges = [
         (JOBS, Unit::Count, "Jobs in the journal, by state"),
         (AGENTS, Unit::Count, "Agents linked right now"),
@@ -105,6 +121,11 @@ pub fn describe() {
             PEER_QUEUE,
             Unit::Bytes,
             "Payloads that wait for a connection to a site",
+        ),
+        (
+            PEER_LEVEL,
+            Unit::Count,
+            "How much work a lane's data is worth: 0 raw, 1 LZ4, 2 zstd 1, 3 zstd 3, 4 zstd 9",
         ),
         (
             PEER_IN_FLIGHT,
@@ -142,6 +163,12 @@ impl Gauges {
         gauge!(RECEIVE_MEMORY).set(self.receiving.held() as f64);
         for peer in jobs.peers() {
             let (site, stats) = (peer.settings.site.clone(), peer.stats());
+            for (lane, level) in ["handover", "ram", "dirty", "bulk"]
+                .into_iter()
+                .zip(peer.levels())
+            {
+                gauge!(PEER_LEVEL, "site" => site.clone(), "lane" => lane).set(f64::from(level as u8));
+            }
             gauge!(PEER_CONNECTIONS, "site" => site.clone()).set(stats.connections as f64);
             gauge!(PEER_RTT, "site" => site.clone()).set(stats.rtt_ms as f64 / 1e3);
             gauge!(PEER_QUEUE, "site" => site.clone()).set(stats.waiting_bytes as f64);

@@ -34,6 +34,8 @@ pub struct GatewaySettings {
     #[serde(default)]
     pub limits: LimitsSection,
     #[serde(default)]
+    pub reduction: ReductionSection,
+    #[serde(default)]
     pub log: LogSettings,
 }
 
@@ -107,6 +109,48 @@ impl Default for LimitsSection {
             receive_memory: ByteSize(48 << 20),
             workers: 0,
             jobs: 8,
+        }
+    }
+}
+
+/// `[reduction]`: how a batch becomes fewer bytes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReductionSection {
+    /// Memory for the blocks that this gateway and a peer both remember, for each peer and direction; the newest ones.
+    pub window: ByteSize,
+    /// The same in a file below `state`, older ones included; zero for none.
+    pub window_file: ByteSize,
+    /// Blocks that the peer has already are referred to.
+    pub dedup: bool,
+    /// Blocks that were sent before are sent as the difference.
+    pub xor: bool,
+    pub level: LevelSetting,
+}
+
+/// How much work is done for the rest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LevelSetting {
+    /// As much as the link leaves time for.
+    #[default]
+    Adaptive,
+    Raw,
+    Lz4,
+    Zstd1,
+    Zstd3,
+    Zstd9,
+}
+
+impl Default for ReductionSection {
+    fn default() -> Self {
+        Self {
+            // A template's unique content is some hundred MB: 256 MiB hold half of it, and ten seconds of a link of 200 Mbit/s.
+            window: ByteSize(256 << 20),
+            window_file: ByteSize(0),
+            dedup: true,
+            xor: true,
+            level: LevelSetting::Adaptive,
         }
     }
 }

@@ -173,6 +173,14 @@ impl Programs {
         command
     }
 
+    /// The operator's command that cancels a job.
+    pub fn cancel_job(&self, lab: &Lab, job: &str) -> Command {
+        let mut command = lab.command(End::Source, &self.program("longhaul"));
+        let socket = api_socket(lab.directory(), End::Source);
+        command.args(["--api", &text(&socket), "cancel", job]);
+        command
+    }
+
     fn operator(&self, words: &[&str]) -> io::Result<()> {
         let program = self.program("longhaul");
         let output = Command::new(&program).args(words).stdin(Stdio::null()).output();

@@ -63,6 +63,7 @@ impl Agent {
 
     /// Serves until the process ends.
     pub async fn run(self: Arc<Self>) {
+        live::settle::all(&self).await;
         tokio::spawn(Arc::clone(&self).close_forgotten_sources());
         let mut failures = 0;
         let mut last_error = String::new();

@@ -157,6 +157,14 @@ pub(super) fn link(
     linked.collect()
 }
 
+/// Where each disk of a job lies, as far as its path is still allowed.
+pub(super) fn all_options(open: &TargetOpen, settings: &AgentSettings) -> Vec<Option<TargetOptions>> {
+    let disks = (0..).map(DiskIndex).zip(&open.disks);
+    disks
+        .map(|(index, disk)| options(open.job, index, disk, settings).ok())
+        .collect()
+}
+
 /// Gives the disks of a VM that runs here already their names, after a crash of this agent, too. The record comes last: without it
 /// this is done again.
 pub(super) fn promote_live(
@@ -294,7 +302,7 @@ pub(super) fn keep_definition(
 }
 
 /// Temporary name, sync, rename, sync of the folder.
-fn write_durably(path: &Path, content: &[u8]) -> std::io::Result<()> {
+pub(super) fn write_durably(path: &Path, content: &[u8]) -> std::io::Result<()> {
     let folder = path.parent().unwrap_or_else(|| Path::new("/"));
     std::fs::create_dir_all(folder)?;
     let temporary = path.with_extension("new");

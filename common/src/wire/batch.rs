@@ -236,9 +236,11 @@ impl BatchHeader {
     }
 }
 
-/// Most bytes of a whole stream that carries a batch between agent and gateway, or a payload between gateways (never larger than
-/// raw plus its encoding byte).
-pub const STREAM_MAX: usize = 4 + HEADER_MAX + 1 + RAW_MAX;
+/// What a payload may need beyond the raw data: its encoding, and which block is what.
+pub const PAYLOAD_OVERHEAD: usize = 65;
+
+/// Most bytes of a whole stream that carries a batch between agent and gateway, or a payload between gateways.
+pub const STREAM_MAX: usize = 4 + HEADER_MAX + PAYLOAD_OVERHEAD + RAW_MAX;
 
 #[cfg(test)]
 mod tests {

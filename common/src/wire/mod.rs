@@ -11,6 +11,7 @@
 //!      |  <- Have.., Start -|                          |                      |
 //!      |=== batch =========>|=== payload ============> |=== batch ==========> |   one uni stream each, any order
 //!      |                    |<-- Accepted -------------|                      |   restored: the payload may be forgotten
+//!      |                    |<-- Missing --------------|                      |   refers to blocks that are not there: sent again plainly
 //!      |  <-- Credit -------|<--------------- Credit, Durable ----------------|   written and flushed: progress
 //!      |--- DiskDone.. ---->|---- Verify ------------------------------------>|   after the last Durable
 //!      |  <- Finish --------|<--------------- Verified -----------------------|
@@ -24,8 +25,11 @@
 //! Control messages are frames (`frame`): length as u32 LE, then postcard. They cross on one bidirectional stream for each job and
 //! hop; the stream's end is the end of the attempt on that hop. Batches (`batch`) cross on unidirectional streams.
 //!
+//! Before its first payload each connection between gateways agrees on the window of blocks that payloads refer to (`window`): one
+//! bidirectional stream, `PeerTask::Window` and a `WindowAnswer`.
+//!
 //! Versions: the ALPN carries the major version, one line each:
-//! - 1: cold disks and running VMs; (attempt, disk, round) order, RAM stream, LZ4 payloads.
+//! - 1: cold disks and running VMs; (attempt, disk, round) order, RAM stream; payloads of references, differences, LZ4 and zstd.
 //!
 //! A peer of another version fails the handshake; both ends say so.
 
@@ -34,6 +38,7 @@ pub mod frame;
 pub mod ram;
 pub mod sequences;
 pub mod session;
+pub mod window;
 pub mod words;
 
 pub use crate::link::{ALPN_AGENT, ALPN_PEER};

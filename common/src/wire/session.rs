@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::sequences::Sequences;
+use super::window::WindowHello;
 use super::words;
 use crate::digest::Digest;
 use crate::extent::Extent;
@@ -117,6 +118,8 @@ pub enum PeerTask {
         agent: String,
         open: TargetOpen,
     },
+    /// Answered by one `WindowAnswer`, and that is all.
+    Window(WindowHello),
 }
 
 /// What the source agent is to read.
@@ -442,6 +445,8 @@ pub enum FromTarget {
     /// For the source agent.
     Say(AgentWord),
     Failed(Refusal),
+    /// By the target gateway: these refer to blocks that it does not hold; the source gateway sends them again, plainly.
+    Missing(Sequences),
 }
 
 /// What the target agent is told.

@@ -392,6 +392,10 @@ impl<'a> Transfer<'a> {
                 self.context.peer.accepted(self.outflow.flow, &sequences);
                 Ok(())
             }
+            FromTarget::Missing(sequences) => {
+                self.context.ingest.send_plainly(&self.outflow, &sequences).await;
+                Ok(())
+            }
             FromTarget::Durable(sequences) => {
                 self.outflow.ledger().durable(&sequences);
                 // The word that they were accepted may come later: what is durable is not sent again.
@@ -441,7 +445,10 @@ impl<'a> Transfer<'a> {
                     });
                 }
                 FromTarget::Failed(refusal) => return Err(refusal),
-                FromTarget::Credit(_) | FromTarget::Accepted(_) | FromTarget::Durable(_) => {}
+                FromTarget::Credit(_)
+                | FromTarget::Accepted(_)
+                | FromTarget::Durable(_)
+                | FromTarget::Missing(_) => {}
                 FromTarget::Waiting(refusal) => self.board.waiting(Some(refusal.text)),
                 FromTarget::Resumed => self.board.waiting(None),
                 other => return Err(out_of_turn("the target agent", &other)),
@@ -480,7 +487,10 @@ impl<'a> Transfer<'a> {
             match self.target.heard.next().await? {
                 FromTarget::Committed { hook, .. } => return Ok(hook),
                 FromTarget::Failed(refusal) => return Err(refusal),
-                FromTarget::Credit(_) | FromTarget::Accepted(_) | FromTarget::Durable(_) => {}
+                FromTarget::Credit(_)
+                | FromTarget::Accepted(_)
+                | FromTarget::Durable(_)
+                | FromTarget::Missing(_) => {}
                 other => return Err(out_of_turn("the target agent", &other)),
             }
         }

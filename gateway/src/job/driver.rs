@@ -257,6 +257,7 @@ impl Driver {
             peer: Arc::clone(&self.context.peer),
         };
         let transfer = Transfer::new(&context, &board, source, target, (self.job, attempt), ledger);
+        transfer.outflow.of_vm(&self.record.spec.name);
         // Kept by the driver, however the transfer ends: interrupted ones count, too.
         let mut transfer = KeepLedger {
             ledger: &mut self.ledger,

@@ -15,8 +15,8 @@ use longhaul_common::wire::sequences::Sequences;
 use tokio::sync::{Notify, mpsc};
 
 use super::Receiving;
-use crate::metrics::{RECEIVED_RAW, RECEIVED_WAN};
-use crate::reduction::{self, Encoding, Payload};
+use crate::metrics::{MISSING, RECEIVED_RAW, RECEIVED_WAN};
+use crate::reduction::{self, Encoding, Payload, RestoreError, Vm};
 
 /// Tells the peer that its payload found no job.
 const NO_JOB: VarInt = VarInt::from_u32(1);
@@ -38,7 +38,11 @@ pub(super) struct Delivery {
     accepted: Mutex<Sequences>,
     /// Accepted, and not said yet.
     unsaid: Mutex<Sequences>,
-    /// Something was accepted.
+    /// Not restored, for want of blocks that they refer to, and not said yet.
+    missing: Mutex<Sequences>,
+    /// The VM that the batches belong to.
+    vm: Vm,
+    /// Something was accepted, or is missing.
     pub said: Notify,
     /// Takes the reason why the attempt cannot go on.
     failed: mpsc::Sender<String>,
@@ -46,7 +50,13 @@ pub(super) struct Delivery {
 
 impl Delivery {
     /// From `peer` to `agent`; `failed` takes the first reason why it cannot go on.
-    pub(super) fn new(attempt: Attempt, peer: Identity, agent: Link, failed: mpsc::Sender<String>) -> Self {
+    pub(super) fn new(
+        attempt: Attempt,
+        peer: Identity,
+        agent: Link,
+        vm: Vm,
+        failed: mpsc::Sender<String>,
+    ) -> Self {
         let (outlet, batches) = mpsc::channel(OUTLET);
         tokio::spawn(hand_over(agent, batches, failed.clone()));
         let (accepted, unsaid) = (Mutex::default(), Mutex::default());
@@ -56,6 +66,8 @@ impl Delivery {
             outlet,
             accepted,
             unsaid,
+            missing: Mutex::default(),
+            vm,
             said: Notify::new(),
             failed,
         }
@@ -64,6 +76,21 @@ impl Delivery {
     /// What was accepted since this was last asked.
     pub(super) fn take_unsaid(&self) -> Sequences {
         std::mem::take(&mut *self.unsaid.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What was found to be missing since this was last asked.
+    pub(super) fn take_missing(&self) -> Sequences {
+        std::mem::take(&mut *self.missing.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// It is asked for again, unless another copy of it has been accepted.
+    fn lacks(&self, sequence: Sequence) {
+        let accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
+        if !accepted.contains(sequence) {
+            let mut missing = self.missing.lock().unwrap_or_else(PoisonError::into_inner);
+            missing.insert(sequence);
+            self.said.notify_one();
+        }
     }
 
     /// False where it was accepted before.
@@ -137,11 +164,11 @@ pub(super) async fn take(receiving: &Receiving, peer: &Identity, mut stream: Rec
         head,
         payload,
     } = arrived;
-    let sequence = header.sequence;
-    let restored = receiving.workers.run(move || {
-        let raw = reduction::restore(&payload, header.data_len() as usize)?;
-        header.verify(&raw)?;
-        Ok::<_, BatchError>(raw)
+    let (sequence, urgent, vm) = (header.sequence, header.urgent, delivery.vm);
+    let (windows, name) = (Arc::clone(&receiving.windows), peer.to_string());
+    let restored = receiving.workers.run_as(urgent, move || {
+        let pair = windows.with(&name);
+        reduction::restore(&payload, &header, vm, pair.as_deref())
     });
     match restored.await {
         Ok(Ok(raw)) => {
@@ -150,6 +177,10 @@ pub(super) async fn take(receiving: &Receiving, peer: &Identity, mut stream: Rec
                 // Where the link has failed, its reason is on its way.
                 let _ = delivery.outlet.send((head, raw)).await;
             }
+        }
+        Ok(Err(RestoreError::Missing)) => {
+            metrics::counter!(MISSING).increment(1);
+            delivery.lacks(sequence);
         }
         Ok(Err(error)) => {
             let _ = delivery

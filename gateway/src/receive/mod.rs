@@ -1,8 +1,8 @@
 //! The receiving side: from a peer's stream to this site's target agent.
 //!
 //! Owns the port for peers, and the table that leads a payload to its job's agent (`delivery`). Control messages of a job are passed
-//! on both ways by `relay`; payloads are restored, checked and handed over by `delivery`. Keeps no state of its own: a lost gateway
-//! costs a new attempt and nothing else.
+//! on both ways by `relay`; payloads are restored, checked and handed over by `delivery`. Keeps no state of its own but the
+//! windows of blocks (`reduction`): a lost gateway costs a new attempt and bytes, and nothing else.
 
 mod delivery;
 mod relay;
@@ -18,6 +18,7 @@ use longhaul_common::wire::batch::STREAM_MAX;
 use tokio::sync::Semaphore;
 
 use crate::agents::Agents;
+use crate::reduction::Windows;
 use crate::reduction::workers::Workers;
 use crate::settings::PeersSection;
 use delivery::Delivery;
@@ -34,6 +35,8 @@ pub struct Receiving {
     agents: Arc<Agents>,
     deliveries: DashMap<JobId, Arc<Delivery>>,
     workers: Workers,
+    /// What the peers' payloads refer to.
+    windows: Arc<Windows>,
     memory: Arc<Semaphore>,
     /// What `memory` has when nothing is held.
     units: usize,
@@ -52,12 +55,13 @@ struct Share {
 
 impl Receiving {
     /// With room for `memory` bytes of payloads and restored batches, over all jobs.
-    pub fn new(agents: Arc<Agents>, workers: Workers, memory: u64) -> Arc<Self> {
+    pub fn new(agents: Arc<Agents>, workers: Workers, windows: Arc<Windows>, memory: u64) -> Arc<Self> {
         let units = (memory as usize / UNIT).max(2 * ROOM);
         Arc::new(Self {
             agents,
             deliveries: DashMap::new(),
             workers,
+            windows,
             memory: Arc::new(Semaphore::new(units)),
             units,
             share: (units / 4 * 3).max(ROOM),

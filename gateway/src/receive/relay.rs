@@ -12,10 +12,12 @@ use longhaul_common::wire::frame::{self, FrameError};
 use longhaul_common::wire::session::{
     AgentTask, FromTarget, PeerTask, Refusal, RefusalKind, TargetOpen, ToTarget,
 };
+use longhaul_common::wire::window::WindowHello;
 use tokio::sync::{Semaphore, mpsc};
 
 use super::Receiving;
 use super::delivery::Delivery;
+use crate::reduction::Vm;
 
 /// Messages that wait for a stream.
 const QUEUE: usize = 64;
@@ -34,8 +36,11 @@ pub(super) async fn run(
 ) {
     let first = tokio::time::timeout(FIRST_FRAME, frame::read(&mut recv)).await;
     let refusal = |kind, text: &str| FromTarget::Failed(Refusal::new(kind, text));
-    let PeerTask::Target { agent, open } = match first {
-        Ok(Ok(Some(task))) => task,
+    let (agent, open) = match first {
+        Ok(Ok(Some(PeerTask::Target { agent, open }))) => (agent, open),
+        Ok(Ok(Some(PeerTask::Window(hello)))) => {
+            return agree(&receiving, peer.peer(), hello, &mut send).await;
+        }
         Ok(Ok(None)) => return,
         Ok(Err(error)) => {
             tracing::warn!(peer = %peer.peer(), "a peer's task was refused: {error}");
@@ -60,6 +65,18 @@ pub(super) async fn run(
     close(&mut send).await;
 }
 
+/// Answers a peer that says with which window it goes on. One that is to have none gets no answer.
+async fn agree(receiving: &Receiving, peer: &Identity, hello: WindowHello, send: &mut SendStream) {
+    let (windows, name) = (Arc::clone(&receiving.windows), peer.to_string());
+    let greet = move || Some(windows.with(&name)?.greet(hello));
+    if let Ok(Some(answer)) = receiving.workers.run_as(true, greet).await {
+        tracing::debug!(%peer, epoch = answer.epoch, held = answer.held, "a window is agreed on");
+        // A peer that is gone need not be told.
+        let _ = tokio::time::timeout(LAST_WORD, frame::write(send, &answer)).await;
+    }
+    close(send).await;
+}
+
 async fn last_word(send: &mut SendStream, message: &FromTarget) {
     // A peer that is gone need not be told.
     let _ = tokio::time::timeout(LAST_WORD, frame::write(send, message)).await;
@@ -81,7 +98,7 @@ async fn connect(
     recv: RecvStream,
 ) -> Result<(), Refusal> {
     let link = receiving.agents.link(agent)?;
-    let (job, attempt) = (open.job, open.attempt);
+    let (job, attempt, vm) = (open.job, open.attempt, Vm::named(&open.name));
     if let Some(newer) = receiving
         .deliveries
         .get(&job)
@@ -101,7 +118,7 @@ async fn connect(
         .await
         .map_err(|error| lost(&error))?;
     let (failed, failures) = mpsc::channel(1);
-    let delivery = Arc::new(Delivery::new(attempt, peer.clone(), link.clone(), failed));
+    let delivery = Arc::new(Delivery::new(attempt, peer.clone(), link.clone(), vm, failed));
     enter(receiving, job, &delivery)?;
     let (say, said) = mpsc::channel(QUEUE);
     let (done, over) = mpsc::channel(1);
@@ -177,7 +194,13 @@ async fn speak(
                 }
                 None => return Ok(()),
             },
-            () = delivery.said.notified() => FromTarget::Accepted(delivery.take_unsaid()),
+            () = delivery.said.notified() => {
+                let missing = delivery.take_missing();
+                if !missing.is_empty() {
+                    frame::write(send, &FromTarget::Missing(missing)).await.map_err(peer_lost)?;
+                }
+                FromTarget::Accepted(delivery.take_unsaid())
+            }
             Some(reason) = failures.recv() => return Err(Refusal::new(RefusalKind::Lost, reason)),
             _ = over.recv() => {
                 // The peer has nothing more to say; the agent may still have to finish what it was told.

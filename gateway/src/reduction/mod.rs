@@ -1,16 +1,44 @@
 //! Fewer bytes for the same batch, and back.
 //!
-//! Owns the encodings of a payload and the choice between them. Leaves alone where payloads go. Promises that a payload is never
-//! larger than the raw data, that restoring allocates exactly the raw length that the checked header names, and that a damaged
-//! payload is an error, never wrong data: the batch digest is checked behind it.
+//! Owns the encodings of a payload, the choice between them, and the windows of blocks that this gateway shares with its peers. Leaves
+//! alone where payloads go. A payload says of each block of 4 KiB what becomes of it (`plan`): zeros, a reference into the window, a
+//! difference to what its place held before, or content, compressed together with that of the other blocks (`codec`).
 //!
-//! The window of blocks that both gateways share, XOR deltas and stronger compressors take their place beside [`Encoding`].
+//! Promises that a payload is at most [`OVERHEAD`] bytes larger than the raw data, that restoring allocates no more than the checked
+//! header's length for each part, that a payload is restored to exactly the data that was reduced or not at all, and that a window that
+//! was lost, at either end, costs bytes and never correctness.
 
-mod compress;
+mod block;
+mod codec;
+mod decode;
+mod encode;
+mod index;
+mod ladder;
+mod layout;
+mod pair;
+mod persist;
+mod plan;
+mod slot_file;
+mod window;
 pub mod workers;
 
+#[cfg(test)]
+mod tests;
+
 use bytes::Bytes;
-use longhaul_common::wire::batch::BatchError;
+use longhaul_common::wire::batch::{BatchError, PAYLOAD_OVERHEAD};
+
+pub use block::{BlockDigest, DigestKey, differing, is_noise, is_zero, xor};
+pub use codec::Level;
+pub use decode::{RestoreError, restore};
+pub use encode::{reduce, reduce_plainly};
+pub use ladder::{CHOOSE_EVERY, Ladder, Seen};
+pub use layout::Vm;
+pub use pair::{Pair, Windows};
+pub use window::{SLOTS_MAX, Size};
+
+/// What a payload may need beyond the raw data: flags, epochs, the kinds of its blocks.
+pub const OVERHEAD: usize = PAYLOAD_OVERHEAD - 1;
 
 /// How a payload's bytes stand for the raw data. One byte on the wire; zero is never sent, so a zeroed buffer means nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -20,6 +48,10 @@ pub enum Encoding {
     Raw = 1,
     /// One LZ4 block.
     Lz4 = 2,
+    /// One zstd frame.
+    Zstd = 3,
+    /// Block by block, with the window.
+    Blocks = 4,
 }
 
 impl Encoding {
@@ -28,6 +60,8 @@ impl Encoding {
         match byte {
             1 => Ok(Self::Raw),
             2 => Ok(Self::Lz4),
+            3 => Ok(Self::Zstd),
+            4 => Ok(Self::Blocks),
             _ => Err(BatchError::Payload(
                 "its encoding is unknown; the peer may run another version",
             )),
@@ -42,63 +76,58 @@ pub struct Payload {
     pub bytes: Bytes,
 }
 
-/// Reduces the data of one batch. CPU-bound: call it on [`workers`].
-pub fn reduce(raw: Bytes) -> Payload {
-    match compress::lz4(&raw) {
-        Some(smaller) => Payload {
-            encoding: Encoding::Lz4,
-            bytes: smaller.into(),
-        },
-        None => Payload {
-            encoding: Encoding::Raw,
-            bytes: raw,
-        },
+/// Which ideas are used, and how much work is done for the rest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Method {
+    pub dedup: bool,
+    pub xor: bool,
+    pub level: Level,
+}
+
+/// The same as settings say it: without a level, each lane finds its own ([`Ladder`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Way {
+    pub dedup: bool,
+    pub xor: bool,
+    pub level: Option<Level>,
+}
+
+/// What became of raw data, in bytes of it; `payload` is what it came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReductionCounts {
+    pub zero: u64,
+    pub reference: u64,
+    pub xor: u64,
+    pub compressed: u64,
+    pub raw: u64,
+    pub payload: u64,
+}
+
+impl ReductionCounts {
+    /// Both together.
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            zero: self.zero.saturating_add(other.zero),
+            reference: self.reference.saturating_add(other.reference),
+            xor: self.xor.saturating_add(other.xor),
+            compressed: self.compressed.saturating_add(other.compressed),
+            raw: self.raw.saturating_add(other.raw),
+            payload: self.payload.saturating_add(other.payload),
+        }
     }
 }
 
-/// The raw data of `raw_len` bytes that `payload` stands for. CPU-bound: call it on [`workers`].
-pub fn restore(payload: &Payload, raw_len: usize) -> Result<Bytes, BatchError> {
-    match payload.encoding {
-        Encoding::Raw if payload.bytes.len() == raw_len => Ok(payload.bytes.clone()),
-        Encoding::Raw => Err(BatchError::DataLength {
-            expected: raw_len as u64,
-            got: payload.bytes.len() as u64,
-        }),
-        Encoding::Lz4 => compress::unlz4(&payload.bytes, raw_len).map(Bytes::from),
-    }
+/// A batch as it is to be sent.
+pub struct Reduced {
+    pub payload: Payload,
+    pub counts: ReductionCounts,
+    pub kept: Kept,
 }
 
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn restores_what_it_reduced_and_never_grows(
-            seed in any::<u64>(), len in 0usize..200_000, repeat in 1usize..5_000, noise in any::<bool>(),
-        ) {
-            let mut state = seed;
-            let mut raw: Vec<u8> = (0..len).map(|i| if noise {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                (state >> 56) as u8
-            } else {
-                (i % repeat) as u8
-            }).collect();
-            raw.truncate(len);
-            let payload = reduce(raw.clone().into());
-            prop_assert!(payload.bytes.len() <= raw.len());
-            prop_assert_eq!(&restore(&payload, raw.len()).unwrap()[..], &raw[..]);
-            prop_assert!(restore(&payload, raw.len() + 1).is_err());
-        }
-
-        #[test]
-        fn hostile_payloads_are_refused_or_of_the_right_length(bytes in prop::collection::vec(any::<u8>(), 0..400), raw_len in 0usize..5000) {
-            let payload = Payload { encoding: Encoding::Lz4, bytes: bytes.into() };
-            if let Ok(raw) = restore(&payload, raw_len) {
-                prop_assert_eq!(raw.len(), raw_len);
-            }
-        }
-    }
+/// What is to be remembered of a payload until the peer has accepted it.
+#[derive(Debug, Default)]
+pub struct Kept {
+    receipt: Option<window::Receipt>,
+    /// The peer may lack what it refers to: its raw data is needed until it is accepted.
+    pub needs_window: bool,
 }

@@ -4,21 +4,24 @@
 //! accepted it, so agents are held up instead of the gateway growing. Leaves order to `outbox`. Promises that a batch enters only
 //! the flow of its own job and attempt, and that a flow's counts include every batch that entered.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use dashmap::DashMap;
 use longhaul_common::ids::JobId;
 use longhaul_common::link::{Link, RecvStream, VarInt};
 use longhaul_common::wire::batch::{BatchHeader, STREAM_MAX};
+use longhaul_common::wire::sequences::Sequences;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::outbox::{Flow, Lane, Ready};
-use super::transmit::Peer;
+use super::transmit::{Peer, Pending};
 use crate::job::ledger::{DiskSums, Ledger, Sent};
-use crate::metrics::{SENT_RAW, SENT_WAN};
-use crate::reduction::{self, workers::Workers};
+use crate::metrics::{REDUCED, SENT_RAW, SENT_WAN};
+use crate::reduction::workers::Workers;
+use crate::reduction::{self, Encoding, Level, Method, Reduced, ReductionCounts, Vm, Way};
 
 /// Tells the agent that its batch found no job.
 const NO_JOB: VarInt = VarInt::from_u32(1);
@@ -35,6 +38,10 @@ pub struct Outflow {
     /// Each disk's size in bytes.
     sizes: Vec<u64>,
     ledger: Mutex<Ledger>,
+    /// What became of the data, by kind.
+    reduced: Mutex<ReductionCounts>,
+    /// The VM that the batches belong to, where it was said.
+    vm: OnceLock<Vm>,
     /// Why a batch was refused; the first reason stays.
     refused: watch::Sender<Option<String>>,
 }
@@ -46,7 +53,38 @@ impl Outflow {
             peer,
             sizes,
             ledger: Mutex::new(ledger),
+            reduced: Mutex::default(),
+            vm: OnceLock::new(),
             refused: watch::channel(None).0,
+        }
+    }
+
+    /// Says which VM the batches belong to: its blocks are then known again in its next job. Once, before the first batch.
+    pub fn of_vm(&self, name: &str) {
+        let _ = self.vm.set(Vm::named(name));
+    }
+
+    fn vm(&self) -> Vm {
+        *self.vm.get_or_init(|| Vm::named(&self.flow.0.to_string()))
+    }
+
+    /// What became of this attempt's data, by kind.
+    pub fn reduced(&self) -> ReductionCounts {
+        *self.reduced.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn count(&self, counts: ReductionCounts) {
+        let mut sum = self.reduced.lock().unwrap_or_else(PoisonError::into_inner);
+        *sum = sum.plus(counts);
+        let kinds = [
+            ("zero", counts.zero),
+            ("reference", counts.reference),
+            ("xor", counts.xor),
+            ("compressed", counts.compressed),
+            ("raw", counts.raw),
+        ];
+        for (kind, bytes) in kinds {
+            metrics::counter!(REDUCED, "kind" => kind).increment(bytes);
         }
     }
 
@@ -113,6 +151,9 @@ impl Outflow {
 pub struct Ingest {
     flows: DashMap<JobId, Arc<Outflow>>,
     workers: Workers,
+    way: Way,
+    /// Batches that are being reduced or wait for it.
+    reducing: AtomicUsize,
     memory: Arc<Semaphore>,
     /// What `memory` has when nothing is held.
     units: usize,
@@ -122,12 +163,14 @@ pub struct Ingest {
 
 impl Ingest {
     /// With room for `memory` bytes of batches and payloads, over all jobs.
-    pub fn new(workers: Workers, memory: u64) -> Self {
+    pub fn new(workers: Workers, way: Way, memory: u64) -> Self {
         // Below the size of one stream nothing could ever be read.
         let units = (memory as usize / UNIT).max(2 * STREAM_MAX.div_ceil(UNIT));
         Self {
             flows: DashMap::new(),
             workers,
+            way,
+            reducing: AtomicUsize::new(0),
             memory: Arc::new(Semaphore::new(units)),
             units,
             share: (units / 4 * 3).max(STREAM_MAX.div_ceil(UNIT)),
@@ -200,22 +243,33 @@ impl Ingest {
         if !outflow.admits(&header) {
             return;
         }
-        let Ok(payload) = self.workers.run(move || reduction::reduce(raw)).await else {
+        let head = bytes.slice(..bytes.len() - raw.len());
+        let Some(reduced) = self.reduce(&outflow, &header, &raw).await else {
             return;
         };
-        let mut head = BytesMut::from(&bytes[..bytes.len() - header.data_len() as usize]);
-        head.put_u8(payload.encoding as u8);
+        let plain = reduced.kept.needs_window.then(|| [head.clone(), raw.clone()]);
+        let head = with_encoding(&head, reduced.payload.encoding);
         // What the payload does not need is given back at once.
-        let keep = (head.len() + payload.bytes.len()).div_ceil(UNIT);
+        let kept = plain.as_ref().map_or(0, |_| bytes.len());
+        let keep = (head.len() + reduced.payload.bytes.len() + kept).div_ceil(UNIT);
         drop(permit.split(permit.num_permits().saturating_sub(keep)));
+        let hold = Some(Arc::new(permit));
         let ready = Ready {
             flow: outflow.flow,
             sequence: header.sequence,
             lane: Lane::of(&header),
             raw: header.data_len(),
-            parts: [head.freeze(), payload.bytes],
-            hold: Some(Arc::new(permit)),
+            parts: [head, reduced.payload.bytes],
+            hold: hold.clone(),
             again: false,
+        };
+        let kept = reduced.kept;
+        let len = ready.len();
+        let pending = Pending {
+            kept,
+            plain,
+            len,
+            hold,
         };
         // While this entry is held nobody closes the flow: what is pushed behind its end would stay for ever.
         let entry = self.flows.get(&header.job);
@@ -223,9 +277,88 @@ impl Ingest {
             metrics::counter!(SENT_RAW).increment(ready.raw);
             metrics::counter!(SENT_WAN).increment(ready.len());
             outflow.ledger().entered(&header, ready.len());
-            outflow.peer.push(ready);
+            outflow.count(reduced.counts);
+            outflow.peer.push(ready, pending);
+        } else if let Some(pair) = &outflow.peer.pair {
+            pair.given_up(&pending.kept);
         }
     }
+
+    /// How much work a batch of this lane is worth. What a stopped VM waits for is worth no long search: time counts.
+    fn level(&self, outflow: &Outflow, lane: Lane) -> Level {
+        if let Some(level) = self.way.level {
+            return level;
+        }
+        let of = if lane == Lane::Handover { Lane::Ram } else { lane };
+        let waiting = self
+            .reducing
+            .load(Ordering::Relaxed)
+            .saturating_sub(self.workers.threads());
+        let level = outflow
+            .peer
+            .level(of, waiting, self.workers.threads(), Instant::now());
+        if lane == Lane::Handover {
+            level.min(Level::Zstd3)
+        } else {
+            level
+        }
+    }
+
+    async fn reduce(&self, outflow: &Outflow, header: &BatchHeader, raw: &Bytes) -> Option<Reduced> {
+        let lane = Lane::of(header);
+        self.reducing.fetch_add(1, Ordering::Relaxed);
+        let method = Method {
+            dedup: self.way.dedup,
+            xor: self.way.xor,
+            level: self.level(outflow, lane),
+        };
+        let (pair, vm) = (outflow.peer.pair.clone(), outflow.vm());
+        let (data, of) = (raw.clone(), header.clone());
+        let reduced = self.workers.run_as(header.urgent, move || {
+            let began = Instant::now();
+            let reduced = reduction::reduce(&data, &of, vm, pair.as_deref(), method);
+            (reduced, began.elapsed())
+        });
+        let reduced = reduced.await;
+        self.reducing.fetch_sub(1, Ordering::Relaxed);
+        let (reduced, busy) = reduced.ok()?;
+        let payload = reduced.payload.bytes.len() as u64;
+        outflow
+            .peer
+            .measured(lane, method.level, raw.len() as u64, payload, busy);
+        Some(reduced)
+    }
+
+    /// Sends these again without the window: the peer does not hold what they refer to.
+    pub async fn send_plainly(&self, outflow: &Outflow, sequences: &Sequences) {
+        for (ready, [head, raw]) in outflow.peer.missing(outflow.flow, sequences) {
+            let level = self.level(outflow, ready.lane);
+            let reduce = move || reduction::reduce_plainly(&raw, level);
+            let Ok(reduced) = self.workers.run_as(ready.lane == Lane::Handover, reduce).await else {
+                return;
+            };
+            let parts = [
+                with_encoding(&head, reduced.payload.encoding),
+                reduced.payload.bytes,
+            ];
+            let entry = self.flows.get(&outflow.flow.0);
+            if entry.as_ref().is_some_and(|entry| entry.flow == outflow.flow) {
+                outflow.peer.push_again(Ready {
+                    parts,
+                    again: true,
+                    ..ready
+                });
+            }
+        }
+    }
+}
+
+/// A header as it stands before a payload.
+fn with_encoding(head: &[u8], encoding: Encoding) -> Bytes {
+    let mut bytes = BytesMut::with_capacity(head.len() + 1);
+    bytes.put_slice(head);
+    bytes.put_u8(encoding as u8);
+    bytes.freeze()
 }
 
 /// Ends a flow at the peer, and its counts: what never left is not counted as sent.

@@ -239,6 +239,12 @@ impl Outbox {
         flows.flat_map(|flow| &flow.waiting).map(Ready::len).sum()
     }
 
+    /// Bytes of this lane and those before it that wait for a connection.
+    pub fn waiting_up_to(&self, lane: Lane) -> u64 {
+        let lanes = self.lanes.range(..=lane).flat_map(|(_, flows)| flows.values());
+        lanes.flat_map(|flow| &flow.waiting).map(Ready::len).sum()
+    }
+
     /// Bytes in flight on all connections.
     pub fn in_flight(&self) -> u64 {
         self.on_connection.values().flatten().sum()

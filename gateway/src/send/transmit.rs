@@ -4,21 +4,25 @@
 //! Leaves what goes next to `outbox`. Promises that a dead connection costs nothing but the second sending of its own unaccepted
 //! payloads, and that it is dialled again for as long as the program runs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use longhaul_common::ids::Sequence;
 use longhaul_common::link::{self, Identity, Link, LinkSettings, RecvStream, Role, SendStream, TlsState};
 use longhaul_common::wire::ALPN_PEER;
+use longhaul_common::wire::frame;
 use longhaul_common::wire::sequences::Sequences;
-use longhaul_common::wire::session::{Refusal, RefusalKind, chain};
-use tokio::sync::Notify;
+use longhaul_common::wire::session::{PeerTask, Refusal, RefusalKind, chain};
+use longhaul_common::wire::window::WindowAnswer;
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 
-use super::outbox::{ConnectionId, Flow, Outbox, Ready, SentAgain, window};
+use super::outbox::{ConnectionId, Flow, Lane, Outbox, Ready, SentAgain, window};
 use crate::metrics::SENT_AGAIN;
+use crate::reduction::{CHOOSE_EVERY, Kept, Ladder, Level, Pair, Seen, Windows};
 use crate::settings::PeerSection;
 
 /// So long a dead connection's payloads rest at least: what the peer sent before it died, if it did, has arrived by then.
@@ -29,6 +33,10 @@ const REST_MAX: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// A call that is not answered by then (plus some round trips) is made anew: after a cut, QUIC's own repetitions come ever later.
 const CALL_TIME: Duration = Duration::from_secs(4);
+/// The peer's answer about the window must be there by then.
+const AGREE_TIME: Duration = Duration::from_secs(5);
+/// Each try begins a later epoch than the peer has seen: two are enough, unless connections do it at once.
+const AGREE_TRIES: usize = 4;
 /// Waits between two tries to reach the peer.
 const BACKOFF: [u64; 5] = [100, 250, 500, 1000, 2000];
 
@@ -46,6 +54,25 @@ pub struct PeerStats {
     pub problem: Option<String>,
 }
 
+/// What is remembered of a payload until the peer has accepted it.
+pub struct Pending {
+    pub kept: Kept,
+    /// Header and raw data, where the peer may lack what the payload refers to.
+    pub plain: Option<[Bytes; 2]>,
+    /// Bytes on the stream.
+    pub len: u64,
+    /// Memory of all.
+    pub hold: Option<Arc<OwnedSemaphorePermit>>,
+}
+
+/// By lane.
+#[derive(Default)]
+struct Ladders {
+    levels: [Ladder; 4],
+    /// When each chose last.
+    chosen: [Option<Instant>; 4],
+}
+
 #[derive(Default)]
 struct Links {
     live: BTreeMap<ConnectionId, Link>,
@@ -60,6 +87,13 @@ pub struct Peer {
     pub settings: PeerSection,
     tls: Arc<TlsState>,
     outbox: Mutex<Outbox>,
+    pending: Mutex<HashMap<Flow, BTreeMap<Sequence, Pending>>>,
+    /// How much work each lane's data is worth.
+    ladders: Mutex<Ladders>,
+    /// Bytes of payloads that the peer has accepted.
+    delivered: AtomicU64,
+    /// The windows shared with this peer, unless there are to be none.
+    pub pair: Option<Arc<Pair>>,
     /// Something was pushed, accepted or closed.
     changed: Notify,
     links: Mutex<Links>,
@@ -69,11 +103,18 @@ pub struct Peer {
 
 impl Peer {
     /// Begins to dial, and goes on for as long as the program runs.
-    pub fn start(settings: PeerSection, tls: Arc<TlsState>) -> Arc<Self> {
+    pub fn start(settings: PeerSection, tls: Arc<TlsState>, windows: &Windows) -> Arc<Self> {
+        let pair = identity(&settings, &tls)
+            .ok()
+            .and_then(|identity| windows.with(&identity.to_string()));
         let peer = Arc::new(Self {
             settings,
             tls,
             outbox: Mutex::default(),
+            pending: Mutex::default(),
+            ladders: Mutex::default(),
+            delivered: AtomicU64::new(0),
+            pair,
             changed: Notify::new(),
             links: Mutex::default(),
             linked: Notify::new(),
@@ -93,8 +134,23 @@ impl Peer {
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts a payload into the outbox.
-    pub fn push(&self, ready: Ready) {
+    fn pending(&self) -> MutexGuard<'_, HashMap<Flow, BTreeMap<Sequence, Pending>>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a payload into the outbox, and remembers what belongs to it.
+    pub fn push(&self, ready: Ready, pending: Pending) {
+        let mut flows = self.pending();
+        flows
+            .entry(ready.flow)
+            .or_default()
+            .insert(ready.sequence, pending);
+        drop(flows);
+        self.push_again(ready);
+    }
+
+    /// Puts a payload into the outbox in place of one that the peer could not restore.
+    pub fn push_again(&self, ready: Ready) {
         self.outbox().push(ready);
         self.changed.notify_waiters();
     }
@@ -103,6 +159,96 @@ impl Peer {
     pub fn accepted(&self, flow: Flow, sequences: &Sequences) {
         self.outbox().accepted_all(flow, sequences);
         self.changed.notify_waiters();
+        let accepted: Vec<_> = {
+            let mut flows = self.pending();
+            let Some(known) = flows.get_mut(&flow) else { return };
+            let named = sequences.among(known.keys().copied());
+            named
+                .iter()
+                .filter_map(|sequence| known.remove(sequence))
+                .collect()
+        };
+        let bytes = accepted.iter().map(|pending| pending.len).sum();
+        self.delivered.fetch_add(bytes, Ordering::Relaxed);
+        if let Some(pair) = &self.pair {
+            accepted.iter().for_each(|pending| pair.accepted(&pending.kept));
+        }
+    }
+
+    fn ladders(&self) -> MutexGuard<'_, Ladders> {
+        self.ladders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How much work a lane's next batch is worth, while `waiting` batches wait for `workers` threads.
+    pub fn level(&self, lane: Lane, waiting: usize, workers: usize, now: Instant) -> Level {
+        let due = {
+            let ladders = self.ladders();
+            let chosen = ladders.chosen[lane as usize];
+            chosen.is_none_or(|chosen| now.saturating_duration_since(chosen) >= CHOOSE_EVERY)
+        };
+        if !due {
+            return self.ladders().levels[lane as usize].level();
+        }
+        let windows: u64 = {
+            let links = self.links();
+            links
+                .live
+                .values()
+                .map(|link| link.stats().congestion_window)
+                .sum()
+        };
+        let queued = {
+            let outbox = self.outbox();
+            outbox.waiting_up_to(lane) + outbox.in_flight().saturating_sub(windows)
+        };
+        let mut ladders = self.ladders();
+        ladders.chosen[lane as usize] = Some(now);
+        ladders.levels[lane as usize].choose(Seen {
+            now,
+            queued,
+            delivered: self.delivered.load(Ordering::Relaxed),
+            waiting,
+            workers,
+        })
+    }
+
+    /// A lane's batch of `raw` bytes became `payload` bytes at `level` within `busy` of one thread.
+    pub fn measured(&self, lane: Lane, level: Level, raw: u64, payload: u64, busy: Duration) {
+        self.ladders().levels[lane as usize].measured(level, raw, payload, busy);
+    }
+
+    /// How much work each lane's data is worth right now; handover, RAM, dirty, bulk.
+    pub fn levels(&self) -> [Level; 4] {
+        let ladders = self.ladders();
+        std::array::from_fn(|lane| ladders.levels[lane].level())
+    }
+
+    /// The peer cannot restore these: what it takes to send them plainly. One that is on its way again already stays: the peer will say
+    /// so once more.
+    pub fn missing(&self, flow: Flow, sequences: &Sequences) -> Vec<(Ready, [Bytes; 2])> {
+        let named = {
+            let flows = self.pending();
+            flows
+                .get(&flow)
+                .map(|known| sequences.among(known.keys().copied()))
+        };
+        let mut again = Vec::new();
+        for sequence in named.unwrap_or_default() {
+            let Some(ready) = self.outbox().accepted(flow, sequence) else {
+                continue;
+            };
+            let mut flows = self.pending();
+            let pending = flows.get_mut(&flow).and_then(|known| known.get_mut(&sequence));
+            let Some(pending) = pending else { continue };
+            let kept = std::mem::take(&mut pending.kept);
+            if let Some(pair) = &self.pair {
+                pair.missing(&kept);
+            }
+            if let Some(plain) = pending.plain.clone() {
+                again.push((ready, plain));
+            }
+        }
+        again
     }
 
     /// What of a flow was sent a second time, because a connection died.
@@ -114,6 +260,10 @@ impl Peer {
     pub fn close(&self, flow: Flow) -> Vec<Sequence> {
         let unsent = self.outbox().close(flow);
         self.changed.notify_waiters();
+        let pending = self.pending().remove(&flow).unwrap_or_default();
+        if let Some(pair) = &self.pair {
+            pending.values().for_each(|pending| pair.given_up(&pending.kept));
+        }
         unsent
     }
 
@@ -194,12 +344,8 @@ impl Peer {
     }
 
     async fn dial(&self, settings: &LinkSettings) -> Result<Link, String> {
-        let PeerSection {
-            site, name, address, ..
-        } = &self.settings;
-        let us = self.tls.identity();
-        let expected =
-            Identity::new(us.trust_domain(), site, Role::Gateway, name).map_err(|error| error.to_string())?;
+        let address = &self.settings.address;
+        let expected = identity(&self.settings, &self.tls)?;
         let found = tokio::net::lookup_host(address.as_str()).await;
         let mut found = found.map_err(|error| format!("'{address}' cannot be resolved: {error}"))?;
         let address: SocketAddr = found
@@ -213,6 +359,7 @@ impl Peer {
     async fn use_link(&self, link: Link) {
         let id = ConnectionId(self.next.fetch_add(1, Ordering::Relaxed));
         tracing::info!(peer = %self.settings.site, connection = id.0, address = %link.remote_address(), "linked to the peer");
+        self.agree(&link).await;
         self.links().live.insert(id, link.clone());
         self.linked.notify_waiters();
         let reason = tokio::select! {
@@ -233,6 +380,30 @@ impl Peer {
         self.changed.notify_waiters();
         tracing::warn!(peer = %self.settings.site, connection = id.0, again, "a connection to the peer ended: {reason}");
         link.close(link::code::DONE, "the connection failed");
+    }
+
+    /// Agrees with the peer on the window; without that, payloads refer to nothing.
+    async fn agree(&self, link: &Link) {
+        let Some(pair) = &self.pair else { return };
+        let agreed = tokio::time::timeout(AGREE_TIME, async {
+            for _ in 0..AGREE_TRIES {
+                let hello = pair.hello();
+                let (mut send, mut recv) = link.open_bi().await.ok()?;
+                frame::write(&mut send, &PeerTask::Window(hello)).await.ok()?;
+                let _ = send.finish();
+                let answer = frame::read::<WindowAnswer>(&mut recv).await.ok()??;
+                if pair.answered(hello, answer) {
+                    return Some(answer);
+                }
+            }
+            None
+        });
+        match agreed.await {
+            Ok(Some(answer)) => {
+                tracing::debug!(peer = %self.settings.site, epoch = answer.epoch, "the window is agreed on")
+            }
+            _ => tracing::debug!(peer = %self.settings.site, "the peer has no window for this gateway"),
+        }
     }
 
     /// Waits until another connection has heard from the peer: where the peer itself died, the others are dead as well and only do not
@@ -280,6 +451,13 @@ impl Peer {
             }
         }
     }
+}
+
+/// Who is expected at the other end.
+fn identity(settings: &PeerSection, tls: &TlsState) -> Result<Identity, String> {
+    let trust_domain = tls.identity().trust_domain().to_owned();
+    Identity::new(&trust_domain, &settings.site, Role::Gateway, &settings.name)
+        .map_err(|error| error.to_string())
 }
 
 async fn write(link: &Link, ready: Ready) -> Result<(), String> {

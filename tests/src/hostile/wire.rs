@@ -1,6 +1,7 @@
 //! What crosses the links: frames of every message, batches, payloads.
 
 use std::io;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use longhaul_common::digest::Digest;
@@ -13,7 +14,7 @@ use longhaul_common::wire::session::{
     AgentTask, DiskCounts, FromSource, FromTarget, Have, OpenedDisk, PartReport, PeerTask, Refusal,
     RefusalKind, SourceDisk, SourceOpen, TargetDisk, TargetOpen, ToSource, ToTarget,
 };
-use longhaul_gateway::reduction::{self, Encoding, Payload};
+use longhaul_gateway::reduction::{self, Encoding, Level, Method, Pair, Payload, Size, Vm, Windows};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -209,6 +210,58 @@ pub(super) fn batches() -> io::Result<Vec<Vec<u8>>> {
     Ok(vec![whole(&[7; 4096]), whole(b"short")])
 }
 
+/// A header for `len` bytes of a disk; its digest holds for `data`.
+fn disk_header(len: usize, data: &[u8]) -> BatchHeader {
+    let mut header = BatchHeader {
+        job: JobId::random(),
+        attempt: Attempt(1),
+        disk: DiskIndex(0),
+        round: Round(0),
+        sequence: Sequence(3),
+        pieces: vec![Piece {
+            extent: Extent::between(0, len as u64),
+            content: Content::Data,
+        }],
+        leaves: Leaves::default(),
+        ram: None,
+        urgent: false,
+        digest: Digest([0; 32]),
+    };
+    header.digest = header.digest_of(data).unwrap_or(header.digest);
+    header
+}
+
+/// Two gateways that have agreed on their windows; the first one has sent the second one something.
+fn gateways() -> io::Result<[Arc<Pair>; 2]> {
+    let size = Some(Size::of(0, 0));
+    let pair = || {
+        Windows::new(size)
+            .with("the other")
+            .ok_or(io::ErrorKind::NotFound)
+    };
+    let (a, b) = (pair()?, pair()?);
+    for (from, to) in [(&a, &b), (&b, &a)] {
+        from.answered(from.hello(), to.greet(from.hello()));
+    }
+    let known = Bytes::from((0..64 * 4096).map(|n: usize| (n / 9) as u8).collect::<Vec<_>>());
+    let header = disk_header(known.len(), &known);
+    let sent = reduction::reduce(&known, &header, Vm::named("vm"), Some(&a), METHOD);
+    if reduction::restore(&sent.payload, &header, Vm::named("vm"), Some(&b)).is_ok() {
+        a.accepted(&sent.kept);
+    }
+    Ok([a, b])
+}
+
+const METHOD: Method = Method {
+    dedup: true,
+    xor: true,
+    level: Level::Lz4,
+};
+
+thread_local! {
+    static RECEIVER: Option<Arc<Pair>> = gateways().ok().map(|[_, b]| b);
+}
+
 /// Three bytes of length, one of encoding, the payload.
 pub(super) fn payload(bytes: &[u8]) {
     let Some((head, rest)) = bytes.split_first_chunk::<4>() else {
@@ -222,17 +275,26 @@ pub(super) fn payload(bytes: &[u8]) {
         encoding,
         bytes: Bytes::copy_from_slice(rest),
     };
-    if let Ok(raw) = reduction::restore(&payload, len) {
+    let header = disk_header(len, &[]);
+    let restored =
+        RECEIVER.with(|pair| reduction::restore(&payload, &header, Vm::named("vm"), pair.as_deref()));
+    if let Ok(raw) = restored {
         assert_eq!(raw.len(), len, "restored to another length");
     }
 }
 
 pub(super) fn payloads() -> io::Result<Vec<Vec<u8>>> {
+    let [a, _] = gateways()?;
     let seed = |raw: Vec<u8>| {
         let len = (raw.len() as u32).to_le_bytes();
-        let payload = reduction::reduce(raw.into());
+        let header = disk_header(raw.len(), &raw);
+        let payload = reduction::reduce(&raw.into(), &header, Vm::named("vm"), Some(&a), METHOD).payload;
         [&len[..3], &[payload.encoding as u8], &payload.bytes].concat()
     };
-    let text = b"the same words again and again, ".repeat(100);
-    Ok(vec![seed(text), seed(vec![0; 65536]), seed((0..=255).collect())])
+    let text = b"the same words again and again, ".repeat(500);
+    let known = (0..8 * 4096)
+        .map(|n: usize| (n / 9) as u8 ^ u8::from(n % 4096 == 5))
+        .collect();
+    let short = (0..=255).collect();
+    Ok(vec![seed(text), seed(vec![0; 65536]), seed(known), seed(short)])
 }

@@ -8,11 +8,11 @@ use std::str::FromStr;
 use clap::{Args, ValueEnum};
 use longhaul_common::units::Span;
 
-use super::faults::Kill;
+use super::faults::{Cut, Fault, Kill, When};
 use super::rival::RamMode;
 use crate::guest::Kind;
 use crate::guest::workload::Workload;
-use crate::wan::spec::{CutWindow, LinkSpec};
+use crate::wan::spec::LinkSpec;
 
 /// Who migrates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -50,13 +50,20 @@ pub struct LiveArgs {
     pub core: Option<u32>,
     #[command(flatten)]
     pub link: LinkSpec,
-    /// Cut the link in this window of the job, as "10s..25s"; may be given several times
+    /// Cut the link in this window of the job, as "10s..25s", or in a phase, as "ram+1s/10s" (so long); may be
+    /// given several times
     #[arg(long)]
-    pub cut: Vec<CutWindow>,
+    pub cut: Vec<Cut>,
     /// Kill a program or QEMU with -9, as "source-agent@ram", "target-agent@pre-switchover+20ms" or
     /// "source-gateway@30%"; programs are started again after a second
     #[arg(long)]
     pub kill: Vec<Kill>,
+    /// Have the operator cancel the job at this moment, as "ram+500ms"
+    #[arg(long)]
+    pub cancel: Option<When>,
+    /// Format of the target's disks; default: that of the source's
+    #[arg(long, value_parser = ["raw", "qcow2"])]
+    pub target_format: Option<String>,
     /// The pause that the job may cost, as "300ms"; default: the programs' own
     #[arg(long)]
     pub blackout: Option<Span>,
@@ -95,6 +102,24 @@ impl LiveArgs {
             512
         };
         self.ram.map_or(usual, |ram| ram.0)
+    }
+
+    /// Format of the target's disks.
+    pub fn target_format(&self) -> &str {
+        self.target_format.as_deref().unwrap_or(&self.format)
+    }
+
+    /// Everything that waits for its moment.
+    pub fn faults(&self) -> Vec<Fault> {
+        let kills = self.kill.iter().cloned().map(Fault::Kill);
+        let cuts = self.cut.iter().filter_map(|cut| match cut {
+            Cut::From(when, length) => Some(Fault::Cut(when.clone(), *length)),
+            Cut::Window(_) => None,
+        });
+        kills
+            .chain(cuts)
+            .chain(self.cancel.clone().map(Fault::Cancel))
+            .collect()
     }
 }
 

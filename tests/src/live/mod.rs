@@ -11,6 +11,7 @@ pub mod check;
 pub mod console;
 pub mod faults;
 pub mod hearing;
+pub mod leftovers;
 pub mod machine;
 pub mod monitor;
 pub mod page;

@@ -87,6 +87,20 @@ fn journey(page: &mut String, live: &LiveReport) {
     for (phase, ms) in &live.phases_ms {
         row(page, &format!("  {phase}"), format!("{:>9.0} ms", ms));
     }
+    steps(page, live);
+}
+
+/// The handover's steps, each with the time since the guest stood and what it took itself.
+fn steps(page: &mut String, live: &LiveReport) {
+    let mut before = 0;
+    for (name, ms) in &live.steps_ms {
+        if name == "round 0" {
+            row(page, "  copy of the disks", format!("{ms:>9} ms"));
+            continue;
+        }
+        let took = ms.saturating_sub(std::mem::replace(&mut before, *ms));
+        row(page, &format!("    {name}"), format!("{ms:>9} ms  (+{took})"));
+    }
 }
 
 fn row(page: &mut String, name: &str, value: impl std::fmt::Display) {
@@ -109,6 +123,9 @@ fn proof(page: &mut String, live: &LiveReport) {
     );
     for problem in &records.problems {
         let _ = writeln!(page, "    {problem}");
+    }
+    for left in &live.leftovers {
+        let _ = writeln!(page, "  left behind               {left}");
     }
     for missing in &report.faults_missed {
         let _ = writeln!(page, "  did not happen            {missing}");

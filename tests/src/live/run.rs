@@ -16,7 +16,8 @@ use serde_json::Value;
 
 use super::args::{By, LiveArgs};
 use super::check::{Ended, check};
-use super::faults::{Faults, Kill, Phases, SOURCE_QEMU, TARGET_QEMU};
+use super::faults::{Cut, Fault, Faults, Kill, Phases, SOURCE_QEMU, TARGET_QEMU};
+use super::leftovers::{self, QemuSettings};
 use super::pause;
 use super::rival::Rival;
 use super::stage::Stage;
@@ -27,11 +28,14 @@ use crate::move_disk::Moment;
 use crate::programs::{self, Line, Programs};
 use crate::report::{LinkReport, ProgramReport};
 use crate::usage::{usage, wait_until};
+use crate::wan::spec::CutWindow;
 
 /// How often the lab looks around while the job runs: faults in a short phase need a short step.
 const TICK: Duration = Duration::from_millis(10);
 /// After the job, how long it may take until exactly one machine runs the guest.
 const SETTLE_LIMIT: Duration = Duration::from_secs(30);
+/// After the job, how long clearing up may take.
+const TIDY_LIMIT: Duration = Duration::from_secs(10);
 /// How long the guest may take to look at its memory, and to power off.
 const VERIFY_LIMIT: Duration = Duration::from_secs(240);
 
@@ -67,6 +71,8 @@ pub fn run(args: &LiveArgs, watch: &mut dyn FnMut(Moment)) -> io::Result<LiveRep
         report,
         phases: Phases::default(),
         percent: 0.0,
+        job: String::new(),
+        settings: QemuSettings::default(),
         clock: unix_now(),
     };
     run.play(programs.as_ref(), watch)?;
@@ -85,6 +91,10 @@ struct Run<'a> {
     report: LiveReport,
     phases: Phases,
     percent: f64,
+    /// The job's number, once it is known.
+    job: String,
+    /// QEMU's migration settings before the job.
+    settings: QemuSettings,
     /// When the job began, in seconds since 1970: events before are no part of it.
     clock: f64,
 }
@@ -103,6 +113,7 @@ impl Run<'_> {
         )));
         let up = self.stage.consoles.now();
         self.idle(self.args.before.0)?;
+        self.settings = QemuSettings::of(self.stage.monitor(End::Source));
         let began = self.stage.consoles.now();
         self.clock = unix_now();
         let link_began = self.link_stats()?;
@@ -121,6 +132,9 @@ impl Run<'_> {
         self.settle()?;
         self.idle(self.args.after.0)?;
         self.measure(up, began, ended);
+        if programs.is_some() {
+            self.report.leftovers = self.leftovers()?;
+        }
         self.prove(watch)?;
         self.put_away(link_began.map_or(0.0, |stats| stats.seconds))?;
         self.report.conclude();
@@ -144,13 +158,16 @@ impl Run<'_> {
     fn migrate(&mut self, programs: Option<&Programs>, watch: &mut dyn FnMut(Moment)) -> io::Result<()> {
         if let Some(link) = self.stage.lab.link() {
             let mut cuts = self.args.cut.iter();
-            cuts.try_for_each(|window| link.cut_between(*window))?;
+            cuts.try_for_each(|cut| match cut {
+                Cut::Window(window) => link.cut_between(*window),
+                Cut::From(..) => Ok(()),
+            })?;
         }
         let (lines, mut mover) = match programs {
             Some(programs) => self.operator(programs)?,
             None => (self.rival(), Mover::Qemu),
         };
-        let outcome = self.follow(&lines, &mover, watch);
+        let outcome = self.follow(&lines, &mover, programs, watch);
         if let Mover::Operator(operator) = &mut mover {
             let _ = operator.kill();
             operator.wait()?;
@@ -204,10 +221,11 @@ impl Run<'_> {
         &mut self,
         lines: &Receiver<String>,
         mover: &Mover,
+        programs: Option<&Programs>,
         watch: &mut dyn FnMut(Moment),
     ) -> io::Result<()> {
         let start = Instant::now();
-        let mut faults = Faults::new(&self.args.kill);
+        let mut faults = Faults::new(self.args.faults());
         let outcome = loop {
             match lines.recv_timeout(TICK) {
                 Ok(line) => {
@@ -225,9 +243,9 @@ impl Run<'_> {
                 part.or_default().usage = used;
             }
             self.look_at_qemu();
-            for kill in faults.due(self.stage.consoles.now(), self.percent, &self.phases) {
-                watch(Moment::Step(format!("killing {} ({kill})", kill.who)));
-                self.strike(&kill)?;
+            for fault in faults.due(self.stage.consoles.now(), self.percent, &self.phases) {
+                watch(Moment::Step(format!("fault: {fault}")));
+                self.let_happen(&fault, programs)?;
             }
             self.stage.tend()?;
             if start.elapsed() > self.args.limit.0 {
@@ -248,6 +266,9 @@ impl Run<'_> {
     /// Takes a line; gives whether it was the report.
     fn hear(&mut self, line: &str, watch: &mut dyn FnMut(Moment)) -> bool {
         let value: Value = serde_json::from_str(line).unwrap_or_default();
+        if let Some(job) = value["job"].as_str() {
+            job.clone_into(&mut self.job);
+        }
         if let Some(phase) = value["progress"]["phase"].as_str() {
             self.phases.see(phase, self.stage.consoles.now());
         }
@@ -287,6 +308,34 @@ impl Run<'_> {
         }
     }
 
+    fn let_happen(&mut self, fault: &Fault, programs: Option<&Programs>) -> io::Result<()> {
+        match (fault, programs) {
+            (Fault::Kill(kill), _) => self.strike(kill),
+            (Fault::Cut(_, length), _) => {
+                let window = CutWindow {
+                    from: Duration::ZERO,
+                    until: *length,
+                };
+                self.stage
+                    .lab
+                    .link()
+                    .map_or(Ok(()), |link| link.cut_between(window))
+            }
+            (Fault::Cancel(_), Some(programs)) => {
+                let log = File::create(self.stage.lab.directory().join("cancel.log"))?;
+                let mut cancel = programs.cancel_job(&self.stage.lab, &self.job);
+                // Its end says nothing that the job's report does not.
+                let _ = cancel
+                    .stdin(Stdio::null())
+                    .stdout(log.try_clone()?)
+                    .stderr(log)
+                    .status()?;
+                Ok(())
+            }
+            (Fault::Cancel(_), None) => Ok(()),
+        }
+    }
+
     fn strike(&mut self, kill: &Kill) -> io::Result<()> {
         match kill.who.as_str() {
             SOURCE_QEMU => self.stage.source.kill(),
@@ -322,6 +371,18 @@ impl Run<'_> {
         }
         .to_owned();
         Ok(())
+    }
+
+    /// What the job has left behind, once it had time to clear up.
+    fn leftovers(&mut self) -> io::Result<Vec<String>> {
+        let start = Instant::now();
+        loop {
+            let found = leftovers::find(&self.stage, &self.report, &self.settings);
+            if found.is_empty() || start.elapsed() > TIDY_LIMIT {
+                return Ok(found);
+            }
+            self.idle(TICK * 20)?;
+        }
     }
 
     fn measure(&mut self, up: Duration, began: Duration, ended: Duration) {
@@ -380,7 +441,11 @@ impl Run<'_> {
             "looking for every acknowledged record on its disk".to_owned(),
         ));
         let work = tempfile::tempdir_in(self.stage.lab.directory())?;
-        let raw = compare::as_raw(&self.stage.disk(end), &self.args.format, &work.path().join("raw"))?;
+        let format = match end {
+            End::Source => self.args.format.as_str(),
+            End::Target => self.args.target_format(),
+        };
+        let raw = compare::as_raw(&self.stage.disk(end), format, &work.path().join("raw"))?;
         let acknowledged = self.stage.consoles.hearing().acknowledged().clone();
         let ended = if off.is_some() {
             Ended::Cleanly

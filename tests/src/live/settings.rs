@@ -47,7 +47,12 @@ pub fn extend(directory: &Path, template: &Machine) -> io::Result<()> {
 ///
 /// # Errors
 /// When it cannot be written.
-pub fn write_job(directory: &Path, machine: &Machine, blackout: Option<&str>) -> io::Result<()> {
+pub fn write_job(
+    directory: &Path,
+    machine: &Machine,
+    target_format: &str,
+    blackout: Option<&str>,
+) -> io::Result<()> {
     let mut job = format!(
         "kind = \"live\"\nname = \"{}\"\n[source]\nagent = \"source-agent\"\nqmp = \"{}\"\n\
          [target]\nsite = \"target\"\nagent = \"target-agent\"\n",
@@ -56,13 +61,12 @@ pub fn write_job(directory: &Path, machine: &Machine, blackout: Option<&str>) ->
     if let Some(blackout) = blackout {
         let _ = writeln!(job, "[live]\nblackout = \"{blackout}\"");
     }
-    for (number, disk) in machine.disks.iter().enumerate() {
-        let target = self::disk(directory, End::Target, number);
+    for number in 0..machine.disks.len() {
+        let target = disk(directory, End::Target, number);
         let _ = write!(
             job,
-            "[[disk]]\nsource = \"disk{number}\"\ntarget = \"{}\"\ntarget_format = \"{}\"\n",
+            "[[disk]]\nsource = \"disk{number}\"\ntarget = \"{}\"\ntarget_format = \"{target_format}\"\n",
             target.display(),
-            disk.format
         );
     }
     fs::write(directory.join("job.toml"), job)

@@ -61,7 +61,7 @@ impl Stage {
         let job = Job {
             image: image.clone(),
             format: args.format.clone(),
-            target_format: args.format.clone(),
+            target_format: args.target_format().to_owned(),
             connections: args.connections,
         };
         if let Some(programs) = programs {
@@ -77,11 +77,14 @@ impl Stage {
             Monitor::listen(&socket(End::Target))?,
         ];
         let machine = machine(args, &directory, &consoles, &monitors)?;
-        let template = machine.template(&consoles.socket(End::Target), monitors[1].socket());
+        let mut template = machine.template(&consoles.socket(End::Target), monitors[1].socket());
+        for disk in &mut template.disks {
+            args.target_format().clone_into(&mut disk.format);
+        }
         if programs.is_some() {
             settings::extend(&directory, &template)?;
             let blackout = args.blackout.map(|span| format!("{} ms", span.0.as_millis()));
-            settings::write_job(&directory, &machine, blackout.as_deref())?;
+            settings::write_job(&directory, &machine, args.target_format(), blackout.as_deref())?;
         }
         say("starting the guest at the source".to_owned());
         let log = directory.join("source-qemu.log");

@@ -35,6 +35,12 @@ pub struct LiveReport {
     /// Heartbeats whose number did not follow the one before: said and lost, or said twice.
     pub irregular_heartbeats: u64,
     pub rounds: Option<u64>,
+    /// The handover, step by step, from the moment in which the guest stood.
+    pub steps_ms: Vec<(String, u64)>,
+    /// What the job decided on its way, in its words.
+    pub decisions: Vec<String>,
+    /// What the job should have cleared up and did not: names of files, bitmaps, exports, machines.
+    pub leftovers: Vec<String>,
     /// Guest operations per second.
     pub guest_before_per_s: Option<f64>,
     pub guest_during_per_s: Option<f64>,
@@ -60,10 +66,18 @@ pub struct LiveReport {
 impl LiveReport {
     /// Takes over what the job says of itself.
     pub fn read_job(&mut self, job: Value) {
-        self.predicted_blackout_ms = job["predicted_blackout_ms"].as_f64();
-        self.rounds = job["rounds"]
+        // QEMU's own migration is reported by the lab, without this part.
+        let live = if job["live"].is_object() {
+            &job["live"]
+        } else {
+            &job
+        };
+        self.predicted_blackout_ms = live["predicted_blackout_ms"].as_f64();
+        self.rounds = live["rounds"]
             .as_u64()
-            .or_else(|| Some(job["rounds"].as_array()?.len() as u64));
+            .or_else(|| Some(live["rounds"].as_array()?.len() as u64));
+        self.steps_ms = serde_json::from_value(live["steps_ms"].clone()).unwrap_or_default();
+        self.decisions = serde_json::from_value(live["decisions"].clone()).unwrap_or_default();
         if let Some(phases) = job["phases_ms"].as_object() {
             let phases = phases
                 .iter()
@@ -92,7 +106,8 @@ impl LiveReport {
         }
         let digests = report.source_digest == report.target_digest;
         report.equal = self.safe && self.owner == "target" && digests;
-        report.ok = report.equal && report.job["ok"] == Value::Bool(true) && report.cause.is_none();
+        let said = report.job["ok"] == Value::Bool(true) && report.cause.is_none();
+        report.ok = report.equal && said && self.leftovers.is_empty();
         report.goodput_bit_per_s = report.used_bytes as f64 * 8.0 / report.seconds.max(1e-3);
         if report.cause.is_none() && !report.ok {
             let cause = cause(self, one, memory, digests);
@@ -116,6 +131,9 @@ fn cause(report: &LiveReport, one: bool, memory: bool, digests: bool) -> String 
     }
     if let Some(cause) = job {
         return cause.to_owned();
+    }
+    if let Some(first) = report.leftovers.first() {
+        return format!("something is left behind: {first}");
     }
     if !digests {
         return "the agents' digests differ".to_owned();
@@ -143,7 +161,8 @@ mod tests {
             ..LiveReport::default()
         };
         report.read_job(
-            json!({"ok": true, "rounds": 4, "predicted_blackout_ms": 210, "phases_ms": {"ram": 12.5}}),
+            json!({"ok": true, "phases_ms": {"ram": 12.5}, "live": {"rounds": 4, "predicted_blackout_ms": 210,
+                "steps_ms": [["last round read", 7]], "decisions": ["0.1 s: a round"]}}),
         );
         report
     }
@@ -161,8 +180,10 @@ mod tests {
             (report.predicted_blackout_ms, report.phases_ms["ram"]),
             (Some(210.0), 12.5)
         );
+        assert_eq!(report.steps_ms, [("last round read".to_owned(), 7)]);
+        assert_eq!(report.decisions, ["0.1 s: a round"]);
         type Spoil = fn(&mut LiveReport);
-        let spoil: [(Spoil, bool); 7] = [
+        let spoil: [(Spoil, bool); 8] = [
             (|report| report.owner = "both".to_owned(), false),
             (|report| report.owner = "nobody".to_owned(), false),
             (|report| report.owner = "source".to_owned(), true),
@@ -170,6 +191,7 @@ mod tests {
             (|report| report.records.lost = 1, false),
             (|report| report.records.clean = false, false),
             (|report| report.report.target_digest = "x".to_owned(), true),
+            (|report| report.leftovers.push("a bitmap".to_owned()), true),
         ];
         for (number, (spoil, safe)) in spoil.into_iter().enumerate() {
             let mut report = good();

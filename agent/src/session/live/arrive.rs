@@ -12,6 +12,7 @@ use longhaul_common::wire::session::{Refusal, RefusalKind, TargetOpen, TargetVm}
 use tokio::sync::mpsc;
 
 use super::ram_in::RamState;
+use super::record::Arriving;
 use super::target::{Arrived, LiveTarget};
 use super::target_vm::TargetQemuVm;
 use super::word::{ToSource, ToTarget};
@@ -129,7 +130,22 @@ pub(super) async fn run(session: Arc<LiveTarget>, machine: Machine, events: mpsc
         cancelled: false,
     };
     arrive.perform(effects).await;
+    arrive.look().await;
+    arrive.show();
     arrive.serve(events).await;
+}
+
+/// Whether the machine knows what becomes of its VM, or at least that nothing is known yet.
+pub(super) fn is_decided(session: &LiveTarget) -> bool {
+    session.owner.borrow().is_some()
+}
+
+/// Whether nothing is left of the VM here but its copies.
+pub(super) fn is_given_up(session: &LiveTarget) -> bool {
+    matches!(
+        *session.owner.borrow(),
+        Some(TargetState::Fresh | TargetState::Aborted { .. })
+    )
 }
 
 impl Arrive {
@@ -160,6 +176,7 @@ impl Arrive {
                 self.on(TargetEvent::Remind).await;
             }
             self.watch().await;
+            self.show();
             if self.owner.owns() && self.s.arrived.borrow().is_none() && self.is_started() {
                 self.arrive().await;
             }
@@ -167,6 +184,11 @@ impl Arrive {
                 return;
             }
         }
+    }
+
+    /// Lets others see the state.
+    fn show(&self) {
+        self.s.owner.send_replace(Some(*self.owner.state()));
     }
 
     fn is_started(&self) -> bool {
@@ -189,7 +211,8 @@ impl Arrive {
                 }
             }
             Event::Word(ToTarget::Handover(word)) => self.on(TargetEvent::Heard(word)).await,
-            Event::Word(ToTarget::Probe(number)) => self.s.tell(&ToSource::Echo(number)).await,
+            // Answered where it is heard.
+            Event::Word(ToTarget::Probe(_)) => {}
             Event::GiveUp => {
                 self.cancelled = true;
                 self.on(TargetEvent::Stop(Reason::Cancelled)).await;
@@ -200,6 +223,7 @@ impl Arrive {
 
     async fn prepare(&mut self, generation: Generation) {
         if generation > self.owner.generation() {
+            self.compact().await;
             self.unfit = None;
             self.notes.clear();
             self.on(TargetEvent::Prepare(generation)).await;
@@ -309,6 +333,23 @@ impl Arrive {
             _ => return Err("an effect of the source".to_owned()),
         }
         Ok(None)
+    }
+
+    /// Shortens the journal to what matters: a job may try many times.
+    async fn compact(&mut self) {
+        let (Some(mut journal), snapshot) = (self.journal.take(), self.owner.snapshot()) else {
+            return;
+        };
+        let rewritten = on_thread("journal", move || {
+            let rewritten = journal.rewrite(&snapshot);
+            (journal, rewritten)
+        });
+        if let Ok((journal, rewritten)) = rewritten.await {
+            self.journal = Some(journal);
+            if let Err(error) = rewritten {
+                tracing::warn!(job = %self.s.job, "{error}");
+            }
+        }
     }
 
     async fn append(&mut self, record: Record) -> Result<(), String> {
@@ -442,6 +483,11 @@ impl Arrive {
             Ok(Err(error)) => tracing::warn!(job = %self.s.job, "a partial copy is left: {error}"),
             Err(error) => tracing::warn!(job = %self.s.job, "a partial copy is left: {error}"),
         }
+        let (agent, job) = (Arc::clone(&self.s.agent), self.s.job);
+        let _ = on_thread("record", move || {
+            Arriving::remove(&agent.settings.paths.state, job)
+        })
+        .await;
         self.s.over.send_replace(true);
         true
     }

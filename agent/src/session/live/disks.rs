@@ -8,14 +8,15 @@ use std::path::PathBuf;
 
 use longhaul_common::extent::Extent;
 use longhaul_common::wire::session::{DISKS_MAX, OpenedDisk, Refusal, RefusalKind, SourceDisk};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
+use crate::disk::free_map::FreeMap;
 use crate::disk::image::{Allocation, LiveImage};
 use crate::vm::qmp::Qmp;
 use crate::vm::rounds::{RoundExport, Rounds, RoundsError};
 
 /// One disk of the VM.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct VmDisk {
     /// Root node that the guest's device sees.
     pub node: String,
@@ -164,19 +165,8 @@ pub(super) fn connect(reach: Reach) -> Result<Vec<LiveImage>, Refusal> {
 /// What is stored of an image. Blocks.
 pub(super) fn report(disk: &VmDisk, image: &LiveImage) -> Result<OpenedDisk, Refusal> {
     let started = std::time::Instant::now();
-    let unreadable = |error: std::io::Error| Refusal::because(RefusalKind::Refused, &error);
     let mut allocated = 0_u64;
-    let mut at = 0;
-    while at < image.size() {
-        let range = Extent::between(at, image.size().min(at.saturating_add(MAP_STEP)));
-        let runs = image.allocation(range).map_err(unreadable)?;
-        allocated += runs
-            .iter()
-            .filter(|run| run.state == Allocation::Data)
-            .map(|run| run.extent.len())
-            .sum::<u64>();
-        at = range.end();
-    }
+    each_stored(image, |extent| allocated += extent.len())?;
     Ok(OpenedDisk {
         size: image.size(),
         format: disk.format.clone(),
@@ -188,6 +178,50 @@ pub(super) fn report(disk: &VmDisk, image: &LiveImage) -> Result<OpenedDisk, Ref
         scan_ms: started.elapsed().as_millis() as u64,
         sent_before: 0,
     })
+}
+
+/// Bytes that are stored in an image and free by this map. Blocks.
+pub(super) fn stored_and_free(image: &LiveImage, free: &FreeMap) -> Result<u64, Refusal> {
+    let mut bytes = 0_u64;
+    each_stored(image, |extent| {
+        let mut at = extent.offset();
+        while at < extent.end() {
+            let (is_free, run) = free.run(at, extent.end());
+            bytes += if is_free { run.end() - at } else { 0 };
+            at = run.end();
+        }
+    })?;
+    Ok(bytes)
+}
+
+/// Gives every stored extent of an image.
+fn each_stored(image: &LiveImage, mut stored: impl FnMut(&Extent)) -> Result<(), Refusal> {
+    let mut at = 0;
+    while at < image.size() {
+        let range = Extent::between(at, image.size().min(at.saturating_add(MAP_STEP)));
+        let runs = image.allocation(range);
+        let runs = runs.map_err(|error| Refusal::because(RefusalKind::Refused, &error))?;
+        runs.iter()
+            .filter(|run| run.state == Allocation::Data)
+            .for_each(|run| stored(&run.extent));
+        at = range.end();
+    }
+    Ok(())
+}
+
+/// What is told of a disk that is not read any more.
+pub(super) fn unread(disk: &VmDisk) -> OpenedDisk {
+    OpenedDisk {
+        size: disk.size,
+        format: disk.format.clone(),
+        allocated: 0,
+        free: 0,
+        used: 0,
+        parts: Vec::new(),
+        notes: Vec::new(),
+        scan_ms: 0,
+        sent_before: 0,
+    }
 }
 
 /// How much of a disk's map is asked for at once, in bytes of the disk.

@@ -106,24 +106,58 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
         began: Instant::now(),
         base_for: None,
         round: 0,
-        outcome: LiveOutcome {
-            rounds: 0,
-            generation: 0,
-            predicted_blackout_ms: 0,
-            blackout_ms: 0,
-            stream_bytes: 0,
-            stream_digest: longhaul_common::digest::Digest([0; 32]),
-            steps_ms: Vec::new(),
-            decisions: Vec::new(),
-            notes: Vec::new(),
-            dirty_bytes: vec![0; disks],
-            parts: Vec::new(),
-        },
+        outcome: blank(disks),
         last: None,
         counted: false,
     };
     let end = drive.move_vm().await;
     drive.leave(end).await
+}
+
+/// Settles what a former life of this agent left. `true`: the handover is in doubt, and a task waits for the answer, or it was moved.
+pub(super) async fn settle(session: &Arc<LiveSource>, words: mpsc::Receiver<Word>) -> bool {
+    let mut vm = match SourceVm::open(session, words).await {
+        Ok(vm) => vm,
+        Err(refusal) => {
+            tracing::error!(job = %session.job, "{refusal}");
+            return false;
+        }
+    };
+    if !vm.settle().await {
+        return false;
+    }
+    let session = Arc::clone(session);
+    tokio::spawn(async move {
+        let end = vm.await_answer().await;
+        match &end {
+            Ok(outcome) => {
+                let outcome = outcome.clone();
+                if let Err(refusal) = session.remember(|record| record.outcome = Some(*outcome)).await {
+                    tracing::warn!(job = %session.job, "{refusal}");
+                }
+            }
+            Err(_) => session.forget().await,
+        }
+        session.end(end);
+    });
+    true
+}
+
+/// An outcome of which nothing is known yet.
+pub(super) fn blank(disks: usize) -> LiveOutcome {
+    LiveOutcome {
+        rounds: 0,
+        generation: 0,
+        predicted_blackout_ms: 0,
+        blackout_ms: 0,
+        stream_bytes: 0,
+        stream_digest: longhaul_common::digest::Digest([0; 32]),
+        steps_ms: Vec::new(),
+        decisions: Vec::new(),
+        notes: Vec::new(),
+        dirty_bytes: vec![0; disks],
+        parts: Vec::new(),
+    }
 }
 
 impl Drive {
@@ -218,7 +252,7 @@ impl Drive {
             tokio::select! {
                 counts = &mut copying => break counts?,
                 () = tokio::time::sleep(LOOK) => {
-                    self.pace.sample(self.began.elapsed(), uplink, 0);
+                    self.pace.sample(self.began.elapsed(), uplink, 0, true);
                     self.s.free.look().await;
                 }
             }
@@ -314,7 +348,7 @@ impl Drive {
     /// QEMU has stopped an idle VM: finished where what is left fits, undone otherwise.
     async fn unasked(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
         let dirty = self.rounds.dirty_bytes().await?;
-        let (now, rtt) = (self.began.elapsed(), self.s.heard.borrow().rtt);
+        let (now, rtt) = (self.began.elapsed(), self.s.heard.borrow().rtt());
         let ram = self.vm.ram_view();
         let view = self.pace.view(now, &dirty, None, ram.as_ref(), uplink, rtt);
         let verdict = self
@@ -333,7 +367,7 @@ impl Drive {
     async fn decide(&mut self, uplink: &Uplink) -> Result<Verdict, Stop> {
         let dirty = self.rounds.dirty_bytes().await?;
         let stats = self.vm.stats().await?;
-        let rtt = self.s.heard.borrow().rtt;
+        let rtt = self.s.heard.borrow().rtt();
         let now = self.began.elapsed();
         let ram = self.vm.ram_view();
         if let Some((out, ram)) = self.vm.ram_out().zip(ram) {
@@ -539,6 +573,20 @@ impl Drive {
         {
             tracing::error!(job = %self.s.job, "something of ours is left in the VM's QEMU: {error}");
         }
-        end.map(|()| Box::new(self.outcome))
+        match end {
+            Ok(()) => {
+                // A QEMU that quits leaves its NBD server's name behind.
+                let _ = std::fs::remove_file(self.rounds.socket());
+                let outcome = self.outcome.clone();
+                if let Err(refusal) = self.s.remember(|record| record.outcome = Some(outcome)).await {
+                    tracing::warn!(job = %self.s.job, "{refusal}");
+                }
+                Ok(Box::new(self.outcome))
+            }
+            Err(refusal) => {
+                self.s.forget().await;
+                Err(refusal)
+            }
+        }
     }
 }

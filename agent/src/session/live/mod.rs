@@ -13,6 +13,8 @@ mod pace;
 mod proof;
 mod ram_in;
 mod ram_out;
+mod record;
+pub(super) mod settle;
 pub(super) mod source;
 mod source_vm;
 pub(super) mod target;

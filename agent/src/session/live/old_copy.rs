@@ -76,7 +76,7 @@ fn bar(file: &Path, job: JobId) -> Result<File, String> {
         .write(true)
         .open(&place)
         .map_err(said)?;
-    if image_lock::hold(&image).map_err(said)? {
+    if image_lock::hold_beside_readers(&image).map_err(said)? {
         Ok(image)
     } else {
         Err(format!("{} is in use by somebody else", place.display()))

@@ -25,8 +25,8 @@ const WINDOW_SLACK: Duration = Duration::from_millis(120);
 pub(super) struct Pace {
     dirty: Vec<Dirty>,
     link: Rate,
-    /// The best of the last seconds: a link with little to carry is not slow.
-    best: (f64, Duration),
+    /// What it carried when there was enough to carry: a link with little to do is not slow.
+    busy: f64,
     acked: Rate,
     /// QEMU's last look at its dirty bitmap: which, and when.
     sync: (u64, Duration),
@@ -50,7 +50,7 @@ impl Pace {
         Self {
             dirty: (0..disks).map(|_| dirty()).collect(),
             link: Rate::new(MEMORY),
-            best: (0.0, Duration::ZERO),
+            busy: 0.0,
             acked: Rate::new(MEMORY),
             sync: (0, Duration::ZERO),
         }
@@ -72,13 +72,13 @@ impl Pace {
         wanted.max(WINDOW_START).max(tap.buffered.min(WINDOW_START))
     }
 
-    /// Takes what the link carried, between decisions, too.
-    pub(super) fn sample(&mut self, now: Duration, uplink: &Uplink, acked: u64) {
+    /// Takes what the link carried, between decisions, too. `busy`: there was more to send than it took.
+    pub(super) fn sample(&mut self, now: Duration, uplink: &Uplink, acked: u64, busy: bool) {
         let delivered = uplink.delivered.load(std::sync::atomic::Ordering::Relaxed);
         self.link.sample(now, delivered.saturating_add(acked));
         let rate = self.link.per_second().unwrap_or(0.0);
-        if rate >= self.best.0 || now.saturating_sub(self.best.1) > MEMORY * 8 {
-            self.best = (rate, now);
+        if busy || rate > self.busy {
+            self.busy = rate;
         }
     }
 
@@ -100,7 +100,8 @@ impl Pace {
         let disks = disks.collect();
         let acked = tap.map_or(0, |tap| tap.acked);
         self.acked.sample(now, acked);
-        self.sample(now, uplink, acked);
+        let busy = tap.is_some_and(|tap| tap.buffered >= WINDOW_START / 2);
+        self.sample(now, uplink, acked, busy);
         let ram = stats
             .and_then(|stats| stats.ram.as_ref())
             .zip(tap)
@@ -122,7 +123,7 @@ impl Pace {
             ram,
             ram_dirty_rate: None,
             link: LinkView {
-                goodput: self.best.0,
+                goodput: self.busy,
                 rtt: rtt.unwrap_or_default(),
                 page_ratio: 1.0,
                 block_ratio: 1.0,

@@ -60,6 +60,14 @@ impl FreeProof {
         }
     }
 
+    /// Of a session that reads nothing any more.
+    pub(super) fn none() -> Self {
+        Self {
+            disks: Mutex::default(),
+            next: Mutex::new(Instant::now()),
+        }
+    }
+
     fn disks(&self) -> MutexGuard<'_, Vec<DiskProof>> {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner)
     }

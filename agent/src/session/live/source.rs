@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, watch};
 use super::disks::{self, VmDisk};
 use super::drive::{self, Parts};
 use super::proof::FreeProof;
+use super::record::Leaving;
 use super::uplink::Uplink;
 use super::word::{self, ToSource as Said, ToTarget};
 use crate::disk::have::HaveLeaves;
@@ -30,6 +31,8 @@ use crate::vm::handover::{Generation, Word};
 use crate::vm::qmp::Qmp;
 use crate::vm::rounds::{self, Rounds, RoundsOptions};
 
+/// For so long the least round trip counts.
+const RTT_MEMORY: Duration = Duration::from_secs(30);
 /// Messages that wait for the gateway or the driver.
 const QUEUE: usize = 64;
 /// How long the gateway may take to hear the end.
@@ -45,9 +48,17 @@ pub(super) struct Heard {
     /// The target's QEMU waits, or why not.
     pub prepared: Option<(Generation, Result<Vec<String>, String>)>,
     pub cancel: Option<Refusal>,
-    /// There and back, and when the last probe left.
-    pub rtt: Option<Duration>,
+    /// There and back without queues: the least of the last seconds, and when it was measured.
+    rtt: Option<(Duration, Instant)>,
+    /// The last probe, and when it left.
     probe: Option<(u64, Instant)>,
+}
+
+impl Heard {
+    /// The way to the target agent and back, once it was measured.
+    pub(super) fn rtt(&self) -> Option<Duration> {
+        self.rtt.map(|(rtt, _)| rtt)
+    }
 }
 
 /// How a migration ended.
@@ -68,6 +79,7 @@ pub(crate) struct LiveSource {
     words: mpsc::Sender<Word>,
     /// Where the RAM stream of the current generation is told how far the target is.
     pub(super) ram: Mutex<Option<Arc<super::ram_out::RamOut>>>,
+    pub(super) record: Mutex<Leaving>,
     /// What the driver begins with, until it does.
     parts: Mutex<Option<Parts>>,
     ended: watch::Sender<Option<End>>,
@@ -136,6 +148,16 @@ impl LiveSource {
             socket: nbd,
             foreign_socket: None,
         };
+        let record = Leaving {
+            job: open.job.to_string(),
+            vm: vm.clone(),
+            qmp: socket.clone(),
+            nbd: options.socket.clone(),
+            disks: disks.clone(),
+            saved: None,
+            outcome: None,
+        };
+        save(agent, open.job, record.clone()).await?;
         let mut rounds = Rounds::start(&qmp, options)
             .await
             .map_err(|error| refused(&error))?;
@@ -153,10 +175,12 @@ impl LiveSource {
             let mut reports: Vec<_> = reports.collect::<Result<_, _>>()?;
             let free = FreeProof::first(images, started, &policy, filter);
             for (index, report) in reports.iter_mut().enumerate() {
-                report.free = free
-                    .deferred(index)
-                    .map_or(0, |free| free.free_bytes())
-                    .min(report.allocated);
+                let Some(deferred) = free.deferred(index) else {
+                    continue;
+                };
+                let counted = free.with_image(index, |image| disks::stored_and_free(image, &deferred));
+                // Holes are left behind as what they are.
+                report.free = counted.transpose()?.unwrap_or(0).min(report.allocated);
                 report.used = report.allocated - report.free;
             }
             Ok((reports, Arc::new(free)))
@@ -188,6 +212,7 @@ impl LiveSource {
             uplink: watch::Sender::new(None),
             words,
             ram: Mutex::default(),
+            record: Mutex::new(record),
             parts: Mutex::new(Some(Parts { rounds, words: heard })),
             ended: watch::Sender::new(None),
         }))
@@ -213,6 +238,64 @@ impl LiveSource {
         {
             tracing::warn!(job = %self.job, "something of ours is left in the VM's QEMU: {error}");
         }
+        self.forget().await;
+    }
+
+    /// Nothing of this job is open here any more.
+    pub(super) async fn forget(&self) {
+        let (state, job) = (self.agent.settings.paths.state.clone(), self.job);
+        let _ = on_thread("record", move || Leaving::remove(&state, job)).await;
+    }
+
+    /// Writes the record down, changed.
+    pub(super) async fn remember(&self, change: impl FnOnce(&mut Leaving)) -> Result<(), Refusal> {
+        let record = {
+            let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+            change(&mut record);
+            record.clone()
+        };
+        save(&self.agent, self.job, record).await
+    }
+
+    /// What a former life of this agent left: settled as far as it can be. Gives the session where somebody may still ask for it.
+    pub(super) async fn settle(
+        agent: &Arc<Agent>,
+        job: JobId,
+        record: Leaving,
+        qmp: Option<Qmp>,
+    ) -> Option<Arc<Self>> {
+        let (words, heard) = mpsc::channel(QUEUE);
+        let qmp = match qmp {
+            Some(qmp) => qmp,
+            None => Qmp::gone(&record.qmp).await,
+        };
+        let moved = record.outcome.clone().map(|outcome| Ok(Box::new(outcome)));
+        let session = Arc::new(Self {
+            agent: Arc::clone(agent),
+            job,
+            vm: record.vm.clone(),
+            qmp,
+            disks: record.disks.clone(),
+            reports: record.disks.iter().map(disks::unread).collect(),
+            free: Arc::new(FreeProof::none()),
+            definition: None,
+            heard: watch::Sender::default(),
+            uplink: watch::Sender::new(None),
+            words,
+            ram: Mutex::default(),
+            record: Mutex::new(record),
+            parts: Mutex::default(),
+            ended: watch::Sender::new(moved.clone()),
+        });
+        if moved.is_some() {
+            return Some(session);
+        }
+        drive::settle(&session, heard).await.then_some(session)
+    }
+
+    /// How the migration ended, for everybody who asks.
+    pub(super) fn end(&self, end: End) {
+        self.ended.send_replace(Some(end));
     }
 
     /// Speaks with the gateway for as long as the attempt lasts.
@@ -337,7 +420,9 @@ impl LiveSource {
             Said::Echo(number) => self.heard.send_modify(|heard| {
                 if let Some((_, left)) = heard.probe.take_if(|(sent, _)| *sent == number) {
                     let now = left.elapsed();
-                    heard.rtt = Some(heard.rtt.map_or(now, |rtt| (rtt * 3 + now) / 4));
+                    // A stopped VM's bytes go before all others, so what waits behind them now does not count.
+                    let least = heard.rtt.filter(|(rtt, at)| *rtt <= now && at.elapsed() < RTT_MEMORY);
+                    heard.rtt = Some(least.unwrap_or((now, Instant::now())));
                 }
             }),
         }
@@ -356,7 +441,7 @@ impl LiveSource {
             let session = Arc::clone(self);
             tokio::spawn(async move {
                 let end = drive::run(&session, parts).await;
-                session.ended.send_replace(Some(end));
+                session.end(end);
             });
         }
     }
@@ -375,6 +460,13 @@ impl LiveSource {
             .send_modify(|heard| heard.probe = Some((number, Instant::now())));
         self.tell(&ToTarget::Probe(number)).await;
     }
+}
+
+async fn save(agent: &Arc<Agent>, job: JobId, record: Leaving) -> Result<(), Refusal> {
+    let state = agent.settings.paths.state.clone();
+    let saved = on_thread("record", move || record.save(&state, job)).await;
+    let saved = saved.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
+    saved.map_err(|text| Refusal::new(RefusalKind::Refused, text))
 }
 
 async fn has_ended(ended: &mut watch::Receiver<Option<End>>) -> Option<End> {

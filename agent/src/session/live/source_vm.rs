@@ -17,7 +17,7 @@ use super::copy::Batch;
 use super::drive::Stop;
 use super::old_copy::OldCopy;
 use super::ram_out::{RamOut, RamView};
-use super::source::LiveSource;
+use super::source::{End, LiveSource};
 use super::uplink::Uplink;
 use super::word::{ToTarget, VmWords};
 use crate::session::threads::on_thread;
@@ -114,8 +114,70 @@ impl SourceVm {
         })
     }
 
+    /// After a crash: until QEMU is out of its migration. `true`: who runs the VM is for the target to say, or was said.
+    pub(super) async fn settle(&mut self) -> bool {
+        let limit = Instant::now() + CANCEL_LIMIT;
+        while !self.owner.is_settled() && !self.is_in_doubt() && Instant::now() < limit {
+            self.look().await;
+            tokio::time::sleep(LOOK).await;
+        }
+        let saved = self
+            .s
+            .record
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .saved
+            .clone();
+        if let Some(saved) = saved.filter(|_| !self.is_in_doubt())
+            && let Err(error) = saved.put_back(&self.s.qmp).await
+        {
+            tracing::warn!(job = %self.s.job, "QEMU's migration settings are not as they were: {error}");
+        }
+        matches!(
+            self.owner.state(),
+            SourceState::HandedOver { .. } | SourceState::Released { .. }
+        )
+    }
+
+    fn is_in_doubt(&self) -> bool {
+        matches!(self.owner.state(), SourceState::HandedOver { .. })
+    }
+
+    /// Waits for the target's word after a crash of this agent.
+    pub(super) async fn await_answer(&mut self) -> End {
+        while self.is_in_doubt() {
+            tokio::select! {
+                word = self.words.recv() => match word {
+                    Some(word) => self.on(SourceEvent::Heard(word)).await,
+                    None => break,
+                },
+                () = tokio::time::sleep(REMIND) => self.on(SourceEvent::Remind).await,
+            }
+        }
+        match self.owner.state() {
+            SourceState::Released { .. } => {
+                self.close_released().await;
+                let mut outcome = super::drive::blank(self.s.disks.len());
+                outcome.generation = self.owner.generation().0;
+                outcome.notes.push(
+                    "the source agent was restarted during the handover: its figures are lost".to_owned(),
+                );
+                Ok(Box::new(outcome))
+            }
+            _ => {
+                self.settle().await;
+                let text = format!(
+                    "the VM was not moved: {}; the job can be run again",
+                    self.owner.words()
+                );
+                Err(Refusal::new(RefusalKind::Lost, text))
+            }
+        }
+    }
+
     /// Starts QEMU's migration.
     pub(super) async fn begin(&mut self, generation: Generation) -> Result<(), Stop> {
+        self.compact().await;
         self.on(SourceEvent::Begin(generation)).await;
         if self.is_migrating() {
             if let Some(outgoing) = &self.outgoing
@@ -480,6 +542,23 @@ impl SourceVm {
         Ok(None)
     }
 
+    /// Shortens the journal to what matters: a job may try many times.
+    async fn compact(&mut self) {
+        let (Some(mut journal), snapshot) = (self.journal.take(), self.owner.snapshot()) else {
+            return;
+        };
+        let rewritten = on_thread("journal", move || {
+            let rewritten = journal.rewrite(&snapshot);
+            (journal, rewritten)
+        });
+        if let Ok((journal, rewritten)) = rewritten.await {
+            self.journal = Some(journal);
+            if let Err(error) = rewritten {
+                tracing::warn!(job = %self.s.job, "{error}");
+            }
+        }
+    }
+
     async fn append(&mut self, record: crate::vm::handover::Record) -> Result<(), String> {
         let mut journal = self.journal.take().ok_or("the journal is in use")?;
         let appended = on_thread("journal", move || {
@@ -498,7 +577,19 @@ impl SourceVm {
             may_throttle: self.s.vm.policy.auto_converge,
             ..OutgoingOptions::default()
         };
-        let started = Outgoing::start(&self.s.qmp, &options, |_| {}).await;
+        let mut before = None;
+        let started = Outgoing::start(&self.s.qmp, &options, |saved| {
+            // A few hundred bytes, written down before QEMU is changed; a second thread takes over what this one does besides.
+            before = Some(tokio::task::block_in_place(|| {
+                let mut record = self.s.record.lock().unwrap_or_else(PoisonError::into_inner);
+                record.saved = Some(saved.clone());
+                record.save(&self.s.agent.settings.paths.state, self.s.job)
+            }));
+        })
+        .await;
+        if let Some(Err(why)) = before {
+            tracing::warn!(job = %self.s.job, "QEMU's settings would not be put back after a crash: {why}");
+        }
         let (outgoing, socket) = started.map_err(|error| error.to_string())?;
         self.outgoing = Some(outgoing);
         let memory = self.s.agent.settings.vm.ram_memory.0;

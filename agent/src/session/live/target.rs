@@ -16,13 +16,15 @@ use tokio::sync::{mpsc, watch};
 
 use super::arrive::{self, Event};
 use super::ram_in::RamIn;
-use super::word::{self, ToSource};
+use super::record::Arriving;
+use super::word::{self, ToSource, ToTarget as Word};
 use crate::disk::apply::{Have, Target};
 use crate::session::arrivals::Seat;
 use crate::session::target::tell_have;
 use crate::session::threads::on_thread;
 use crate::session::writers::{LastRound, Writers, Written};
 use crate::session::{Agent, target_disks};
+use crate::vm::handover::TargetState;
 
 /// Messages to the gateway that may wait.
 const OUTGOING: usize = 256;
@@ -64,6 +66,8 @@ pub(crate) struct LiveTarget {
     pub(super) arrived: watch::Sender<Option<Arrived>>,
     /// The session has ended; another one is opened for the next attempt.
     pub(super) over: watch::Sender<bool>,
+    /// The handover's state, once the machine has looked at its QEMU.
+    pub(super) owner: watch::Sender<Option<TargetState>>,
 }
 
 /// Serves one wire attempt.
@@ -141,13 +145,22 @@ impl LiveTarget {
         vm: TargetVm,
     ) -> Result<(Arc<Self>, Vec<Have>), Refusal> {
         arrive::check_template(agent, &open, &vm)?;
-        let (events, inbox) = mpsc::channel(OUTGOING);
-        let arrived = target_disks::arrival(open.job, &agent.settings)?;
-        let arrived = arrived.filter(|arrival| arrival.complete).map(|arrival| Arrived {
-            paths: arrival.paths,
-            hook: arrival.hook,
-        });
         let machine = arrive::Machine::open(agent, open.job).await?;
+        let (with, record) = (
+            Arc::clone(agent),
+            Arriving {
+                open: open.clone(),
+                vm: vm.clone(),
+            },
+        );
+        let saved = on_thread("record", move || {
+            record.save(&with.settings.paths.state, record.open.job)
+        });
+        let saved = saved
+            .await
+            .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
+        saved.map_err(|text| Refusal::new(RefusalKind::Refused, text))?;
+        let arrived = arrival(agent, open.job)?;
         let (with, asked) = (Arc::clone(agent), open.clone());
         // A VM that belongs here already is not written any more.
         let disks = if arrived.is_some() || machine.owns() {
@@ -159,6 +172,30 @@ impl LiveTarget {
                 .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??
         };
         let (targets, have): (Vec<_>, Vec<_>) = disks.into_iter().unzip();
+        let session = Self::start(agent, open, vm, machine, targets, arrived);
+        Ok((session, have))
+    }
+
+    /// As a former life of this agent left it; the copies are not opened.
+    pub(super) async fn reopen(
+        agent: &Arc<Agent>,
+        open: TargetOpen,
+        vm: TargetVm,
+        machine: arrive::Machine,
+    ) -> Result<Arc<Self>, Refusal> {
+        let arrived = arrival(agent, open.job)?;
+        Ok(Self::start(agent, open, vm, machine, Vec::new(), arrived))
+    }
+
+    fn start(
+        agent: &Arc<Agent>,
+        open: TargetOpen,
+        vm: TargetVm,
+        machine: arrive::Machine,
+        targets: Vec<Target>,
+        arrived: Option<Arrived>,
+    ) -> Arc<Self> {
+        let (events, inbox) = mpsc::channel(OUTGOING);
         let session = Arc::new(Self {
             agent: Arc::clone(agent),
             job: open.job,
@@ -174,9 +211,10 @@ impl LiveTarget {
             released: watch::Sender::new(0),
             arrived: watch::Sender::new(arrived),
             over: watch::Sender::new(false),
+            owner: watch::Sender::new(None),
         });
         tokio::spawn(arrive::run(Arc::clone(&session), machine, inbox));
-        Ok((session, have))
+        session
     }
 
     /// Serves the attempt until its stream ends, a newer one comes, or the VM has arrived.
@@ -299,8 +337,11 @@ impl LiveTarget {
     async fn on_message(&self, message: ToTarget) -> Result<(), Refusal> {
         match message {
             ToTarget::Say(word) => {
-                if let Some(word) = word::decode(&word) {
-                    self.event(Event::Word(word)).await;
+                match word::decode(&word) {
+                    // Not behind the driver, who may be starting a QEMU: what is measured is the way.
+                    Some(Word::Probe(number)) => self.tell(&ToSource::Echo(number)).await,
+                    Some(word) => self.event(Event::Word(word)).await,
+                    None => {}
                 }
                 Ok(())
             }
@@ -328,6 +369,16 @@ impl LiveTarget {
             let _ = say.send(FromTarget::Say(word::encode(word))).await;
         }
     }
+}
+
+/// How the VM arrived, where it has.
+fn arrival(agent: &Agent, job: JobId) -> Result<Option<Arrived>, Refusal> {
+    let arrived = target_disks::arrival(job, &agent.settings)?;
+    let arrived = arrived.filter(|arrival| arrival.complete);
+    Ok(arrived.map(|arrival| Arrived {
+        paths: arrival.paths,
+        hook: arrival.hook,
+    }))
 }
 
 /// Waits until it is true; for ever where nobody can set it any more.

@@ -104,6 +104,30 @@ impl Qmp {
         Ok(qmp)
     }
 
+    /// The connection to a QEMU that is no more: everything it is asked is answered with [`QmpError::Lost`].
+    pub async fn gone(socket: &Path) -> Self {
+        let shared = Arc::new(Shared::new(EVENTS));
+        let (outbox, commands) = mpsc::channel(OUTBOX);
+        // Both ends of the pair but one are dropped: the tasks find the connection lost, as they do when QEMU ends.
+        let (from, to) = match UnixStream::pair() {
+            Ok((ours, _)) => ours.into_split(),
+            Err(_) => return Box::pin(Self::gone(socket)).await,
+        };
+        tasks::read(from, shared.clone()).await;
+        let tasks = [
+            tokio::spawn(async {}),
+            tokio::spawn(tasks::write(to, commands, shared.clone())),
+        ];
+        Self(Arc::new(Inner {
+            socket: socket.to_owned(),
+            version: Version::default(),
+            shared,
+            outbox,
+            next: AtomicU64::new(1),
+            tasks,
+        }))
+    }
+
     /// QEMU's version, as it greeted.
     pub fn version(&self) -> &Version {
         &self.0.version

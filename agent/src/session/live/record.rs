@@ -1,0 +1,119 @@
+//! What an agent must know of its live sessions after a crash: small files below the state folder.
+//!
+//! Owns their names and content. Leaves who may run a VM to the handover journal. Promises that a file is there before anything of a job
+//! is in a QEMU, and that it is whole or not there (temporary name, sync, rename).
+
+use std::path::{Path, PathBuf};
+
+use longhaul_common::ids::JobId;
+use longhaul_common::wire::session::{LiveOutcome, SourceVm, TargetOpen, TargetVm};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::disks::VmDisk;
+use crate::session::target_disks::write_durably;
+use crate::vm::outgoing::Saved;
+
+/// A VM that leaves this host.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Leaving {
+    pub job: String,
+    pub vm: SourceVm,
+    /// The monitor's socket, after links were resolved.
+    pub qmp: PathBuf,
+    pub nbd: PathBuf,
+    pub disks: Vec<VmDisk>,
+    /// QEMU's settings before its migration, while it runs.
+    pub saved: Option<Saved>,
+    /// It was moved, and this came of it.
+    pub outcome: Option<LiveOutcome>,
+}
+
+/// A VM that arrives at this host.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Arriving {
+    pub open: TargetOpen,
+    pub vm: TargetVm,
+}
+
+const LEAVING: &str = "leaving";
+const ARRIVING: &str = "arriving";
+
+fn path(state: &Path, kind: &str, job: JobId) -> PathBuf {
+    state.join(kind).join(format!("{job}.json"))
+}
+
+fn save(state: &Path, kind: &str, job: JobId, content: &impl Serialize) -> Result<(), String> {
+    let path = path(state, kind, job);
+    let said =
+        |error: &dyn std::fmt::Display| format!("the record {} cannot be written: {error}", path.display());
+    let text = serde_json::to_vec_pretty(content).map_err(|error| said(&error))?;
+    write_durably(&path, &text).map_err(|error| said(&error))
+}
+
+fn all<T: DeserializeOwned>(state: &Path, kind: &str) -> Vec<(JobId, T)> {
+    let Ok(folder) = std::fs::read_dir(state.join(kind)) else {
+        return Vec::new();
+    };
+    let read = |entry: std::fs::DirEntry| {
+        let path = entry.path();
+        let job = path.file_stem()?.to_str()?.parse().ok()?;
+        let text = std::fs::read(&path)
+            .ok()
+            .filter(|_| path.extension().is_some_and(|end| end == "json"))?;
+        match serde_json::from_slice(&text) {
+            Ok(record) => Some((job, record)),
+            Err(error) => {
+                tracing::error!(
+                    "the record {} cannot be used: {error}; look after that VM by hand",
+                    path.display()
+                );
+                None
+            }
+        }
+    };
+    folder.flatten().filter_map(read).collect()
+}
+
+fn remove(state: &Path, kind: &str, job: JobId) {
+    let path = path(state, kind, job);
+    if let Err(error) = std::fs::remove_file(&path)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::warn!("the record {} cannot be removed: {error}", path.display());
+    }
+}
+
+impl Leaving {
+    /// Blocks.
+    pub(super) fn save(&self, state: &Path, job: JobId) -> Result<(), String> {
+        save(state, LEAVING, job, self)
+    }
+
+    /// Blocks.
+    pub(super) fn all(state: &Path) -> Vec<(JobId, Self)> {
+        all(state, LEAVING)
+    }
+
+    /// Blocks.
+    pub(super) fn remove(state: &Path, job: JobId) {
+        remove(state, LEAVING, job);
+    }
+}
+
+impl Arriving {
+    /// Blocks.
+    pub(super) fn save(&self, state: &Path, job: JobId) -> Result<(), String> {
+        save(state, ARRIVING, job, self)
+    }
+
+    /// Blocks.
+    pub(super) fn all(state: &Path) -> Vec<(JobId, Self)> {
+        all(state, ARRIVING)
+    }
+
+    /// Blocks.
+    pub(super) fn remove(state: &Path, job: JobId) {
+        remove(state, ARRIVING, job);
+    }
+}

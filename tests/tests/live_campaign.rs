@@ -1,0 +1,149 @@
+//! Running VMs moved again and again, with kills and cuts drawn from a seed: whatever happens, exactly one machine owns
+//! the guest and nothing that it acknowledged is lost.
+//!
+//! `LONGHAUL_LIVE_SEED` and `LONGHAUL_LIVE_CASES` set which cases and how many, `LONGHAUL_LIVE_FIRST` where to go on: case
+//! n of a seed is always the same. Each case is printed as the words of one `lab live`. The default run is a short slice.
+
+#![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests fail like tests
+
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use longhaul_lab::live::args::LiveArgs;
+use longhaul_lab::live::run;
+use longhaul_lab::namespace;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+
+/// Cases of the default run.
+const CASES: u64 = 1;
+
+#[derive(Debug, Parser)]
+#[command(no_binary_name = true)]
+struct Words {
+    #[command(flatten)]
+    args: LiveArgs,
+}
+
+fn number(name: &str, usual: u64) -> u64 {
+    let text = std::env::var(name).ok();
+    text.map_or(usual, |text| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name} is no number: {text}"))
+    })
+}
+
+/// A moment of the move, the short phases more often than their length would say.
+fn moment(rng: &mut StdRng) -> String {
+    let (phase, most_ms) = *[
+        ("copy", 2500),
+        ("rounds", 300),
+        ("ram", 2500),
+        ("ram", 2500),
+        ("pre-switchover", 40),
+        ("pre-switchover", 250),
+        ("device", 60),
+        ("completed", 60),
+        ("completed", 300),
+        ("resume", 40),
+    ]
+    .choose(rng)
+    .unwrap();
+    format!("{phase}+{}ms", rng.random_range(0..most_ms))
+}
+
+/// The words of case `number`.
+fn draw(seed: u64, number: u64) -> String {
+    let rng = &mut StdRng::seed_from_u64(seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    let workload = ["mixed", "mixed", "fsync", "fsync", "compile", "idle"]
+        .choose(rng)
+        .unwrap();
+    let format = ["raw", "raw", "raw", "qcow2"].choose(rng).unwrap();
+    let target = ["raw", "raw", "raw", "qcow2"].choose(rng).unwrap();
+    let rtt = ["5ms", "20ms", "80ms"].choose(rng).unwrap();
+    let mut words = format!(
+        "--kind tiny --workload {workload} --format {format} --target-format {target} --rate 300mbit --rtt {rtt} \
+         --seed {number} --before 2s --after 2s --limit 4min"
+    );
+    const PROGRAMS: [&str; 4] = ["source-agent", "target-agent", "source-gateway", "target-gateway"];
+    for _ in 0..rng.random_range(0..=2) {
+        let when = moment(rng);
+        match rng.random_range(0..10) {
+            0..=1 => words += &format!(" --cut {when}/{}ms", rng.random_range(200..6000)),
+            2 => words += &format!(" --cut {when}/14s"),
+            3 => words += " --kill target-qemu@ram+1s",
+            _ => words += &format!(" --kill {}@{when}", PROGRAMS.choose(rng).unwrap()),
+        }
+    }
+    if rng.random_range(0..10) == 0 {
+        words += &format!(" --cancel {}", moment(rng));
+    }
+    words
+}
+
+/// What is wrong with a case; `None` where it kept the promise.
+fn play(words: &str) -> (String, Option<String>) {
+    let args = Words::try_parse_from(words.split_whitespace()).unwrap().args;
+    let report = match run::run(&args, &mut |_| {}) {
+        Ok(report) => report,
+        Err(error) => return ("the lab did not work".to_owned(), Some(error.to_string())),
+    };
+    let ms = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.0}"));
+    let story = format!(
+        "{} {:.0} s, at the {}, blackout {}/{} ms, {} records",
+        if report.report.ok { "moved" } else { "not moved" },
+        report.report.seconds,
+        report.owner,
+        ms(report.blackout_qmp_ms),
+        ms(report.blackout_heartbeat_ms),
+        report.records_acknowledged,
+    );
+    let cause = report.report.cause.clone().unwrap_or_default();
+    let wrong = match (report.safe, report.leftovers.first()) {
+        (false, _) => Some(format!("NOT SAFE: {cause}; {:?}", report.records)),
+        (true, Some(left)) => Some(format!("left behind: {left}")),
+        (true, None) => None,
+    };
+    let story = if report.report.ok {
+        story
+    } else {
+        format!("{story}; {cause}")
+    };
+    (story, wrong)
+}
+
+#[test]
+fn whatever_fails_one_machine_owns_the_guest_and_nothing_is_lost() {
+    if let Some(cause) = namespace::missing_rights() {
+        eprintln!("not tested here: {cause}");
+        return;
+    }
+    let seed = number("LONGHAUL_LIVE_SEED", 1);
+    let first = number("LONGHAUL_LIVE_FIRST", 1);
+    let cases = number("LONGHAUL_LIVE_CASES", CASES);
+    let limit = Duration::from_secs(number("LONGHAUL_LIVE_SECONDS", u64::MAX / 4));
+    let start = Instant::now();
+    let mut failed = Vec::new();
+    let mut played = 0;
+    for case in first..first.saturating_add(cases) {
+        if start.elapsed() > limit {
+            eprintln!("the time is over; go on with LONGHAUL_LIVE_FIRST={case}");
+            break;
+        }
+        let words = draw(seed, case);
+        eprintln!("case {case} of seed {seed}: lab live {words}");
+        let (story, wrong) = play(&words);
+        played += 1;
+        eprintln!("  {story}");
+        if let Some(wrong) = wrong {
+            eprintln!("  {wrong}");
+            failed.push(format!("case {case}: {wrong}\n    lab live {words}"));
+        }
+    }
+    eprintln!(
+        "{} of {played} cases kept the promise",
+        played - failed.len() as u64
+    );
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
+}

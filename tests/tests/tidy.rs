@@ -641,6 +641,13 @@ fn every_command_of_the_operator_is_documented() {
     none(&missing, "commands that no document names");
 }
 
+/// Whether a document has the heading that `#anchor` leads to.
+fn has_title(document: &str, anchor: &str) -> bool {
+    let text = read(document);
+    let mut titles = text.lines().filter(|line| line.starts_with("## "));
+    titles.any(|title| title[3..].to_lowercase().replace(' ', "-") == anchor)
+}
+
 #[test]
 fn the_documents_name_paths_that_exist() {
     let architecture = read("ARCHITECTURE.md");
@@ -663,7 +670,10 @@ fn the_documents_name_paths_that_exist() {
             .skip(1)
             .filter_map(|rest| rest.split(')').next().map(str::to_owned))
         {
-            if !link.starts_with("http") && !folder.join(&link).exists() {
+            let (file, anchor) = link.split_once('#').unwrap_or((&link, ""));
+            let there = file.is_empty() || folder.join(file).exists();
+            let titled = !file.is_empty() || anchor.is_empty() || has_title(document, anchor);
+            if !link.starts_with("http") && !(there && titled) {
                 offences.push(format!("{document}: {link}"));
             }
         }

@@ -568,6 +568,7 @@ impl Drive {
             }
         }
         self.vm.undo_slowing().await;
+        let socket = self.rounds.socket().to_owned();
         if end.is_err()
             && let Err(error) = self.rounds.remove().await
         {
@@ -576,7 +577,7 @@ impl Drive {
         match end {
             Ok(()) => {
                 // A QEMU that quits leaves its NBD server's name behind.
-                let _ = std::fs::remove_file(self.rounds.socket());
+                let _ = std::fs::remove_file(socket);
                 let outcome = self.outcome.clone();
                 if let Err(refusal) = self.s.remember(|record| record.outcome = Some(outcome)).await {
                     tracing::warn!(job = %self.s.job, "{refusal}");

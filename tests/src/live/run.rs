@@ -21,12 +21,11 @@ use super::rival::Rival;
 use super::stage::Stage;
 use super::verdict::LiveReport;
 use super::{pause, proof};
-use crate::compare;
 use crate::lab::End;
 use crate::move_disk::Moment;
 use crate::programs::{self, Line, Programs};
 use crate::report::{LinkReport, ProgramReport};
-use crate::usage::{usage, wait_until};
+use crate::usage::usage;
 use crate::wan::spec::CutWindow;
 
 /// How often the lab looks around while the job runs: faults in a short phase need a short step.

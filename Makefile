@@ -47,14 +47,17 @@ build: ## Build the three programs for use
 	@cargo build --release --locked --bins -p longhaul-agent -p longhaul-gateway
 
 .PHONY: install
-install: build ## Install programs, units and examples (PREFIX, DESTDIR)
+install: ## Install programs, units and examples, after `make build` (PREFIX, DESTDIR)
+	@test -x target/release/longhaul-agent || { echo "nothing is built yet: run make build first, as the user who has cargo" >&2; exit 1; }
 	install -D -t $(DESTDIR)$(PREFIX)/bin target/release/longhaul target/release/longhaul-agent target/release/longhaul-gateway
 	install -D -m 0644 -t $(DESTDIR)/etc/systemd/system configs/systemd/longhaul-agent.service configs/systemd/longhaul-gateway.service
-	sed -i 's#^ExecStart=/usr/local/bin/#ExecStart=$(PREFIX)/bin/#' $(DESTDIR)/etc/systemd/system/longhaul-*.service
+	sed -i 's#/usr/local/\(bin\|share\)/#$(PREFIX)/\1/#' $(DESTDIR)/etc/systemd/system/longhaul-*.service
 	install -D -m 0644 configs/systemd/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/longhaul.conf
 	install -D -m 0644 configs/sysctl.conf $(DESTDIR)/etc/sysctl.d/60-longhaul.conf
 	install -d -m 0755 $(DESTDIR)/etc/longhaul
-	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/doc/longhaul README.md configs/README.md configs/*.toml
+	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/doc/longhaul README.md
+	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/doc/longhaul/configs configs/README.md configs/*.toml
+	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/doc/longhaul/configs/two-sites configs/two-sites/*
 
 # Random cases of each property and damage test; seconds for each fuzz target.
 CASES ?= 2000

@@ -11,6 +11,7 @@ use std::process::Command;
 
 use clap::CommandFactory;
 use longhaul_agent::settings::AgentSettings;
+use longhaul_agent::vm::incoming::{Template, Values};
 use longhaul_common::settings::parse;
 use longhaul_gateway::job::spec::JobSpec;
 use longhaul_gateway::operator::Arguments;
@@ -61,7 +62,33 @@ const DOORS: &[(&str, &[&str])] = &[
     ),
     ("http_body_util", &["gateway/src/operator/client.rs"]),
     ("indicatif", &["gateway/src/operator/bars.rs"]),
-    ("jiff", &["gateway/src/pki/", "gateway/src/job/driver.rs"]),
+    // Times of day in caps; dates in certificates and in the journal.
+    (
+        "jiff",
+        &[
+            "common/src/link/congestion/",
+            "common/src/settings/sections.rs",
+            "gateway/src/job/driver.rs",
+            "gateway/src/pki/",
+        ],
+    ),
+    // QMP, QEMU's tools and records on disk; the API and what it shows.
+    (
+        "serde_json",
+        &[
+            "agent/src/disk/apply/qcow2_server.rs",
+            "agent/src/disk/image/",
+            "agent/src/session/live/",
+            "agent/src/session/target_disks.rs",
+            "agent/src/vm/",
+            "common/src/link/identity.rs",
+            "gateway/src/api/",
+            "gateway/src/operator/",
+            "gateway/src/pki/",
+            "gateway/src/store/",
+            "tests/src/",
+        ],
+    ),
     // Open-file-description locks, the one thing that rustix lacks.
     (
         "nix",
@@ -75,6 +102,9 @@ const DOORS: &[(&str, &[&str])] = &[
     (
         "blake3",
         &[
+            "agent/src/disk/scan.rs",
+            "agent/src/vm/facts/cpu.rs",
+            "agent/src/vm/journal/slot.rs",
             "common/src/digest.rs",
             "common/src/link/reset.rs",
             "common/src/wire/batch.rs",
@@ -113,8 +143,9 @@ const LAYERS: &[(&str, &[Layer])] = &[
     (
         "agent",
         &[
-            ("session", &["disk", "metrics", "settings"]),
+            ("session", &["disk", "metrics", "settings", "vm"]),
             ("metrics", &[]),
+            ("vm", &["disk"]),
             ("disk", &[]),
             ("settings", &[]),
         ],
@@ -296,7 +327,7 @@ fn every_source_file_says_what_it_is_and_stays_short() {
             offences.push(format!("{path} does not open with a //! header"));
         }
         let lines = without_tests(&text).len();
-        if lines > FILE_LINES_MAX && path.contains("/src/") {
+        if lines > FILE_LINES_MAX && path.contains("/src/") && !path.ends_with("/tests.rs") {
             offences.push(format!("{path} has {lines} lines without its tests"));
         }
         let parts = path.trim_end_matches(".rs").split('/');
@@ -334,6 +365,12 @@ fn nothing_is_left_for_later_or_switched_off() {
             ];
             if path.contains("/src/") && silenced.iter().any(|lint| line.contains(lint)) {
                 offences.push(format!("{path}:{}: a lint is silenced", number + 1));
+            }
+            if silenced.iter().any(|lint| line.contains(lint)) && !line.contains("reason = ") {
+                offences.push(format!(
+                    "{path}:{}: a lint is silenced without a reason",
+                    number + 1
+                ));
             }
             let word = concat!("un", "safe ");
             if has(line, word) && !line.trim_start().starts_with("//") && !line.contains('"') {
@@ -394,15 +431,22 @@ fn no_machine_is_known_here() {
     none(&offences, "paths and hosts of one machine have no place here");
 }
 
-/// The file with every commented setting switched on.
+/// The file with every commented setting switched on, lists over several lines and tables included.
 fn all_on(text: &str) -> String {
-    let on = |line: &str| match line.strip_prefix('#') {
-        Some(rest) if rest.starts_with(|c: char| c.is_ascii_lowercase()) && rest.contains(" = ") => {
-            rest.to_owned()
+    let mut within = false;
+    let mut on = |line: &str| {
+        let Some(rest) = line.strip_prefix('#') else {
+            return line.to_owned();
+        };
+        let setting = rest.starts_with(|c: char| c.is_ascii_lowercase()) && rest.contains(" = ");
+        let table = rest.starts_with('[') && rest.ends_with(']');
+        if !(within || setting || table) {
+            return line.to_owned();
         }
-        _ => line.to_owned(),
+        within = if within { rest != "]" } else { rest.ends_with('[') };
+        rest.to_owned()
     };
-    text.lines().map(on).collect::<Vec<_>>().join("\n")
+    text.lines().map(&mut on).collect::<Vec<_>>().join("\n")
 }
 
 /// Every key below `value` and what it holds; entries of a list of tables share their names.
@@ -441,20 +485,26 @@ fn shows_every_setting<T: Serialize + DeserializeOwned>(path: &str) {
     let (plain, full): (T, T) = (settings(path, &text), settings(path, &all_on(&text)));
     let shown: toml::Table = toml::from_str(&all_on(&text)).unwrap();
     let (plain, full, shown) = (flat(&plain), flat(&full), flat(&shown));
-    let mut offences: Vec<_> = full
-        .keys()
-        .filter(|key| !shown.contains_key(*key))
-        .map(|key| format!("{key} is not shown"))
-        .collect();
-    for (key, value) in &plain {
-        if !value.is_null() && Some(value) != full.get(key) {
-            offences.push(format!(
-                "{key}: the default is {value}, shown is {:?}",
-                full.get(key)
-            ));
-        }
-    }
+    let hidden = full.keys().filter(|key| !shown.contains_key(*key));
+    let mut offences: Vec<_> = hidden.map(|key| format!("{key} is not shown")).collect();
+    offences.extend(wrong_defaults(&plain, &full));
     none(&offences, path);
+}
+
+/// Settings whose true default is another than the one beside them.
+fn wrong_defaults(plain: &BTreeMap<String, Value>, full: &BTreeMap<String, Value>) -> Vec<String> {
+    let differs = |(key, value): &(&String, &Value)| {
+        // Of a list of tables that is empty by default, an example is shown.
+        let example = value.as_array().is_some_and(Vec::is_empty)
+            && full
+                .keys()
+                .any(|shown| shown == *key || shown.starts_with(&format!("{key}.")));
+        !value.is_null() && full.get(*key) != Some(*value) && !example
+    };
+    let wrong = plain.iter().filter(differs);
+    wrong
+        .map(|(key, value)| format!("{key}: the default is {value}, shown is {:?}", full.get(key)))
+        .collect()
 }
 
 #[test]
@@ -462,6 +512,34 @@ fn the_examples_show_every_setting_and_its_default() {
     shows_every_setting::<AgentSettings>("configs/agent.toml");
     shows_every_setting::<GatewaySettings>("configs/gateway.toml");
     shows_every_setting::<JobSpec>("configs/move.toml");
+    shows_every_setting::<JobSpec>("configs/live.toml");
+    // Left out of a job where it is as by default: compared by itself.
+    let text = read("configs/live.toml");
+    let live = |text: &str| flat(&settings::<JobSpec>("configs/live.toml", text).live);
+    none(
+        &wrong_defaults(&live(&text), &live(&all_on(&text))),
+        "[live] of configs/live.toml",
+    );
+}
+
+/// The agent's example starts a QEMU that would wait, with the job's one disk.
+#[test]
+fn the_example_of_a_command_is_a_good_template() {
+    let text = all_on(&read("configs/agent.toml"));
+    let command = settings::<AgentSettings>("configs/agent.toml", &text).vm.command;
+    let disk = Path::new("/images/web.img");
+    let values = Values {
+        disks: &[disk],
+        qmp: Path::new("/run/vm.qmp"),
+        pid_file: Path::new("/run/vm.pid"),
+        name: "web",
+        uuid: Some("5e0a1c2f-7c56-4a1b-9d43-3a4f6b1c8e21"),
+    };
+    let filled = Template(command).command(&values).unwrap();
+    assert!(
+        filled.iter().any(|word| word.contains("/images/web.img")),
+        "{filled:?}"
+    );
 }
 
 #[test]
@@ -474,8 +552,15 @@ fn the_two_sites_are_configured_well() {
         let path = format!("configs/two-sites/{name}.toml");
         settings::<AgentSettings>(&path, &read(&path)).check().unwrap();
     }
-    for path in ["configs/two-sites/web.toml", "configs/move.toml"] {
-        settings::<JobSpec>(path, &read(path)).check().unwrap();
+    let jobs = [
+        "two-sites/web.toml",
+        "two-sites/web-live.toml",
+        "move.toml",
+        "live.toml",
+    ];
+    for path in jobs.map(|name| format!("configs/{name}")) {
+        settings::<JobSpec>(&path, &read(&path)).check().unwrap();
+        settings::<JobSpec>(&path, &all_on(&read(&path))).check().unwrap();
     }
 }
 
@@ -556,6 +641,13 @@ fn every_command_of_the_operator_is_documented() {
     none(&missing, "commands that no document names");
 }
 
+/// Whether a document has the heading that `#anchor` leads to.
+fn has_title(document: &str, anchor: &str) -> bool {
+    let text = read(document);
+    let mut titles = text.lines().filter(|line| line.starts_with("## "));
+    titles.any(|title| title[3..].to_lowercase().replace(' ', "-") == anchor)
+}
+
 #[test]
 fn the_documents_name_paths_that_exist() {
     let architecture = read("ARCHITECTURE.md");
@@ -578,7 +670,10 @@ fn the_documents_name_paths_that_exist() {
             .skip(1)
             .filter_map(|rest| rest.split(')').next().map(str::to_owned))
         {
-            if !link.starts_with("http") && !folder.join(&link).exists() {
+            let (file, anchor) = link.split_once('#').unwrap_or((&link, ""));
+            let there = file.is_empty() || folder.join(file).exists();
+            let titled = !file.is_empty() || anchor.is_empty() || has_title(document, anchor);
+            if !(link.starts_with("http") || there && titled) {
                 offences.push(format!("{document}: {link}"));
             }
         }

@@ -9,16 +9,15 @@ use std::time::{Duration, Instant};
 
 use longhaul_common::digest::{Digest, LEAF};
 use longhaul_common::ids::{Attempt, DiskIndex, JobId};
-use longhaul_common::link::{Link, RecvStream, SendStream};
+use longhaul_common::link::{Link, SendStream};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
     AgentTask, DISK_SIZE_MAX, DiskCounts, FromSource, FromTarget, LiveOutcome, OpenedDisk, PeerTask, Refusal,
     RefusalKind, TargetDisk, TargetOpen, ToSource, ToTarget,
 };
-use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 
 use super::board::Board;
+use super::hearing::Hearing;
 use super::ledger::Ledger;
 use super::progress::Phase;
 use super::spec::{JobSpec, Kind};
@@ -26,8 +25,6 @@ use crate::agents::Agents;
 use crate::send::ingest::{Ingest, Outflow};
 use crate::send::transmit::Peer;
 
-/// Messages from an agent that may wait.
-const QUEUE: usize = 64;
 /// What both ends have nothing to say about for so long is looked into.
 const ARRIVAL_TIME: Duration = Duration::from_secs(30);
 
@@ -71,46 +68,6 @@ pub struct Proof {
     pub counts: DiskCounts,
     pub verify_ms: u64,
     pub flush_ms: u64,
-}
-
-/// Messages of one stream, read by a task of their own: reading a frame must not be interrupted.
-pub(super) struct Hearing<T> {
-    messages: mpsc::Receiver<Result<T, Refusal>>,
-    task: JoinHandle<()>,
-}
-
-impl<T> Drop for Hearing<T> {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-impl<T: serde::de::DeserializeOwned + Send + 'static> Hearing<T> {
-    fn start(mut recv: RecvStream, link: Link, who: &'static str) -> Self {
-        let (hear, messages) = mpsc::channel(QUEUE);
-        let task = tokio::spawn(async move {
-            loop {
-                let lost = |why: String| Refusal::new(RefusalKind::Lost, format!("{who} was lost: {why}"));
-                let message = match frame::read(&mut recv).await {
-                    Ok(Some(message)) => Ok(message),
-                    Ok(None) => Err(lost("it ended the job's stream".to_owned())),
-                    Err(error) => Err(lost(
-                        link.reason_or(&longhaul_common::wire::session::chain(&error)),
-                    )),
-                };
-                let last = message.is_err();
-                if hear.send(message).await.is_err() || last {
-                    return;
-                }
-            }
-        });
-        Self { messages, task }
-    }
-
-    pub(super) async fn next(&mut self) -> Result<T, Refusal> {
-        let ended = || Refusal::new(RefusalKind::Lost, "the job's stream ended");
-        self.messages.recv().await.ok_or_else(ended)?
-    }
 }
 
 /// Numbers that nobody can count with are refused before anybody does.

@@ -408,7 +408,7 @@ impl Driver {
                 Cancelled::RunsOn => {}
                 Cancelled::Moved => return Ok(true),
                 Cancelled::InDoubt => {
-                    let text = "the VM was handed over and the target has not answered: it cannot be cancelled; reach the target, or say `longhaul resolve`";
+                    let text = "the VM was handed over and the target has not answered: it cannot be cancelled; bring the link to the target and its agent back, which know whether the VM runs there";
                     return Err(Refusal::new(RefusalKind::Lost, text));
                 }
             }

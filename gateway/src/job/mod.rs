@@ -6,6 +6,7 @@ pub mod attempt;
 pub mod board;
 pub mod driver;
 mod finish;
+mod hearing;
 pub mod ledger;
 pub mod live;
 pub mod plan;

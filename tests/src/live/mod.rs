@@ -17,6 +17,7 @@ pub mod monitor;
 pub mod page;
 pub mod pause;
 pub mod plain;
+mod proof;
 pub mod rival;
 pub mod run;
 pub mod settings;

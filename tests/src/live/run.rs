@@ -15,19 +15,17 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde_json::Value;
 
 use super::args::{By, LiveArgs};
-use super::check::{Ended, check};
 use super::faults::{Cut, Fault, Faults, Kill, Phases, SOURCE_QEMU, TARGET_QEMU};
 use super::leftovers::{self, QemuSettings};
-use super::pause;
 use super::rival::Rival;
 use super::stage::Stage;
 use super::verdict::LiveReport;
-use crate::compare;
+use super::{pause, proof};
 use crate::lab::End;
 use crate::move_disk::Moment;
 use crate::programs::{self, Line, Programs};
 use crate::report::{LinkReport, ProgramReport};
-use crate::usage::{usage, wait_until};
+use crate::usage::usage;
 use crate::wan::spec::CutWindow;
 
 /// How often the lab looks around while the job runs: faults in a short phase need a short step.
@@ -36,8 +34,6 @@ const TICK: Duration = Duration::from_millis(10);
 const SETTLE_LIMIT: Duration = Duration::from_secs(30);
 /// After the job, how long clearing up may take.
 const TIDY_LIMIT: Duration = Duration::from_secs(10);
-/// How long the guest may take to look at its memory, and to power off.
-const VERIFY_LIMIT: Duration = Duration::from_secs(240);
 
 /// Runs it; `watch` hears what happens.
 ///
@@ -136,7 +132,7 @@ impl Run<'_> {
             self.report.reduced_bytes = programs.reduced(&self.stage.lab);
             self.report.leftovers = self.leftovers()?;
         }
-        self.prove(watch)?;
+        proof::prove(self.args, &self.stage, &mut self.report, watch)?;
         self.put_away(link_began.map_or(0.0, |stats| stats.seconds))?;
         self.report.conclude();
         Ok(())
@@ -410,59 +406,6 @@ impl Run<'_> {
         let slack = Duration::from_millis(1100);
         report.guest_during_per_s = hearing.throughput(began.saturating_sub(slack), ended + slack);
         report.guest_after_per_s = hearing.throughput(ended, now);
-    }
-
-    /// The guest looks at its memory and goes off; then its disk is looked at.
-    fn prove(&mut self, watch: &mut dyn FnMut(Moment)) -> io::Result<()> {
-        let end = match self.report.owner.as_str() {
-            "source" => End::Source,
-            "target" => End::Target,
-            _ => return Ok(()),
-        };
-        watch(Moment::Step(format!(
-            "the guest at the {} looks at its memory and goes off",
-            end.name()
-        )));
-        let from = self.stage.consoles.now();
-        let consoles = &self.stage.consoles;
-        let asked = consoles.say(end, "verify");
-        let said = asked
-            .and_then(|()| consoles.wait_for("LONGHAUL-GUEST-RAM", from, VERIFY_LIMIT))
-            .and_then(|said| {
-                consoles.wait_for("LONGHAUL-GUEST-VERIFIED", from, VERIFY_LIMIT)?;
-                Ok(said)
-            });
-        self.report.guest_memory = Some(said.unwrap_or_else(|error| format!("bad: {error}")));
-        // A guest that has crashed takes no more words; then nothing of it can be proved.
-        let _ = consoles.say(end, "stop");
-        let stopped = consoles.wait_for("LONGHAUL-GUEST-STOPPED", from, VERIFY_LIMIT);
-        let monitor = self.stage.monitor(end);
-        let off = wait_until(VERIFY_LIMIT, || (!monitor.is_connected()).then_some(()));
-        if stopped.is_err() || off.is_none() {
-            self.report.report.cause = Some("the guest did not go off".to_owned());
-        }
-        watch(Moment::Step(
-            "looking for every acknowledged record on its disk".to_owned(),
-        ));
-        let work = tempfile::tempdir_in(self.stage.lab.directory())?;
-        let format = match end {
-            End::Source => self.args.format.as_str(),
-            End::Target => self.args.target_format(),
-        };
-        let raw = compare::as_raw(&self.stage.disk(end), format, &work.path().join("raw"))?;
-        let acknowledged = self.stage.consoles.hearing().acknowledged().clone();
-        let ended = if off.is_some() {
-            Ended::Cleanly
-        } else {
-            Ended::PowerLoss
-        };
-        let seed = self.args.link.seed;
-        let records = check(&raw, work.path(), seed, &acknowledged, ended);
-        match records {
-            Ok(records) => self.report.records = records,
-            Err(error) => self.report.records.problems.push(error.to_string()),
-        }
-        Ok(())
     }
 
     /// Ends everything in order and takes the counts.

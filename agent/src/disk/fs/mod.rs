@@ -8,6 +8,7 @@
 pub mod ext;
 pub mod fat;
 pub mod ntfs;
+mod volume_reader;
 pub mod xfs;
 
 use std::io;

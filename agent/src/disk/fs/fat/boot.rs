@@ -3,8 +3,9 @@
 //! Owns what the BIOS parameter block says. Promises that in a parsed geometry the areas follow each other (reserved, tables, root
 //! directory, clusters), that every entry of the table that a cluster needs lies inside the table, and that all ends fit in 64 bits.
 
-use super::fields::{Reader, u16_at, u32_at};
+use super::fields::{u16_at, u32_at};
 use crate::disk::fs::Unproven;
+use crate::disk::fs::volume_reader::Reader;
 
 pub(super) const LEN: usize = 512;
 

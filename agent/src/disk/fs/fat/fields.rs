@@ -1,33 +1,6 @@
-//! How FAT metadata is read: bytes of the volume, and little-endian fields of a structure.
+//! How FAT metadata is read: little-endian fields of a structure.
 //!
-//! Owns every access to the volume. Promises that a read beyond it is an error, never a panic.
-
-use crate::disk::ReadAt;
-use crate::disk::fs::Unproven;
-
-/// The volume, with errors in the words of this file system.
-#[derive(Clone, Copy)]
-pub(super) struct Reader<'a> {
-    volume: &'a dyn ReadAt,
-}
-
-impl<'a> Reader<'a> {
-    pub(super) fn new(volume: &'a dyn ReadAt) -> Self {
-        Self { volume }
-    }
-
-    /// Bytes of the volume.
-    pub(super) fn size(&self) -> u64 {
-        self.volume.size()
-    }
-
-    /// Fills `buf` from byte `offset` of the volume on.
-    pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> Result<(), Unproven> {
-        self.volume
-            .read_exact_at(buf, offset)
-            .map_err(|source| Unproven::Read { kind: "fat", source })
-    }
-}
+//! Owns every decoding of a number. Promises that a field beyond a structure is 0, never a panic.
 
 /// The 16-bit number at `at`; 0 beyond the end.
 pub(super) fn u16_at(bytes: &[u8], at: usize) -> u16 {

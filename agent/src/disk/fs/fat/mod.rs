@@ -23,11 +23,11 @@ use longhaul_common::extent::Extent;
 
 use self::bits::Bits;
 use self::boot::{Boot, Geometry, inconsistent};
-use self::fields::Reader;
 use self::table::{Entry, Table};
 use self::tree::Budget;
 use super::{FileSystem, FsSummary, Unproven};
 use crate::disk::ReadAt;
+use crate::disk::fs::volume_reader::Reader;
 
 /// Bytes that walks over the directory tree may read for one volume.
 const WALK_MAX: u64 = 1 << 30;
@@ -38,7 +38,7 @@ pub fn probe(volume: &dyn ReadAt) -> Result<Option<Box<dyn FileSystem>>, Unprove
     if volume.size() < sector.len() as u64 {
         return Ok(None);
     }
-    Reader::new(volume).read(&mut sector, 0)?;
+    Reader::new(volume, "fat").read(&mut sector, 0)?;
     let Some(boot) = Boot::recognise(&sector)? else {
         return Ok(None);
     };
@@ -67,7 +67,7 @@ impl FileSystem for Fat {
                 size: volume.size(),
             });
         }
-        let reader = Reader::new(volume);
+        let reader = Reader::new(volume, "fat");
         self.boot.settled()?;
         if geometry.backed_up() {
             self.boot.confirm(&reader)?;

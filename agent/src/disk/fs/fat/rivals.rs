@@ -12,11 +12,11 @@ use longhaul_common::extent::Extent;
 
 use super::Bits;
 use super::boot::{Boot, Geometry};
-use super::fields::Reader;
 use super::table::{Entry, Table};
 use super::tree::Budget;
 use super::{WALK_MAX, prove};
 use crate::disk::fs::Unproven;
+use crate::disk::fs::volume_reader::Reader;
 
 /// The smallest sector: all places of all neighbours are multiples of it.
 const SECTOR: u64 = 512;

@@ -4,8 +4,8 @@
 //! of the table in memory, and that an entry other than zero in all its bits never counts as free.
 
 use super::boot::{Geometry, Width, inconsistent, not_clean};
-use super::fields::Reader;
 use crate::disk::fs::Unproven;
+use crate::disk::fs::volume_reader::Reader;
 
 /// Bytes read at once: any table of FAT16, and a multiple of 3, so that no pair of 12-bit entries is cut.
 const WINDOW: usize = 192 << 10;

@@ -8,9 +8,10 @@
 
 use super::Bits;
 use super::boot::{Geometry, Width, inconsistent};
-use super::fields::{Reader, u16_at, u32_at};
+use super::fields::{u16_at, u32_at};
 use super::table::{Entry, Table};
 use crate::disk::fs::Unproven;
+use crate::disk::fs::volume_reader::Reader;
 
 /// 4 MiB of bits.
 const CLUSTERS_MAX: u32 = 32 << 20;

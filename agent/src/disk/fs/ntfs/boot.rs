@@ -3,9 +3,10 @@
 //! Owns the geometry: sector, cluster, MFT record and the places of `$MFT` and its mirror. Promises that a parsed boot sector
 //! spans fewer than 2^32 clusters of 512 bytes to 2 MiB, and that all products of its numbers fit in 64 bits.
 
-use super::fields::{Fields, Reader};
+use super::fields::Fields;
 use super::{inconsistent, unknown};
 use crate::disk::fs::Unproven;
+use crate::disk::fs::volume_reader::Reader;
 
 /// Bytes of a boot sector that carry meaning, on any sector size.
 pub(super) const LEN: usize = 512;

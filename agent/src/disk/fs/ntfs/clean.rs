@@ -5,11 +5,12 @@
 use std::cmp::Ordering;
 
 use super::content::Content;
-use super::fields::{Fields, Reader, undo_fixups, utf16};
+use super::fields::{Fields, undo_fixups, utf16};
 use super::mft::{LOG, Mft, VOLUME};
 use super::record::{DATA, VOLUME_INFORMATION, VOLUME_NAME};
 use super::{inconsistent, not_clean, unknown};
 use crate::disk::fs::Unproven;
+use crate::disk::fs::volume_reader::Reader;
 
 /// Volume flags that say nothing of the allocation: mounted by NT 4, and modified by chkdsk.
 const HARMLESS: u16 = 0x8008;

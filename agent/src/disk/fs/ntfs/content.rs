@@ -3,11 +3,11 @@
 //! Owns reading by byte offset through runs. Promises that its runs join from virtual cluster 0 on without a hole, that a list of
 //! runs is at most [`RUNS_MAX`] long, and that a read beyond the value is an error.
 
-use super::fields::Reader;
 use super::record::{Attribute, Body, Mapped};
 use super::runs::Run;
 use super::{inconsistent, unknown};
 use crate::disk::fs::Unproven;
+use crate::disk::fs::volume_reader::Reader;
 
 /// Runs kept of one attribute: 2 MiB of memory. Only a hopelessly fragmented `$MFT` or `$Bitmap` has more.
 const RUNS_MAX: usize = 1 << 16;

@@ -1,38 +1,13 @@
-//! How NTFS metadata is read: bytes of the volume, little-endian fields of a structure, and the fixups that guard both.
+//! How NTFS metadata is read: little-endian fields of a structure, and the fixups that guard them.
 //!
-//! Owns every access to the volume and every decoding of a number. Leaves alone what the numbers mean. Promises that a read
-//! beyond a structure or the volume is an error, never a panic.
+//! Owns every decoding of a number. Leaves alone what the numbers mean. Promises that a read beyond a structure is an error, never a
+//! panic.
 
-use super::{KIND, inconsistent};
-use crate::disk::ReadAt;
+use super::inconsistent;
 use crate::disk::fs::Unproven;
 
 /// The stride of fixups, in bytes: 512 on every volume, whatever its sector size.
 const STRIDE: usize = 512;
-
-/// The volume, with errors in the words of this file system.
-#[derive(Clone, Copy)]
-pub(super) struct Reader<'a> {
-    volume: &'a dyn ReadAt,
-}
-
-impl<'a> Reader<'a> {
-    pub(super) fn new(volume: &'a dyn ReadAt) -> Self {
-        Self { volume }
-    }
-
-    /// Bytes of the volume.
-    pub(super) fn size(&self) -> u64 {
-        self.volume.size()
-    }
-
-    /// Fills `buf` from byte `offset` of the volume on.
-    pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> Result<(), Unproven> {
-        self.volume
-            .read_exact_at(buf, offset)
-            .map_err(|source| Unproven::Read { kind: KIND, source })
-    }
-}
 
 /// The bytes of one structure.
 #[derive(Clone, Copy)]

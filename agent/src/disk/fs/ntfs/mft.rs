@@ -6,10 +6,11 @@
 
 use super::boot::Boot;
 use super::content::Content;
-use super::fields::{Fields, Reader};
+use super::fields::Fields;
 use super::inconsistent;
 use super::record::{ATTRIBUTE_LIST, Attribute, DATA, Record, Reference};
 use crate::disk::fs::Unproven;
+use crate::disk::fs::volume_reader::Reader;
 
 /// Bytes of an attribute list; NTFS itself allows no more.
 const LIST_MAX: u64 = 256 << 10;

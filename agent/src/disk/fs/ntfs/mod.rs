@@ -24,10 +24,10 @@ mod tally;
 use longhaul_common::extent::Extent;
 
 use self::boot::Boot;
-use self::fields::Reader;
 use self::mft::Mft;
 use super::{FileSystem, FsSummary, Unproven};
 use crate::disk::ReadAt;
+use crate::disk::fs::volume_reader::Reader;
 
 const KIND: &str = "ntfs";
 
@@ -37,7 +37,7 @@ pub fn probe(volume: &dyn ReadAt) -> Result<Option<Box<dyn FileSystem>>, Unprove
     if volume.size() < sector.len() as u64 {
         return Ok(None);
     }
-    Reader::new(volume).read(&mut sector, 0)?;
+    Reader::new(volume, KIND).read(&mut sector, 0)?;
     if !Boot::recognises(&sector) {
         return Ok(None);
     }
@@ -67,7 +67,7 @@ impl FileSystem for Ntfs {
                 size: volume.size(),
             });
         }
-        let reader = Reader::new(volume);
+        let reader = Reader::new(volume, KIND);
         self.boot.confirm(&reader)?;
         clean::shadow_header(&reader)?;
         let mft = Mft::open(&reader, &self.boot)?;

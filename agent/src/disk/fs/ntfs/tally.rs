@@ -8,9 +8,9 @@
 use longhaul_common::extent::Extent;
 
 use super::content::Content;
-use super::fields::Reader;
 use super::inconsistent;
 use crate::disk::fs::Unproven;
+use crate::disk::fs::volume_reader::Reader;
 
 /// Clusters of the shortest stretch; its bits are one sector of `$Bitmap`.
 const STRETCH_MIN: u64 = 4096;
@@ -203,7 +203,7 @@ mod tests {
         }
         let (mut extents, volume) = (Vec::new(), Vec::new());
         let bytes = tally.settle(
-            &Reader::new(&volume),
+            &Reader::new(&volume, "ntfs"),
             &Content::Resident(bits),
             512,
             &mut |extent| {

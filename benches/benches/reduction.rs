@@ -47,14 +47,14 @@ fn blocks(criterion: &mut Criterion) {
     let key = DigestKey::random();
     let each = |data: &[u8], work: &mut dyn FnMut(&[u8])| data.chunks(BLOCK).for_each(work);
     group.bench_function("digest", |bench| {
-        bench.iter(|| each(&noise, &mut |block| drop(std::hint::black_box(key.digest(block)))));
+        bench.iter(|| each(&noise, &mut |block| _ = std::hint::black_box(key.digest(block))));
     });
     group.bench_function("zero?", |bench| {
         let zeros = vec![0; LEN];
-        bench.iter(|| each(&zeros, &mut |block| drop(std::hint::black_box(is_zero(block)))));
+        bench.iter(|| each(&zeros, &mut |block| _ = std::hint::black_box(is_zero(block))));
     });
     group.bench_function("noise?", |bench| {
-        bench.iter(|| each(&noise, &mut |block| drop(std::hint::black_box(is_noise(block)))));
+        bench.iter(|| each(&noise, &mut |block| _ = std::hint::black_box(is_noise(block))));
     });
     group.bench_function("differing", |bench| {
         let pair = || noise.chunks(BLOCK).zip(system.chunks(BLOCK));

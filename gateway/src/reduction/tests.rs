@@ -540,7 +540,6 @@ fn windows_survive_an_orderly_restart_and_no_crash() {
     assert!(mostly(&old, &disk[0]), "older than what is in memory");
     let holds = |content: &[u8]| files_with(content, [here.path(), there.path()]);
         files.filter(|file| found(&file.as_ref().unwrap().path())).count()
-    };
     assert_eq!(
         (holds(&disk[3]), holds(&memory)),
         (2, 0),

@@ -145,8 +145,8 @@ pub enum LevelSetting {
 impl Default for ReductionSection {
     fn default() -> Self {
         Self {
-            // A template's unique content is some hundred MB: 256 MiB hold half of it, and ten seconds of a link of 200 Mbit/s.
-            window: ByteSize(256 << 20),
+            // With 112 MiB on their way and the program itself this stays below 256 MiB for one peer; ten seconds of 100 Mbit/s.
+            window: ByteSize(128 << 20),
             window_file: ByteSize(0),
             dedup: true,
             xor: true,

@@ -211,7 +211,6 @@ fn alias(qmp: &Path, disk: &str) -> Child {
             "-no-user-config",
             "-display",
             "none",
-            "-S",
             "-m",
             "64",
             "-machine",

@@ -149,8 +149,7 @@ mod tests {
             index.insert(key(position), position, |slot| ring[slot as usize]);
         }
         let held = 4 * slots..5 * slots;
-        let found = held
-            .filter(|n| index.find(key(*n), |slot| ring[slot as usize], |_| true) == Some(*n));
+        let found = held.filter(|n| index.find(key(*n), |slot| ring[slot as usize], |_| true) == Some(*n));
         let found = found.count() as u64;
         assert!(found > slots * 99 / 100, "{found} of {slots}");
         let old = (1..4 * slots - 1)

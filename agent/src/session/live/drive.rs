@@ -170,7 +170,7 @@ impl Drive {
             match self.step().await {
                 Ok(()) => return Ok(()),
                 Err(Stop::Detached) => {
-                    self.note("the link to the target was lost; the VM runs on".to_owned())
+                    self.note("the link to the target was lost; the VM runs on");
                 }
                 Err(Stop::Refused(refusal)) => return Err(refusal),
             }
@@ -215,7 +215,7 @@ impl Drive {
                 () = tokio::time::sleep_until(until.into()) => {
                     give_up = None;
                     if self.vm.is_migrating() {
-                        self.note(format!("no link for {} s: the RAM stream is given up, the disks stay as they are", hold.as_secs()));
+                        self.note(&format!("no link for {} s: the RAM stream is given up, the disks stay as they are", hold.as_secs()));
                         self.vm.give_up(Reason::LinkLost).await?;
                     }
                 }
@@ -329,7 +329,7 @@ impl Drive {
                 self.s.probe(probed).await;
             }
             if let Some(words) = self.vm.watch().await {
-                self.note(format!("{words}; the RAM stream is begun anew"));
+                self.note(&format!("{words}; the RAM stream is begun anew"));
             }
             if self.vm.is_migrating() && self.vm.stopped_unasked().await? {
                 return self.unasked(uplink).await;
@@ -381,7 +381,7 @@ impl Drive {
         let verdict = self
             .converge
             .unasked(&view, &super::pace::policy(&self.s.vm.policy));
-        self.note(verdict.why);
+        self.note(&verdict.why);
         match verdict.decision {
             Decision::HandOver { predicted } => {
                 self.outcome.predicted_blackout_ms = predicted.as_millis() as u64;
@@ -408,7 +408,7 @@ impl Drive {
         let kind = std::mem::discriminant(&verdict.decision);
         if self.last.replace(kind) != Some(kind) {
             tracing::info!(job = %self.s.job, decision = ?verdict.decision, "{}", verdict.why);
-            self.note(verdict.why.clone());
+            self.note(&verdict.why);
         }
         let left = view.disks.iter().map(|disk| disk.dirty).sum();
         let ram_left = view.ram.as_ref().map_or(0, |ram| ram.remaining);
@@ -475,7 +475,7 @@ impl Drive {
         self.prepare(uplink, generation).await?;
         self.outcome.generation = generation.0;
         self.vm.begin(generation).await?;
-        self.note(format!("RAM begins to flow, stream {generation}"));
+        self.note(&format!("RAM begins to flow, stream {generation}"));
         Ok(())
     }
 
@@ -538,7 +538,7 @@ impl Drive {
             .finish(uplink, last, self.round, stopped, &mut self.outcome)
             .await?;
         if !moved {
-            self.note("the handover was called off; the VM runs on here".to_owned());
+            self.note("the handover was called off; the VM runs on here");
             // What is different now is that the target needs another QEMU: the copy of its disks stays good.
             return Err(Stop::Detached);
         }
@@ -564,7 +564,7 @@ impl Drive {
         Ok(last)
     }
 
-    pub(super) fn note(&mut self, words: String) {
+    pub(super) fn note(&mut self, words: &str) {
         if self.outcome.decisions.len() < longhaul_common::wire::words::LIST_MAX {
             let at = self.began.elapsed().as_secs_f64();
             self.outcome.decisions.push(format!("{at:.1} s: {words}"));

@@ -32,7 +32,7 @@ pub(super) struct RamState {
 
 /// For the thread.
 enum In {
-    Part(Arrived),
+    Part(Box<Arrived>),
     /// Look whether this is the end.
     End,
 }
@@ -80,7 +80,7 @@ impl RamIn {
         let of = arrived.header.ram.as_ref().map(|ram| ram.generation);
         if of == Some(self.generation.0) {
             // A thread that has ended says why in the state.
-            let _ = self.parts.send(In::Part(arrived)).await;
+            let _ = self.parts.send(In::Part(Box::new(arrived))).await;
         }
     }
 
@@ -123,7 +123,7 @@ impl Feed {
     fn run(&mut self, mut parts: mpsc::Receiver<In>, end: impl Fn() -> Option<Stream>) {
         while let Some(next) = parts.blocking_recv() {
             let fed = match next {
-                In::Part(arrived) => self.feed(arrived),
+                In::Part(arrived) => self.feed(*arrived),
                 In::End => Ok(()),
             };
             if let Err(why) = fed {

@@ -11,11 +11,12 @@ use longhaul_common::ids::{Attempt, JobId};
 use longhaul_common::link::{Link, RecvStream, SendStream};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
-    AgentWord, FromSource, LiveOutcome, OpenedDisk, Refusal, RefusalKind, SourceOpen, SourceVm, ToSource,
+    AgentWord, FromSource, LiveOutcome, LivePolicy, OpenedDisk, Refusal, RefusalKind, SourceOpen, SourceVm,
+    ToSource,
 };
 use tokio::sync::{mpsc, watch};
 
-use super::disks::{self, VmDisk};
+use super::disks::{self, Reach, VmDisk};
 use super::drive::{self, Parts};
 use super::proof::FreeProof;
 use super::record::Leaving;
@@ -127,11 +128,7 @@ impl LiveSource {
     async fn open(agent: &Arc<Agent>, open: &SourceOpen, vm: SourceVm) -> Result<Arc<Self>, Refusal> {
         let refused = |error: &dyn std::error::Error| Refusal::because(RefusalKind::Refused, error);
         let settings = &agent.settings;
-        let socket = roots::resolve_inside(&settings.paths.qmp, &vm.qmp);
-        let socket = socket.map_err(|error| {
-            let text = format!("source.qmp: {error} (the agent's setting is paths.qmp)");
-            Refusal::new(RefusalKind::Refused, text)
-        })?;
+        let socket = allowed_socket(agent, &vm)?;
         let qmp = Qmp::connect(&socket).await.map_err(|error| refused(&error))?;
         refuse_unmovable(&qmp).await?;
         let disks = disks::find(&qmp, &open.disks).await?;
@@ -164,28 +161,7 @@ impl LiveSource {
         let reach = disks::reach(&mut rounds, 1)
             .await
             .map_err(|error| refused(&error));
-        let started = Instant::now();
-        let (shown, policy, filter) = (disks.clone(), vm.policy, open.filter);
-        let surveyed = on_thread("live-open", move || {
-            let images = disks::connect(reach?)?;
-            let reports = shown
-                .iter()
-                .zip(&images)
-                .map(|(disk, image)| disks::report(disk, image));
-            let mut reports: Vec<_> = reports.collect::<Result<_, _>>()?;
-            let free = FreeProof::first(images, started, &policy, filter);
-            for (index, report) in reports.iter_mut().enumerate() {
-                let Some(deferred) = free.deferred(index) else {
-                    continue;
-                };
-                let counted = free.with_image(index, |image| disks::stored_and_free(image, &deferred));
-                // Holes are left behind as what they are.
-                report.free = counted.transpose()?.unwrap_or(0).min(report.allocated);
-                report.used = report.allocated - report.free;
-            }
-            Ok((reports, Arc::new(free)))
-        });
-        let surveyed = surveyed.await.map_err(|error| refused(&error)).flatten();
+        let surveyed = survey(reach, disks.clone(), vm.policy, open.filter).await;
         let definition = open
             .definition
             .as_deref()
@@ -424,7 +400,7 @@ impl LiveSource {
                     let least = heard
                         .rtt
                         .filter(|(rtt, at)| *rtt <= now && at.elapsed() < RTT_MEMORY);
-                    heard.rtt = Some(least.unwrap_or((now, Instant::now())));
+                    heard.rtt = Some(least.unwrap_or_else(|| (now, Instant::now())));
                 }
             }),
         }
@@ -477,6 +453,45 @@ async fn has_ended(ended: &mut watch::Receiver<Option<End>>) -> Option<End> {
         .await
         .ok()
         .and_then(|end| end.clone())
+}
+
+/// The monitor's socket, where this agent may use it.
+fn allowed_socket(agent: &Agent, vm: &SourceVm) -> Result<std::path::PathBuf, Refusal> {
+    roots::resolve_inside(&agent.settings.paths.qmp, &vm.qmp).map_err(|error| {
+        let text = format!("source.qmp: {error} (the agent's setting is paths.qmp)");
+        Refusal::new(RefusalKind::Refused, text)
+    })
+}
+
+/// Looks at the disks for the first time: what is stored, and what of it may be free.
+async fn survey(
+    reach: Result<Reach, Refusal>,
+    shown: Vec<VmDisk>,
+    policy: LivePolicy,
+    filter: bool,
+) -> Result<(Vec<OpenedDisk>, Arc<FreeProof>), Refusal> {
+    let started = Instant::now();
+    let surveyed = on_thread("live-open", move || {
+        let images = disks::connect(reach?)?;
+        let reports = shown
+            .iter()
+            .zip(&images)
+            .map(|(disk, image)| disks::report(disk, image));
+        let mut reports: Vec<_> = reports.collect::<Result<_, _>>()?;
+        let free = FreeProof::first(images, started, &policy, filter);
+        for (index, report) in reports.iter_mut().enumerate() {
+            let Some(deferred) = free.deferred(index) else {
+                continue;
+            };
+            let counted = free.with_image(index, |image| disks::stored_and_free(image, &deferred));
+            // Holes are left behind as what they are.
+            report.free = counted.transpose()?.unwrap_or(0).min(report.allocated);
+            report.used = report.allocated - report.free;
+        }
+        Ok((reports, Arc::new(free)))
+    });
+    let failed = |error| Refusal::because(RefusalKind::Protocol, &error);
+    surveyed.await.map_err(failed)?
 }
 
 /// Everything that would make QEMU or the guest fail later, before anything is touched.

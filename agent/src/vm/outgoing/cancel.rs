@@ -3,7 +3,7 @@
 //! Serves a living job and an agent that comes back after a crash alike. Whether the VM may run on is decided before
 //! (`handover`): after `completed` the target must be known not to run.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use serde_json::json;
@@ -43,6 +43,13 @@ pub async fn cancel(qmp: &Qmp, saved: Option<&Saved>, limit: Duration) -> Result
     let mut watch = Watch::start(qmp, limit);
     let found = stats(qmp).await?.status;
     let mut settled = found.clone();
+    // QEMU 7.2 that hears `migrate_cancel` while it writes its last part forgets to take its images back: the VM runs on without
+    // them, and its next write aborts QEMU. A stream that is closed ends the migration there without this: failed, or completed.
+    let patience = Instant::now() + limit / 2;
+    while settled == MigrationStatus::Device && Instant::now() < patience {
+        watch.again("the migration ends with its stream").await?;
+        settled = stats(qmp).await?.status;
+    }
     if !settled.is_settled() {
         qmp.execute_within("migrate_cancel", json!({}), limit).await?;
         while !settled.is_settled() {

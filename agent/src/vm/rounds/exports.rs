@@ -2,7 +2,7 @@
 //!
 //! Promises: a removal returns only when QEMU has let go of the export, so that its bitmap is free.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use serde_json::json;
@@ -13,6 +13,8 @@ use crate::vm::qmp::{Qmp, QmpError, Watch};
 
 /// How long QEMU may take to let go: requests under way have to end.
 const REMOVE_LIMIT: Duration = Duration::from_secs(30);
+/// After this time nobody reads what QEMU still wants to write.
+const STUCK: Duration = Duration::from_secs(1);
 
 /// An export of any owner, as QEMU tells it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -62,10 +64,17 @@ pub(super) async fn remove(qmp: &Qmp, ids: &[&str]) -> Result<(), RoundsError> {
             other => drop(other?),
         }
     }
+    let told = Instant::now();
+    let mut closed = false;
     loop {
         let left = exports(qmp).await?;
         if !left.iter().any(|export| ids.contains(&export.id.as_str())) {
             return Ok(());
+        }
+        // An answer to an agent that died fills a socket whose other end only QEMU holds: its writer wakes when that is closed.
+        if !closed && told.elapsed() > STUCK {
+            closed = true;
+            super::sockets::close(qmp).await?;
         }
         watch.again("the exports are gone").await?;
     }

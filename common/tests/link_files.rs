@@ -227,7 +227,7 @@ async fn a_new_certificate_is_used_at_once_and_a_broken_one_never() {
             ..first
         },
     );
-    for _ in 0..100 {
+    for _ in 0..1000 {
         if expiry().await == 80 {
             break;
         }

@@ -109,9 +109,9 @@ impl Qemu {
 pub fn arguments(raw: &Path, qcow2: &Path, qmp: &Path) -> Vec<String> {
     let (raw, qcow2, qmp) = (raw.display(), qcow2.display(), qmp.display());
     let text = format!(
-        "-M pc-q35-7.2 -accel tcg -cpu qemu64 -m 32 -object iothread,id=io0 -nodefaults -display none -vga none -name web -uuid {UUID} \
+        "-M pc-q35-7.2 -accel tcg -cpu qemu64 -m 32 -nodefaults -display none -vga none -name web -uuid {UUID} \
          -drive file={raw},format=raw,if=none,id=d0 -device virtio-blk-pci,drive=d0,id=vd0 \
-         -drive file={qcow2},format=qcow2,if=none,id=d1 -device virtio-blk-pci,drive=d1,id=vd1,iothread=io0 \
+         -drive file={qcow2},format=qcow2,if=none,id=d1 -device virtio-blk-pci,drive=d1,id=vd1 \
          -qmp unix:{qmp},server=on,wait=off"
     );
     text.split_whitespace().map(str::to_owned).collect()

@@ -32,6 +32,8 @@ use crate::vm::handover::{Generation, Word};
 use crate::vm::qmp::Qmp;
 use crate::vm::rounds::{self, Rounds, RoundsOptions};
 
+/// The first version of QEMU whose disks in iothreads are read.
+const IOTHREADS_FROM: (u32, u32) = (8, 1);
 /// For so long the least round trip counts.
 const RTT_MEMORY: Duration = Duration::from_secs(30);
 /// Messages that wait for the gateway or the driver.
@@ -498,6 +500,7 @@ async fn survey(
 async fn refuse_unmovable(qmp: &Qmp) -> Result<(), Refusal> {
     let facts = facts::gather(qmp, facts::HostCpu::read()).await;
     let facts = facts.map_err(|error| Refusal::because(RefusalKind::Refused, &error))?;
+    refuse_iothreads(qmp).await?;
     let findings = facts::refusals(&facts);
     let refused: Vec<_> = findings
         .iter()
@@ -508,6 +511,26 @@ async fn refuse_unmovable(qmp: &Qmp) -> Result<(), Refusal> {
         true => Ok(()),
         false => Err(Refusal::new(RefusalKind::Refused, refused.join("; "))),
     }
+}
+
+/// QEMU 7.2 was seen to abort, and the VM with it, when it closes a reader's connection to a disk that runs in an iothread
+/// (`blk_aio_attached: Assertion client->recv_coroutine == NULL`).
+async fn refuse_iothreads(qmp: &Qmp) -> Result<(), Refusal> {
+    let threads: Vec<serde_json::Value> = qmp
+        .query("query-iothreads")
+        .await
+        .map_err(|error| Refusal::because(RefusalKind::Refused, &error))?;
+    if threads.is_empty() || qmp.version().at_least(IOTHREADS_FROM.0, IOTHREADS_FROM.1) {
+        return Ok(());
+    }
+    let text = format!(
+        "the VM has {} iothreads, and reading a disk in one of them can end this version of QEMU, with the VM in it: start the \
+         VM without iothreads, or with QEMU {}.{} or newer",
+        threads.len(),
+        IOTHREADS_FROM.0,
+        IOTHREADS_FROM.1
+    );
+    Err(Refusal::new(RefusalKind::Refused, text))
 }
 
 fn last_word(end: End) -> FromSource {

@@ -4,11 +4,11 @@
 //! QEMU to `target_vm`, copies to `disk::apply`. Promises that `cont` is given only after every copy is closed here, and that the
 //! copies take their names only after the VM runs.
 
+mod machine;
+
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use longhaul_common::ids::JobId;
-use longhaul_common::wire::session::{Refusal, RefusalKind, TargetOpen, TargetVm};
 use tokio::sync::mpsc;
 
 use super::ram_in::RamState;
@@ -18,12 +18,13 @@ use super::target_vm::TargetQemuVm;
 use super::word::{ToSource, ToTarget};
 use crate::disk::apply::Placed;
 use crate::session::threads::on_thread;
-use crate::session::{Agent, hook, outcome, target_disks};
+use crate::session::{hook, outcome, target_disks};
 use crate::vm::handover::{
     Effect, Generation, Limits, Note, Reason, Record, TargetEvent, TargetOwner, TargetState,
 };
-use crate::vm::incoming::Template;
-use crate::vm::journal::{Journal, Role};
+use crate::vm::journal::Journal;
+
+pub(super) use self::machine::{Machine, check_template};
 
 /// Between two looks at QEMU: while nothing is expected, and while the source's VM stands.
 const LOOK: Duration = Duration::from_millis(500);
@@ -41,56 +42,6 @@ pub(super) enum Event {
     GiveUp,
     /// A copy could not be written.
     DiskFailed,
-}
-
-/// The target's machine and its journal.
-pub(super) struct Machine {
-    owner: TargetOwner,
-    journal: Option<Journal>,
-    effects: Vec<Effect>,
-}
-
-impl Machine {
-    /// As a former life of this agent left it.
-    pub(super) async fn open(agent: &Arc<Agent>, job: JobId) -> Result<Self, Refusal> {
-        let refused = |error: &dyn std::error::Error| Refusal::because(RefusalKind::Refused, error);
-        let state = agent.settings.paths.state.clone();
-        let opened = on_thread("journal", move || Journal::open(&state, job, Role::Target)).await;
-        let journal = opened
-            .map_err(|error| refused(&error))?
-            .map_err(|error| refused(&error))?;
-        let (owner, effects) = TargetOwner::restore(journal.records()).map_err(|error| refused(&error))?;
-        Ok(Self {
-            owner,
-            journal: Some(journal),
-            effects,
-        })
-    }
-
-    /// Whether the VM belongs to this host.
-    pub(super) fn owns(&self) -> bool {
-        self.owner.owns()
-    }
-}
-
-/// Refuses a job whose VM this agent could not start.
-pub(super) fn check_template(agent: &Agent, open: &TargetOpen, vm: &TargetVm) -> Result<(), Refusal> {
-    let refuse = |text: String| Err(Refusal::new(RefusalKind::Refused, text));
-    if open.disks.iter().any(|disk| disk.overwrite) {
-        return refuse(
-            "a running VM's disks do not replace images: remove target.overwrite and free the names"
-                .to_owned(),
-        );
-    }
-    let template = Template(agent.settings.vm.command.clone());
-    if vm.qmp.is_none() && template.0.is_empty() {
-        return refuse(
-            "the target agent has no vm.command to start the VM's QEMU with; add it to its config, or name a QEMU that \
-             waits in target.qmp"
-                .to_owned(),
-        );
-    }
-    Ok(())
 }
 
 /// One session's task.

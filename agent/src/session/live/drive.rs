@@ -5,6 +5,9 @@
 //! `vm::converge`, reading to `copy`. Promises that whatever ends the job before the handover leaves the VM running here, without
 //! anything of ours in its QEMU.
 
+mod put_off;
+mod switch;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,10 +21,8 @@ use super::pace::Pace;
 use super::source::{End, LiveSource};
 use super::source_vm::SourceVm;
 use super::uplink::{Detached, Uplink};
-use super::word::ToTarget;
-use crate::session::threads::on_thread;
 use crate::vm::converge::{Converge, Decision, Verdict};
-use crate::vm::handover::{Generation, Reason, Word};
+use crate::vm::handover::{Reason, Word};
 use crate::vm::rounds::{Rounds, RoundsError};
 
 /// Between two looks at the VM.
@@ -279,42 +280,6 @@ impl Drive {
         Ok(())
     }
 
-    /// Has the looks at what is free go through the exports that are open now.
-    async fn look_anew(&mut self) -> Result<(), Stop> {
-        let reach = disks::reach(&mut self.rounds, 1).await?;
-        let free = Arc::clone(&self.s.free);
-        let renewed = on_thread("free-look", move || {
-            disks::connect(reach).map(|images| free.renew(images))
-        });
-        let renewed = renewed
-            .await
-            .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
-        Ok(renewed?)
-    }
-
-    /// What the first look called free goes last, unless it was proven free meanwhile.
-    async fn put_off(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
-        self.round += 1;
-        for disk in (0..self.s.disks.len() as u16).map(longhaul_common::ids::DiskIndex) {
-            let mut from = 0;
-            loop {
-                self.s.free.look().await;
-                self.check_cancel()?;
-                let Some((batches, end)) = copy::put_off(&self.s, disk, from).await? else {
-                    break;
-                };
-                for batch in batches {
-                    let (header, data) = batch.addressed(uplink, Round(self.round), false)?;
-                    uplink.send_disk(&header, data).await?;
-                }
-                from = end;
-            }
-        }
-        uplink.settle().await?;
-        self.outcome.parts = self.s.free.report();
-        Ok(())
-    }
-
     /// Rounds, RAM and the handover, as `vm::converge` says. `Ok`: the VM runs at the target.
     async fn follow(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
         let mut probed = 0;
@@ -370,25 +335,6 @@ impl Drive {
     /// How much memory may be left for the tail, in bytes. What is on its way already and what changes until the stop need room, too.
     fn tail_max(&self) -> u64 {
         self.s.agent.settings.vm.ram_memory.0 / 2
-    }
-
-    /// QEMU has stopped an idle VM: finished where what is left fits, undone otherwise.
-    async fn unasked(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
-        let dirty = self.rounds.dirty_bytes().await?;
-        let (now, rtt) = (self.began.elapsed(), self.s.heard.borrow().rtt());
-        let ram = self.vm.ram_view();
-        let view = self.pace.view(now, &dirty, None, ram.as_ref(), uplink, rtt);
-        let verdict = self
-            .converge
-            .unasked(&view, &super::pace::policy(&self.s.vm.policy));
-        self.note(&verdict.why);
-        match verdict.decision {
-            Decision::HandOver { predicted } => {
-                self.outcome.predicted_blackout_ms = predicted.as_millis() as u64;
-                self.hand_over(uplink).await
-            }
-            _ => Ok(self.vm.give_up(Reason::TooEarly).await.and(Err(Stop::Detached))?),
-        }
     }
 
     async fn decide(&mut self, uplink: &Uplink) -> Result<Verdict, Stop> {
@@ -467,101 +413,6 @@ impl Drive {
             *bytes += batch.data.len() as u64;
         }
         self.pace.sent(usize::from(batch.disk.0), batch.covered());
-    }
-
-    /// Has the target make a QEMU ready, then lets RAM flow.
-    async fn start_ram(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
-        let generation = self.vm.next_generation();
-        self.prepare(uplink, generation).await?;
-        self.outcome.generation = generation.0;
-        self.vm.begin(generation).await?;
-        self.note(&format!("RAM begins to flow, stream {generation}"));
-        Ok(())
-    }
-
-    async fn prepare(&mut self, uplink: &Arc<Uplink>, generation: Generation) -> Result<(), Stop> {
-        let ask = ToTarget::Prepare {
-            generation,
-            vm: Box::new(self.vm.words().await?),
-        };
-        let mut heard = self.s.heard.subscribe();
-        let limit = Instant::now() + PREPARE;
-        loop {
-            self.s.tell(&ask).await;
-            let answered = heard.wait_for(|heard| {
-                heard.cancel.is_some() || heard.prepared.as_ref().is_some_and(|(of, _)| *of == generation)
-            });
-            let answer = tokio::select! {
-                answered = tokio::time::timeout(SAY_AGAIN, answered) => {
-                    answered.ok().and_then(Result::ok).and_then(|heard| heard.prepared.clone())
-                }
-                () = uplink.ended() => return Err(Stop::Detached),
-            };
-            self.check_cancel()?;
-            match answer.filter(|(of, _)| *of == generation) {
-                Some((_, Ok(notes))) => {
-                    self.outcome.notes.extend(notes);
-                    return Ok(());
-                }
-                Some((_, Err(why))) => return Err(Refusal::new(RefusalKind::Refused, why).into()),
-                None if Instant::now() > limit => {
-                    let text = format!(
-                        "the target had no QEMU ready within {} s; see its agent's log",
-                        PREPARE.as_secs()
-                    );
-                    return Err(Refusal::new(RefusalKind::Refused, text).into());
-                }
-                None => {}
-            }
-        }
-    }
-
-    /// The VM stands (pre-switchover): the last round, the rest of RAM, and the target's word. `Err(Detached)` only while the VM runs on.
-    async fn hand_over(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
-        let stopped = Instant::now();
-        self.state(LiveStage::Handover, 0, 0, "the VM stands".to_owned())
-            .await;
-        let last = match self.last_round(uplink).await {
-            Ok(last) => last,
-            Err(stop) => {
-                self.rounds.give_back().await?;
-                self.vm.give_up(Reason::LinkLost).await?;
-                return Err(stop);
-            }
-        };
-        self.step_done("last round read", stopped);
-        // Its bitmap counts on: should the VM stay here, what the target was sent just now is sent again.
-        self.rounds.give_back().await?;
-        self.step_done("exports closed", stopped);
-        let moved = self
-            .vm
-            .finish(uplink, last, self.round, stopped, &mut self.outcome)
-            .await?;
-        if !moved {
-            self.note("the handover was called off; the VM runs on here");
-            // What is different now is that the target needs another QEMU: the copy of its disks stays good.
-            return Err(Stop::Detached);
-        }
-        self.outcome.blackout_ms = stopped.elapsed().as_millis() as u64;
-        Ok(())
-    }
-
-    /// Reads and sends the last round, urgently. Gives its batches: they are kept until the target has answered.
-    async fn last_round(&mut self, uplink: &Arc<Uplink>) -> Result<Vec<Batch>, Stop> {
-        self.round += 1;
-        self.outcome.rounds += 1;
-        self.rounds.next().await?;
-        let reach = self.reach().await?;
-        let mut batches = copy::dirty(reach).await?;
-        let mut last = Vec::new();
-        while let Some(batch) = batches.recv().await {
-            let batch = batch?;
-            self.count(&batch);
-            let (header, data) = batch.addressed(uplink, Round(self.round), true)?;
-            uplink.send_disk(&header, data).await?;
-            last.push(batch);
-        }
-        Ok(last)
     }
 
     pub(super) fn note(&mut self, words: &str) {

@@ -4,6 +4,8 @@
 //! leaves nothing behind in QEMU, that an attempt which ends leaves the VM and the session as they are, and that how the
 //! migration ended is said to every attempt that asks.
 
+mod preflight;
+
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,23 +13,20 @@ use longhaul_common::ids::{Attempt, JobId};
 use longhaul_common::link::{Link, RecvStream, SendStream};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
-    AgentWord, FromSource, LiveOutcome, LivePolicy, OpenedDisk, Refusal, RefusalKind, SourceOpen, SourceVm,
-    ToSource,
+    AgentWord, FromSource, LiveOutcome, OpenedDisk, Refusal, RefusalKind, SourceOpen, SourceVm, ToSource,
 };
 use tokio::sync::{mpsc, watch};
 
-use super::disks::{self, Reach, VmDisk};
+use super::disks::{self, VmDisk};
 use super::drive::{self, Parts};
 use super::proof::FreeProof;
 use super::record::Leaving;
 use super::uplink::Uplink;
 use super::word::{self, ToSource as Said, ToTarget};
 use crate::disk::have::HaveLeaves;
-use crate::disk::roots;
 use crate::session::source_disks::read_definition;
 use crate::session::threads::on_thread;
 use crate::session::{Agent, outcome};
-use crate::vm::facts;
 use crate::vm::handover::{Generation, Word};
 use crate::vm::qmp::Qmp;
 use crate::vm::rounds::{self, Rounds, RoundsOptions};
@@ -130,9 +129,9 @@ impl LiveSource {
     async fn open(agent: &Arc<Agent>, open: &SourceOpen, vm: SourceVm) -> Result<Arc<Self>, Refusal> {
         let refused = |error: &dyn std::error::Error| Refusal::because(RefusalKind::Refused, error);
         let settings = &agent.settings;
-        let socket = allowed_socket(agent, &vm)?;
+        let socket = preflight::allowed_socket(agent, &vm)?;
         let qmp = Qmp::connect(&socket).await.map_err(|error| refused(&error))?;
-        refuse_unmovable(&qmp).await?;
+        preflight::refuse_unmovable(&qmp).await?;
         let disks = disks::find(&qmp, &open.disks).await?;
         let nbd = settings.paths.run.join(format!("nbd-{}.sock", open.job.short()));
         // What a former life of this agent left in this QEMU for this job.
@@ -163,7 +162,7 @@ impl LiveSource {
         let reach = disks::reach(&mut rounds, 1)
             .await
             .map_err(|error| refused(&error));
-        let surveyed = survey(reach, disks.clone(), vm.policy, open.filter).await;
+        let surveyed = preflight::survey(reach, disks.clone(), vm.policy, open.filter).await;
         let definition = open
             .definition
             .as_deref()
@@ -455,82 +454,6 @@ async fn has_ended(ended: &mut watch::Receiver<Option<End>>) -> Option<End> {
         .await
         .ok()
         .and_then(|end| end.clone())
-}
-
-/// The monitor's socket, where this agent may use it.
-fn allowed_socket(agent: &Agent, vm: &SourceVm) -> Result<std::path::PathBuf, Refusal> {
-    roots::resolve_inside(&agent.settings.paths.qmp, &vm.qmp).map_err(|error| {
-        let text = format!("source.qmp: {error} (the agent's setting is paths.qmp)");
-        Refusal::new(RefusalKind::Refused, text)
-    })
-}
-
-/// Looks at the disks for the first time: what is stored, and what of it may be free.
-async fn survey(
-    reach: Result<Reach, Refusal>,
-    shown: Vec<VmDisk>,
-    policy: LivePolicy,
-    filter: bool,
-) -> Result<(Vec<OpenedDisk>, Arc<FreeProof>), Refusal> {
-    let started = Instant::now();
-    let surveyed = on_thread("live-open", move || {
-        let images = disks::connect(reach?)?;
-        let reports = shown
-            .iter()
-            .zip(&images)
-            .map(|(disk, image)| disks::report(disk, image));
-        let mut reports: Vec<_> = reports.collect::<Result<_, _>>()?;
-        let free = FreeProof::first(images, started, &policy, filter);
-        for (index, report) in reports.iter_mut().enumerate() {
-            let Some(deferred) = free.deferred(index) else {
-                continue;
-            };
-            let counted = free.with_image(index, |image| disks::stored_and_free(image, &deferred));
-            // Holes are left behind as what they are.
-            report.free = counted.transpose()?.unwrap_or(0).min(report.allocated);
-            report.used = report.allocated - report.free;
-        }
-        Ok((reports, Arc::new(free)))
-    });
-    let failed = |error| Refusal::because(RefusalKind::Protocol, &error);
-    surveyed.await.map_err(failed)?
-}
-
-/// Everything that would make QEMU or the guest fail later, before anything is touched.
-async fn refuse_unmovable(qmp: &Qmp) -> Result<(), Refusal> {
-    let facts = facts::gather(qmp, facts::HostCpu::read()).await;
-    let facts = facts.map_err(|error| Refusal::because(RefusalKind::Refused, &error))?;
-    refuse_iothreads(qmp).await?;
-    let findings = facts::refusals(&facts);
-    let refused: Vec<_> = findings
-        .iter()
-        .filter(|finding| finding.severity == facts::Severity::Refuse)
-        .map(ToString::to_string)
-        .collect();
-    match refused.is_empty() {
-        true => Ok(()),
-        false => Err(Refusal::new(RefusalKind::Refused, refused.join("; "))),
-    }
-}
-
-/// QEMU 7.2 was seen to abort, and the VM with it, when it closes a reader's connection to a disk that runs in an iothread
-/// (`blk_aio_attached: Assertion client->recv_coroutine == NULL`).
-async fn refuse_iothreads(qmp: &Qmp) -> Result<(), Refusal> {
-    let threads: Vec<serde_json::Value> = qmp
-        .query("query-iothreads")
-        .await
-        .map_err(|error| Refusal::because(RefusalKind::Refused, &error))?;
-    if threads.is_empty() || qmp.version().at_least(IOTHREADS_FROM.0, IOTHREADS_FROM.1) {
-        return Ok(());
-    }
-    let text = format!(
-        "the VM has {} iothreads, and reading a disk in one of them can end this version of QEMU, with the VM in it: start the \
-         VM without iothreads, or with QEMU {}.{} or newer",
-        threads.len(),
-        IOTHREADS_FROM.0,
-        IOTHREADS_FROM.1
-    );
-    Err(Refusal::new(RefusalKind::Refused, text))
 }
 
 fn last_word(end: End) -> FromSource {

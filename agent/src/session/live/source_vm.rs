@@ -4,31 +4,29 @@
 //! order that `vm::handover` asks for: effects one after the other, a record durable before what relies on it, QEMU asked anew
 //! before anything is said of it.
 
+mod commit;
+
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use longhaul_common::ids::Round;
-use longhaul_common::wire::session::{FromSource, LiveOutcome, LiveStage, LiveState, Refusal, RefusalKind};
+use longhaul_common::wire::session::{FromSource, LiveStage, LiveState, Refusal, RefusalKind};
 use serde_json::json;
 use tokio::sync::mpsc;
 
-use super::copy::Batch;
 use super::drive::Stop;
 use super::old_copy::OldCopy;
 use super::ram_out::{RamOut, RamView};
 use super::source::{End, LiveSource};
-use super::uplink::Uplink;
 use super::word::{ToTarget, VmWords};
 use crate::session::threads::on_thread;
 use crate::vm::facts;
 use crate::vm::handover::{
-    Effect, Facts, Generation, Limits, Note, Reason, SourceEvent, SourceOwner, SourceQemu, SourceState,
-    Stream, Word,
+    Effect, Generation, Limits, Note, Reason, SourceEvent, SourceOwner, SourceQemu, SourceState, Word,
 };
 use crate::vm::journal::{Journal, Role};
 use crate::vm::outgoing::{self, MigrationStats, Outgoing, OutgoingOptions};
-use crate::vm::qmp::{MigrationStatus, Qmp};
+use crate::vm::qmp::MigrationStatus;
 
 /// What QEMU believes to be sent and is not, in bytes: bounds the blackout it adds.
 const SEND_BUFFER: usize = 64 << 10;
@@ -318,155 +316,6 @@ impl SourceVm {
         }
     }
 
-    /// The last disk round is on its way: takes the rest of RAM, hands over, waits for the target's word. `true`: the VM is its.
-    pub(super) async fn finish(
-        &mut self,
-        uplink: &Arc<Uplink>,
-        last: Vec<Batch>,
-        round: u32,
-        stopped: Instant,
-        outcome: &mut LiveOutcome,
-    ) -> Result<bool, Stop> {
-        let mut step = |name: &str| {
-            outcome
-                .steps_ms
-                .push((name.to_owned(), stopped.elapsed().as_millis() as u64));
-        };
-        self.on(SourceEvent::LastRoundRead).await;
-        step("told to go on");
-        let Some(ram) = self.ram.clone() else {
-            return Ok(false);
-        };
-        let stream = self.take_tail(&ram, uplink).await;
-        step("stream ended");
-        if let Some(stream) = stream {
-            (outcome.stream_bytes, outcome.stream_digest) = (stream.len, stream.hash);
-            let counts = ram.view().counts;
-            outcome.notes.push(format!(
-                "RAM: {} pages with content ({} of them sent again), {} zero pages",
-                counts.pages, counts.resent_pages, counts.zeros
-            ));
-            let end = ToTarget::StreamEnd {
-                generation: ram.generation,
-                stream,
-            };
-            self.s.tell(&end).await;
-            let disk_batches = last.len() as u64;
-            self.on(SourceEvent::StreamEnded(Facts { disk_batches, stream }))
-                .await;
-            self.wait_completed().await;
-            step("handed over");
-            self.wait_answer(uplink, &last, round, end).await;
-            step("target's answer");
-        }
-        match self.owner.state() {
-            SourceState::Released { .. } => {
-                self.close_released().await;
-                step("source QEMU ended");
-                Ok(true)
-            }
-            SourceState::Settling { .. } => {
-                self.give_up(Reason::MigrationFailed).await?;
-                Ok(false)
-            }
-            _ => {
-                self.let_go().await;
-                Ok(false)
-            }
-        }
-    }
-
-    /// Waits for the stream's end, or for a reason to call the VM back.
-    async fn take_tail(&mut self, ram: &Arc<RamOut>, uplink: &Arc<Uplink>) -> Option<Stream> {
-        let since = Instant::now();
-        let ended = tokio::select! {
-            ended = ram.ended() => ended,
-            () = uplink.ended() => Err("the link to the target was lost while the VM stood".to_owned()),
-            () = tokio::time::sleep(self.limits.device) => Err("the rest of RAM took too long".to_owned()),
-        };
-        match ended {
-            Ok(stream) if matches!(self.owner.state(), SourceState::Continuing { .. }) => Some(stream),
-            Ok(_) => None,
-            Err(why) => {
-                tracing::warn!(job = %self.s.job, after_ms = since.elapsed().as_millis() as u64, "{why}; the VM is called back");
-                self.on(SourceEvent::Stop(Reason::TooSlow)).await;
-                None
-            }
-        }
-    }
-
-    async fn wait_completed(&mut self) {
-        let limit = Instant::now() + self.limits.device;
-        while matches!(
-            self.owner.state(),
-            SourceState::Continuing { .. } | SourceState::Barring { .. }
-        ) {
-            if Instant::now() > limit {
-                return self.on(SourceEvent::Stop(Reason::TooSlow)).await;
-            }
-            tokio::time::sleep(LOOK).await;
-            self.look().await;
-        }
-    }
-
-    /// Handed over: until the target says that it runs the VM, or never will.
-    async fn wait_answer(&mut self, uplink: &Arc<Uplink>, last: &[Batch], round: u32, end: ToTarget) {
-        let mut uplinks = self.s.uplink.subscribe();
-        let mut on = uplink.attempt;
-        let mut since = Instant::now();
-        let mut recalled = false;
-        while let SourceState::HandedOver { .. } = self.owner.state() {
-            let waited = since.elapsed();
-            if !recalled && let Some(overdue) = self.owner.overdue(waited, waited, &self.limits) {
-                tracing::warn!(job = %self.s.job, "{overdue}; the target is asked to give the VM up");
-                (recalled, since) = (true, Instant::now());
-                self.on(overdue.event).await;
-                continue;
-            }
-            tokio::select! {
-                word = self.words.recv() => match word {
-                    Some(word) => self.on(SourceEvent::Heard(word)).await,
-                    None => return,
-                },
-                _ = uplinks.changed() => {}
-                () = tokio::time::sleep(REMIND) => {
-                    self.s.tell(&end).await;
-                    self.on(SourceEvent::Remind).await;
-                }
-            }
-            let found = uplinks
-                .borrow_and_update()
-                .clone()
-                .filter(|uplink| uplink.attempt > on);
-            if let Some(uplink) = found {
-                on = uplink.attempt;
-                // The new attempt bars what the old one had on its way: the last round goes once more.
-                for batch in last {
-                    let Ok((header, data)) = batch.addressed(&uplink, Round(round), true) else {
-                        continue;
-                    };
-                    if uplink.send_disk(&header, data).await.is_err() {
-                        break;
-                    }
-                }
-                self.s.tell(&end).await;
-                self.on(SourceEvent::Remind).await;
-            }
-        }
-    }
-
-    async fn close_released(&mut self) {
-        let limit = Instant::now() + CANCEL_LIMIT;
-        while !self.owner.is_closed() && Instant::now() < limit {
-            self.look().await;
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        if let Some(ram) = self.ram.take() {
-            ram.close();
-        }
-        self.outgoing = None;
-    }
-
     async fn look(&mut self) {
         self.perform(vec![Effect::Look]).await;
     }
@@ -506,7 +355,7 @@ impl SourceVm {
             Effect::Journal(record) => self.append(record).await?,
             Effect::Send(word) => self.s.tell(&ToTarget::Handover(word)).await,
             Effect::Report(note) => self.report(note).await,
-            Effect::Look => return Ok(Some(SourceEvent::Qemu(qemu_state(&self.s.qmp).await))),
+            Effect::Look => return Ok(Some(SourceEvent::Qemu(commit::qemu_state(&self.s.qmp).await))),
             Effect::Migrate => self.migrate().await?,
             Effect::MigrateContinue => {
                 if let Some(ram) = &self.ram {
@@ -614,36 +463,6 @@ impl SourceVm {
             };
             uplink.say(FromSource::Live(state)).await;
         }
-    }
-}
-
-/// How the source's QEMU is, asked now.
-async fn qemu_state(qmp: &Qmp) -> SourceQemu {
-    match outgoing::stats(qmp).await {
-        Ok(stats) => match stats.status {
-            MigrationStatus::None | MigrationStatus::Cancelled | MigrationStatus::Failed => SourceQemu::Idle,
-            MigrationStatus::PreSwitchover => SourceQemu::PreSwitchover,
-            MigrationStatus::Device => SourceQemu::Device,
-            MigrationStatus::Completed => completed(qmp).await,
-            _ => SourceQemu::Iterating,
-        },
-        Err(error) if error.is_lost() => SourceQemu::Gone,
-        // Busy with its lock held: it iterates or writes its tail; the next look says more.
-        Err(_) => SourceQemu::Iterating,
-    }
-}
-
-/// Completed, and the guest stands; where it runs (again), nothing of the migration is left.
-async fn completed(qmp: &Qmp) -> SourceQemu {
-    #[derive(serde::Deserialize)]
-    struct Status {
-        running: bool,
-    }
-    match qmp.query::<Status>("query-status").await {
-        Ok(Status { running: true }) => SourceQemu::Idle,
-        Ok(_) => SourceQemu::Completed,
-        Err(error) if error.is_lost() => SourceQemu::Gone,
-        Err(_) => SourceQemu::Completed,
     }
 }
 

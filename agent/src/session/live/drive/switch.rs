@@ -1,0 +1,140 @@
+//! From the disks being nearly clean to the target's word: RAM is begun, the VM stopped, the last round sent.
+//!
+//! Owns these steps of a migration. Leaves deciding when to the parent, and who may run the VM to `source_vm`. Promises that the VM runs on
+//! here wherever a step ends early.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use longhaul_common::ids::Round;
+use longhaul_common::wire::session::{LiveStage, Refusal, RefusalKind};
+
+use super::{Drive, PREPARE, SAY_AGAIN, Stop};
+use crate::session::live::copy::{self, Batch};
+use crate::session::live::uplink::Uplink;
+use crate::session::live::word::ToTarget;
+use crate::vm::converge::Decision;
+use crate::vm::handover::{Generation, Reason};
+
+impl Drive {
+    /// QEMU has stopped an idle VM: finished where what is left fits, undone otherwise.
+    pub(in crate::session::live) async fn unasked(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
+        let dirty = self.rounds.dirty_bytes().await?;
+        let (now, rtt) = (self.began.elapsed(), self.s.heard.borrow().rtt());
+        let ram = self.vm.ram_view();
+        let view = self.pace.view(now, &dirty, None, ram.as_ref(), uplink, rtt);
+        let verdict = self
+            .converge
+            .unasked(&view, &crate::session::live::pace::policy(&self.s.vm.policy));
+        self.note(&verdict.why);
+        match verdict.decision {
+            Decision::HandOver { predicted } => {
+                self.outcome.predicted_blackout_ms = predicted.as_millis() as u64;
+                self.hand_over(uplink).await
+            }
+            _ => Ok(self.vm.give_up(Reason::TooEarly).await.and(Err(Stop::Detached))?),
+        }
+    }
+
+    pub(in crate::session::live) async fn prepare(
+        &mut self,
+        uplink: &Arc<Uplink>,
+        generation: Generation,
+    ) -> Result<(), Stop> {
+        let ask = ToTarget::Prepare {
+            generation,
+            vm: Box::new(self.vm.words().await?),
+        };
+        let mut heard = self.s.heard.subscribe();
+        let limit = Instant::now() + PREPARE;
+        loop {
+            self.s.tell(&ask).await;
+            let answered = heard.wait_for(|heard| {
+                heard.cancel.is_some() || heard.prepared.as_ref().is_some_and(|(of, _)| *of == generation)
+            });
+            let answer = tokio::select! {
+                answered = tokio::time::timeout(SAY_AGAIN, answered) => {
+                    answered.ok().and_then(Result::ok).and_then(|heard| heard.prepared.clone())
+                }
+                () = uplink.ended() => return Err(Stop::Detached),
+            };
+            self.check_cancel()?;
+            match answer.filter(|(of, _)| *of == generation) {
+                Some((_, Ok(notes))) => {
+                    self.outcome.notes.extend(notes);
+                    return Ok(());
+                }
+                Some((_, Err(why))) => return Err(Refusal::new(RefusalKind::Refused, why).into()),
+                None if Instant::now() > limit => {
+                    let text = format!(
+                        "the target had no QEMU ready within {} s; see its agent's log",
+                        PREPARE.as_secs()
+                    );
+                    return Err(Refusal::new(RefusalKind::Refused, text).into());
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// Has the target make a QEMU ready, then lets RAM flow.
+    pub(in crate::session::live) async fn start_ram(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
+        let generation = self.vm.next_generation();
+        self.prepare(uplink, generation).await?;
+        self.outcome.generation = generation.0;
+        self.vm.begin(generation).await?;
+        self.note(&format!("RAM begins to flow, stream {generation}"));
+        Ok(())
+    }
+
+    /// The VM stands (pre-switchover): the last round, the rest of RAM, and the target's word. `Err(Detached)` only while the VM runs on.
+    pub(in crate::session::live) async fn hand_over(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
+        let stopped = Instant::now();
+        self.state(LiveStage::Handover, 0, 0, "the VM stands".to_owned())
+            .await;
+        let last = match self.last_round(uplink).await {
+            Ok(last) => last,
+            Err(stop) => {
+                self.rounds.give_back().await?;
+                self.vm.give_up(Reason::LinkLost).await?;
+                return Err(stop);
+            }
+        };
+        self.step_done("last round read", stopped);
+        // Its bitmap counts on: should the VM stay here, what the target was sent just now is sent again.
+        self.rounds.give_back().await?;
+        self.step_done("exports closed", stopped);
+        let moved = self
+            .vm
+            .finish(uplink, last, self.round, stopped, &mut self.outcome)
+            .await?;
+        if !moved {
+            self.note("the handover was called off; the VM runs on here");
+            // What is different now is that the target needs another QEMU: the copy of its disks stays good.
+            return Err(Stop::Detached);
+        }
+        self.outcome.blackout_ms = stopped.elapsed().as_millis() as u64;
+        Ok(())
+    }
+
+    /// Reads and sends the last round, urgently. Gives its batches: they are kept until the target has answered.
+    pub(in crate::session::live) async fn last_round(
+        &mut self,
+        uplink: &Arc<Uplink>,
+    ) -> Result<Vec<Batch>, Stop> {
+        self.round += 1;
+        self.outcome.rounds += 1;
+        self.rounds.next().await?;
+        let reach = self.reach().await?;
+        let mut batches = copy::dirty(reach).await?;
+        let mut last = Vec::new();
+        while let Some(batch) = batches.recv().await {
+            let batch = batch?;
+            self.count(&batch);
+            let (header, data) = batch.addressed(uplink, Round(self.round), true)?;
+            uplink.send_disk(&header, data).await?;
+            last.push(batch);
+        }
+        Ok(last)
+    }
+}

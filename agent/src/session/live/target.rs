@@ -245,9 +245,14 @@ impl LiveTarget {
             .await
             .map_err(|error| Refusal::because(RefusalKind::Protocol, &error));
         let inbox = std::mem::replace(&mut seat.inbox, mpsc::channel(1).1);
-        let written = targets.into_iter().map(Written::new).collect();
-        let writers = Writers::start(written, inbox, limits, say.clone(), self.last_round.clone());
-        let writers = writers.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
+        // Where the copies are closed already, what the source sends once more is nobody's: it is dropped, and the answer is a word.
+        let writers = if targets.is_empty() {
+            None
+        } else {
+            let written = targets.into_iter().map(Written::new).collect();
+            let started = Writers::start(written, inbox, limits, say.clone(), self.last_round.clone());
+            Some(started.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?)
+        };
         let _ = say.send(FromTarget::Ready).await;
         let _ = say.send(FromTarget::Credit(limits.job_memory.0)).await;
         self.say.send_replace(Some(say.clone()));
@@ -258,7 +263,7 @@ impl LiveTarget {
         let ram = std::mem::replace(&mut seat.ram, mpsc::channel(1).1);
         let passing = tokio::spawn(pass_ram(ram, self.ram.subscribe()));
         let positions = tokio::spawn(tell_written(Arc::clone(self), say.clone()));
-        let mut writers = Some(writers);
+        let mut writers = writers;
         let ended = match told.and_then(|told| told) {
             Ok(()) => self.converse(&mut seat, say, &mut heard, &mut writers).await,
             Err(refusal) => Err(refusal),

@@ -145,9 +145,10 @@ pub enum LevelSetting {
 impl Default for ReductionSection {
     fn default() -> Self {
         Self {
-            // With 112 MiB on their way and the program itself this stays below 256 MiB for one peer; ten seconds of 100 Mbit/s.
-            window: ByteSize(128 << 20),
-            window_file: ByteSize(0),
+            // With 112 MiB on their way, 32 MiB to find blocks in the file, and the program itself this stays below 256 MiB for one
+            // peer. The file holds what a VM's disk and memory have in common, and the next VM of its template.
+            window: ByteSize(48 << 20),
+            window_file: ByteSize(2 << 30),
             dedup: true,
             xor: true,
             level: LevelSetting::Adaptive,

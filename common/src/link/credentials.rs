@@ -133,6 +133,13 @@ pub enum CredentialsError {
     },
 }
 
+impl CredentialsError {
+    /// Whether a file is not there at all: on a host that a config was not made for, that is no mistake of the config.
+    pub fn is_absent(&self) -> bool {
+        matches!(self, Self::Unreadable { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
+    }
+}
+
 /// Identity files that were read, judged and found to work together.
 pub struct Material {
     pub(crate) identity: Identity,

@@ -153,6 +153,7 @@ const LAYERS: &[(&str, &[Layer])] = &[
     (
         "common",
         &[
+            ("startup", &["link", "settings", "telemetry", "wire"]),
             ("wire", &["digest", "extent", "ids", "link"]),
             ("settings", &["link", "units"]),
             ("digest", &["extent"]),

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use longhaul_common::link::check_name;
 use longhaul_common::settings::sections::{IdentitySection, LinkSection, check_address, check_count};
+use longhaul_common::startup::ProgramSettings;
 use longhaul_common::telemetry::LogSettings;
 use longhaul_common::units::{ByteSize, Span};
 use serde::{Deserialize, Serialize};
@@ -171,6 +172,20 @@ impl Default for ProgramsSection {
             qemu_img: "qemu-img".into(),
             qemu_nbd: "qemu-nbd".into(),
         }
+    }
+}
+
+impl ProgramSettings for AgentSettings {
+    fn check(&self) -> Result<(), String> {
+        Self::check(self)
+    }
+
+    fn identity(&self) -> &IdentitySection {
+        &self.identity
+    }
+
+    fn log(&self) -> &LogSettings {
+        &self.log
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use longhaul_common::link::check_name;
 use longhaul_common::settings::sections::{IdentitySection, LinkSection, check_address, check_count};
+use longhaul_common::startup::ProgramSettings;
 use longhaul_common::telemetry::LogSettings;
 use longhaul_common::units::ByteSize;
 use serde::{Deserialize, Serialize};
@@ -153,6 +154,20 @@ impl Default for ReductionSection {
             xor: true,
             level: LevelSetting::Adaptive,
         }
+    }
+}
+
+impl ProgramSettings for GatewaySettings {
+    fn check(&self) -> Result<(), String> {
+        Self::check(self)
+    }
+
+    fn identity(&self) -> &IdentitySection {
+        &self.identity
+    }
+
+    fn log(&self) -> &LogSettings {
+        &self.log
     }
 }
 

@@ -120,6 +120,8 @@ pub enum PeerTask {
     },
     /// Answered by one `WindowAnswer`, and that is all.
     Window(WindowHello),
+    /// Bytes follow, one at a time, that mean nothing: each is sent back. See `link::Silence`.
+    Knock,
 }
 
 /// What the source agent is to read.

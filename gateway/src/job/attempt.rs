@@ -353,10 +353,13 @@ impl<'a> Transfer<'a> {
 
     pub(super) async fn on_target(&mut self, message: FromTarget) -> Result<(), Refusal> {
         match message {
-            FromTarget::Credit(bytes) => self.source.tell(&ToSource::Credit(bytes)).await,
+            FromTarget::Credit(bytes) => {
+                let passed = self.context.ingest.credit(&self.outflow, bytes);
+                self.pass_credit(passed).await
+            }
             FromTarget::Accepted(sequences) => {
-                self.context.peer.accepted(self.outflow.flow, &sequences);
-                Ok(())
+                let passed = self.context.ingest.accepted(&self.outflow, &sequences);
+                self.pass_credit(passed).await
             }
             FromTarget::Missing(sequences) => {
                 self.context.ingest.send_plainly(&self.outflow, &sequences).await;
@@ -365,7 +368,8 @@ impl<'a> Transfer<'a> {
             FromTarget::Durable(sequences) => {
                 self.outflow.ledger().durable(&sequences);
                 // The word that they were accepted may come later: what is durable is not sent again.
-                self.context.peer.accepted(self.outflow.flow, &sequences);
+                let passed = self.context.ingest.accepted(&self.outflow, &sequences);
+                self.pass_credit(passed).await?;
                 self.source.tell(&ToSource::Durable(sequences)).await
             }
             FromTarget::Waiting(refusal) => {
@@ -379,6 +383,13 @@ impl<'a> Transfer<'a> {
             }
             FromTarget::Failed(refusal) => Err(refusal),
             other => Err(out_of_turn("the target agent", &other)),
+        }
+    }
+
+    async fn pass_credit(&mut self, bytes: u64) -> Result<(), Refusal> {
+        match bytes {
+            0 => Ok(()),
+            bytes => self.source.tell(&ToSource::Credit(bytes)).await,
         }
     }
 

@@ -15,7 +15,7 @@ use super::console::Consoles;
 use super::machine::{Disk, Machine};
 use super::monitor::Monitor;
 use super::vm::Vm;
-use super::{rival, settings};
+use super::{rival, settings, template};
 use crate::guest;
 use crate::guest::workload::workload_kernel;
 use crate::lab::{End, Lab};
@@ -37,6 +37,8 @@ pub struct Stage {
     pub consoles: Consoles,
     pub machine: Machine,
     pub lab: Lab,
+    /// The congestion control of TCP, where QEMU migrates alone.
+    pub tcp: Option<String>,
     adopted: Option<u32>,
     target_used: Option<Usage>,
 }
@@ -63,13 +65,18 @@ impl Stage {
             format: args.format.clone(),
             target_format: args.target_format().to_owned(),
             connections: args.connections,
+            ideas: args.ideas.clone(),
         };
         if let Some(programs) = programs {
             programs.prepare(&lab, &args.link, &job)?;
         }
+        let tcp = programs.is_none().then(|| lab.favour_tcp()).transpose()?;
         make_folders(&directory)?;
         say("making the guest's disk".to_owned());
         make_disk(args, &image, &|step| eprintln!("{step} ..."))?;
+        if args.after_template {
+            template::prepare(&directory, &image, &args.format)?;
+        }
         let consoles = Consoles::listen(&directory)?;
         let socket = |end: End| directory.join(format!("{}-lab.sock", end.name()));
         let monitors = [
@@ -84,7 +91,8 @@ impl Stage {
         if programs.is_some() {
             settings::extend(&directory, &template)?;
             let blackout = args.blackout.map(|span| format!("{} ms", span.0.as_millis()));
-            settings::write_job(&directory, &machine, args.target_format(), blackout.as_deref())?;
+            let (format, blackout) = (args.target_format(), blackout.as_deref());
+            settings::write_job(&directory, &machine, format, blackout, &args.ideas)?;
         }
         say("starting the guest at the source".to_owned());
         let log = directory.join("source-qemu.log");
@@ -110,6 +118,7 @@ impl Stage {
             consoles,
             machine,
             lab,
+            tcp,
             adopted: None,
             target_used: None,
         };

@@ -107,7 +107,9 @@ fn look_ups(criterion: &mut Criterion) {
         group.bench_function(name, |bench| {
             bench.iter(|| {
                 // Far apart, as digests are: each look-up is a cache line that was not near.
-                let found = |n: u64| index.find(key(first + (at + n * 4099) % SLOTS), |slot| slot, |_| true);
+                let start = at;
+                let found =
+                    |n: u64| index.find(key(first + (start + n * 4099) % SLOTS), |slot| slot, |_| true);
                 at += 1;
                 (0..blocks).filter_map(found).count()
             });

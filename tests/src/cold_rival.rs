@@ -257,12 +257,12 @@ pub fn run(args: &CopyArgs, watch: &mut dyn FnMut(Moment)) -> io::Result<Report>
         address: lab.address(End::Target),
     };
     args.by.prepare(&place)?;
-    let mut receiver = Part::start(&mut lab, End::Target, args.by.receiver(&place))?;
+    let mut receiver = Part::start(&mut lab, End::Target, &args.by.receiver(&place))?;
     receiver.wait_listening()?;
     watch(Moment::Step(format!("copying by {}", args.by.name())));
     let link_began = seconds_of(&mut lab)?;
     let began = Instant::now();
-    let mut sender = Part::start(&mut lab, End::Source, args.by.sender(&place))?;
+    let mut sender = Part::start(&mut lab, End::Source, &args.by.sender(&place))?;
     if let Err(error) = copy(args, began, &mut sender, &mut receiver) {
         report.cause = Some(error.to_string());
     }
@@ -314,7 +314,7 @@ struct Part {
 }
 
 impl Part {
-    fn start(lab: &mut Lab, end: End, words: Vec<String>) -> io::Result<Self> {
+    fn start(lab: &mut Lab, end: End, words: &[String]) -> io::Result<Self> {
         let log = lab.directory().join(format!("{}-copy.log", end.name()));
         let file = File::create(&log)?;
         let child = lab

@@ -28,7 +28,8 @@ const TCP_BUFFER: u32 = 16 << 20;
 /// Of the network namespace that reads it.
 const TCP_CONTROL: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
 
-/// Which site.#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// Which site.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum End {
     Source,
     Target,

@@ -60,15 +60,8 @@ impl Stage {
             say(format!("not emulated: {missing}"));
         }
         let image = settings::disk(&directory, End::Source, 0);
-        let job = Job {
-            image: image.clone(),
-            format: args.format.clone(),
-            target_format: args.target_format().to_owned(),
-            connections: args.connections,
-            ideas: args.ideas.clone(),
-        };
         if let Some(programs) = programs {
-            programs.prepare(&lab, &args.link, &job)?;
+            programs.prepare(&lab, &args.link, &job(args, &image))?;
         }
         let tcp = programs.is_none().then(|| lab.favour_tcp()).transpose()?;
         make_folders(&directory)?;
@@ -90,9 +83,7 @@ impl Stage {
         }
         if programs.is_some() {
             settings::extend(&directory, &template)?;
-            let blackout = args.blackout.map(|span| format!("{} ms", span.0.as_millis()));
-            let (format, blackout) = (args.target_format(), blackout.as_deref());
-            settings::write_job(&directory, &machine, format, blackout, &args.ideas)?;
+            write_job(args, &directory, &machine)?;
         }
         say("starting the guest at the source".to_owned());
         let log = directory.join("source-qemu.log");
@@ -205,6 +196,23 @@ impl Stage {
             None => self.target_used,
         }
     }
+}
+
+/// What the programs' settings need to know.
+fn job(args: &LiveArgs, image: &Path) -> Job {
+    Job {
+        image: image.to_owned(),
+        format: args.format.clone(),
+        target_format: args.target_format().to_owned(),
+        connections: args.connections,
+        ideas: args.ideas.clone(),
+    }
+}
+
+fn write_job(args: &LiveArgs, directory: &Path, machine: &Machine) -> io::Result<()> {
+    let blackout = args.blackout.map(|span| format!("{} ms", span.0.as_millis()));
+    let (format, blackout) = (args.target_format(), blackout.as_deref());
+    settings::write_job(directory, machine, format, blackout, &args.ideas)
 }
 
 fn make_folders(directory: &Path) -> io::Result<()> {

@@ -71,6 +71,9 @@ struct Runs {
     /// QEMU's program, for both sides
     #[arg(long)]
     qemu: Option<PathBuf>,
+    /// Keep the lab's whole report of each run in this folder
+    #[arg(long)]
+    reports: Option<PathBuf>,
 }
 
 impl Choice {
@@ -149,6 +152,7 @@ fn run(asked: &Runs, runs: &std::path::Path) -> io::Result<()> {
         image: std::path::absolute(".lab/bench/standard.raw")?,
         directory: asked.directory.clone(),
         qemu: asked.qemu.clone(),
+        reports: asked.reports.clone(),
     };
     let mut done = record::read(runs)?;
     for _ in 0..asked.most.unwrap_or(usize::MAX) {

@@ -25,6 +25,8 @@ pub struct Lab {
     pub directory: Option<PathBuf>,
     /// QEMU's program.
     pub qemu: Option<PathBuf>,
+    /// Where the lab's whole reports are kept.
+    pub reports: Option<PathBuf>,
 }
 
 impl Lab {
@@ -59,6 +61,10 @@ impl Lab {
             .stdin(Stdio::null())
             .stderr(Stdio::inherit())
             .output()?;
+        if let Some(folder) = &self.reports {
+            std::fs::create_dir_all(folder)?;
+            std::fs::write(folder.join(name(run)), &output.stdout)?;
+        }
         let report: Value = serde_json::from_slice(&output.stdout)
             .map_err(|_| io::Error::other(format!("the lab gave no report ({})", output.status)))?;
         let mut record = read_report(&report);
@@ -90,6 +96,12 @@ impl Lab {
         }
         command
     }
+}
+
+/// File name of a run's whole report.
+fn name(run: &Run) -> String {
+    let (profile, case) = (run.cell.profile.name, run.cell.case.name());
+    format!("{profile}-{case}-{}-{}.json", run.contestant.name, run.number)
 }
 
 fn text(path: &Path) -> String {

@@ -189,7 +189,7 @@ impl Tool {
                 &format!("nbd://{address}:{PORT}"),
             ]),
             Self::TarZstd => {
-                let folder = place.text(place.image.parent().unwrap_or(Path::new("/")));
+                let folder = place.text(place.image.parent().unwrap_or_else(|| Path::new("/")));
                 let name = place.text(place.image.file_name().unwrap_or_default());
                 script(&format!(
                     "tar -C '{folder}' -c -S -f - '{name}' | zstd -q -3 --long=27 -T0 \

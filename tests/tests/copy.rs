@@ -31,7 +31,7 @@ fn disk(path: &Path, used: u64) {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             word.copy_from_slice(&(state ^ (state >> 29)).to_le_bytes());
         }
-        file.write_all_at(&block, 3 * mib << 20).unwrap();
+        file.write_all_at(&block, (3 * mib) << 20).unwrap();
     }
 }
 

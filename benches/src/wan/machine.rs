@@ -18,7 +18,7 @@ pub fn now() -> String {
 /// Versions and machine, by name.
 pub fn setting(qemu: Option<&Path>) -> BTreeMap<String, String> {
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    let qemu = qemu.unwrap_or(Path::new("qemu-system-x86_64"));
+    let qemu = qemu.unwrap_or_else(|| Path::new("qemu-system-x86_64"));
     let git = ["-c", "safe.directory=*", "describe", "--always", "--dirty"];
     let version = env!("CARGO_PKG_VERSION");
     let pairs = [

@@ -123,7 +123,7 @@ impl Page {
         let _ = write!(self.text, "## {title}\n\n{}\n", meeting(standings));
         if standings.len() > 1 {
             let stem = format!("{}-{}", cell.profile.name, cell.case.name());
-            let seconds: fn(&Standing<'_>) -> Option<f64> = |one| one.seconds().or(one.given_up());
+            let seconds: fn(&Standing<'_>) -> Option<f64> = |one| one.seconds().or_else(|| one.given_up());
             self.picture(
                 &format!("{stem}-time.svg"),
                 &title,
@@ -191,7 +191,7 @@ impl Page {
                 profile,
                 case: Case::Live("mixed"),
             };
-            let seconds = |one: &Standing<'_>| one.seconds().or(one.given_up());
+            let seconds = |one: &Standing<'_>| one.seconds().or_else(|| one.given_up());
             let found = standings(records, cell);
             let found = found.iter().filter(|one| !is_ablation(one.contestant));
             let found: Vec<_> = found.filter_map(|one| row(one, &seconds)).collect();

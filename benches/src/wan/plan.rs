@@ -51,16 +51,15 @@ impl Wanted {
 
     /// A name in any of the lists that nothing is called.
     pub fn unknown(&self) -> Option<&str> {
-        let unknown = |list: &'_ [String], is_known: &dyn Fn(&str) -> bool| {
-            list.iter().position(|name| !is_known(name))
-        };
+        let unknown =
+            |list: &[String], is_known: &dyn Fn(&str) -> bool| list.iter().position(|name| !is_known(name));
         let profile = unknown(&self.profiles, &|name| Profile::named(name).is_some());
         let case = unknown(&self.cases, &|name| Case::named(name).is_some());
         let contestant = unknown(&self.contestants, &|name| Contestant::named(name).is_some());
         profile
             .map(|at| &*self.profiles[at])
-            .or(case.map(|at| &*self.cases[at]))
-            .or(contestant.map(|at| &*self.contestants[at]))
+            .or_else(|| case.map(|at| &*self.cases[at]))
+            .or_else(|| contestant.map(|at| &*self.contestants[at]))
     }
 
     /// Where contestants meet, most telling first.

@@ -121,7 +121,7 @@ pub fn read_report(report: &Value) -> Record {
         seconds: report["seconds"].as_f64().unwrap_or_default(),
         wan_bytes: during
             .or(delivered)
-            .or(report["wan_bytes"].as_u64())
+            .or_else(|| report["wan_bytes"].as_u64())
             .unwrap_or_default(),
         blackout_qmp_ms: report["blackout_qmp_ms"].as_f64(),
         heartbeat_gap_ms: report["blackout_heartbeat_ms"].as_f64(),

@@ -9,7 +9,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::machine::Machine;
+use crate::ideas::Ideas;
 use crate::lab::End;
+use crate::programs::JOB_FILE;
 
 /// Folder of an agent for the QMP sockets of its machines.
 pub fn qmp_folder(directory: &Path, end: End) -> PathBuf {
@@ -52,11 +54,14 @@ pub fn write_job(
     machine: &Machine,
     target_format: &str,
     blackout: Option<&str>,
+    ideas: &Ideas,
 ) -> io::Result<()> {
     let mut job = format!(
-        "kind = \"live\"\nname = \"{}\"\n[source]\nagent = \"source-agent\"\nqmp = \"{}\"\n\
+        "kind = \"live\"\nname = \"{}\"\n{}[source]\nagent = \"source-agent\"\nqmp = \"{}\"\n\
          [target]\nsite = \"target\"\nagent = \"target-agent\"\n",
-        machine.name, machine.qmp
+        machine.name,
+        ideas.job(),
+        machine.qmp
     );
     if let Some(blackout) = blackout {
         let _ = writeln!(job, "[live]\nblackout = \"{blackout}\"");
@@ -69,7 +74,7 @@ pub fn write_job(
             target.display(),
         );
     }
-    fs::write(directory.join("job.toml"), job)
+    fs::write(directory.join(JOB_FILE), job)
 }
 
 /// A TOML array of strings.

@@ -44,6 +44,8 @@ pub struct Agent {
     sources: source_disks::OpenSources,
     live_sources: live::LiveSources,
     live_targets: live::LiveTargets,
+    thaws: live::thaw::Thaws,
+    prepared: live::prepared::PreparedVms,
 }
 
 impl Agent {
@@ -58,6 +60,8 @@ impl Agent {
             sources,
             live_sources: live::LiveSources::default(),
             live_targets: live::LiveTargets::default(),
+            thaws: live::thaw::Thaws::default(),
+            prepared: live::prepared::PreparedVms::default(),
         })
     }
 
@@ -150,6 +154,7 @@ impl Agent {
             }
             Ok(Ok(Some(AgentTask::Source(open)))) => source::run(&self, link, send, recv, open).await,
             Ok(Ok(Some(AgentTask::Target(open)))) => target::run(&self, send, recv, open).await,
+            Ok(Ok(Some(AgentTask::Prepare(task)))) => live::prepared::serve(&self, send, task).await,
             Ok(Ok(None)) => {}
             Ok(Err(error)) => tracing::warn!("a task from the gateway was refused: {error}"),
             Err(_) => tracing::warn!("a task from the gateway never said what it is for"),

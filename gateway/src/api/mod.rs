@@ -26,6 +26,7 @@ use utoipa::OpenApi;
 
 use crate::job::driver::Wish;
 use crate::job::plan::{self, Plan};
+use crate::job::prepare::{self as preparing, PreparedReport};
 use crate::job::spec::JobSpec;
 use crate::job::table::{JobError, Jobs};
 use crate::metrics::Gauges;
@@ -72,6 +73,9 @@ pub struct Status {
     pub peers: Vec<PeerStatus>,
     /// Jobs that are not at rest, and the newest others.
     pub jobs: Vec<JobRecord>,
+    /// Running VMs whose dirty bitmaps are on ahead of a run.
+    #[serde(default)]
+    pub prepared: Vec<PreparedReport>,
 }
 
 /// The connections to one peer.
@@ -116,6 +120,8 @@ pub struct Problem {
         resume,
         cancel,
         make_plan,
+        prepare,
+        end_prepared,
         events::events,
         metrics_text,
         openapi
@@ -139,6 +145,8 @@ pub fn router(api: Api) -> Router {
         .route("/v1/jobs/{id}/resume", post(resume))
         .route("/v1/jobs/{id}/cancel", post(cancel))
         .route("/v1/plan", post(make_plan))
+        .route("/v1/prepare", post(prepare))
+        .route("/v1/prepare/end", post(end_prepared))
         .route("/metrics", get(metrics_text))
         .route("/openapi.json", get(openapi))
         .fallback(|| async {
@@ -162,6 +170,8 @@ impl IntoResponse for JobError {
             Self::Spec(_) | Self::NoSuchPeer { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             Self::NoSuchJob(_) => StatusCode::NOT_FOUND,
             Self::Ambiguous(_) | Self::WrongState { .. } => StatusCode::CONFLICT,
+            Self::Agent(refusal) if refusal.kind.is_transient() => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Agent(_) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::TooManyWatchers => StatusCode::SERVICE_UNAVAILABLE,
         };
@@ -200,6 +210,7 @@ async fn status(State(api): State<Api>) -> Result<Json<Status>, JobError> {
         agents: api.jobs.agents().names(),
         peers: api.jobs.peers().iter().map(peer).collect(),
         jobs: api.jobs.newest(20).await?,
+        prepared: preparing::list(api.jobs.agents()).await,
     }))
 }
 
@@ -285,5 +296,33 @@ async fn make_plan(State(api): State<Api>, body: axum::body::Bytes) -> Response 
     match context {
         Ok(context) => Json(plan::plan(&context, &spec).await).into_response(),
         Err(error) => error.into_response(),
+    }
+}
+
+/// Switches the dirty bitmaps of a running VM on ahead of a run.
+#[utoipa::path(post, path = "/v1/prepare", request_body = JobSpec,
+    responses((status = 200, body = PreparedReport), (status = 422, body = Problem), (status = 503, body = Problem)))]
+async fn prepare(State(api): State<Api>, body: axum::body::Bytes) -> Response {
+    ask_to_prepare(&api, &body, preparing::Wish::Begin).await
+}
+
+/// Takes them away again.
+#[utoipa::path(post, path = "/v1/prepare/end", request_body = JobSpec,
+    responses((status = 200, body = PreparedReport), (status = 422, body = Problem), (status = 503, body = Problem)))]
+async fn end_prepared(State(api): State<Api>, body: axum::body::Bytes) -> Response {
+    ask_to_prepare(&api, &body, preparing::Wish::End).await
+}
+
+async fn ask_to_prepare(api: &Api, body: &[u8], wish: preparing::Wish) -> Response {
+    let spec = match read_spec(body) {
+        Ok(spec) => spec,
+        Err(refused) => return *refused,
+    };
+    if let Err(error) = spec.check() {
+        return JobError::from(error).into_response();
+    }
+    match preparing::prepare(api.jobs.agents(), &spec, wish).await {
+        Ok(report) => Json(report).into_response(),
+        Err(refusal) => JobError::from(refusal).into_response(),
     }
 }

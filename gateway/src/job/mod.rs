@@ -10,6 +10,7 @@ mod hearing;
 pub mod ledger;
 pub mod live;
 pub mod plan;
+pub mod prepare;
 pub mod progress;
 pub mod report;
 pub mod spec;

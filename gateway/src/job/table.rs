@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use dashmap::DashMap;
 use longhaul_common::ids::JobId;
+use longhaul_common::wire::session::Refusal;
 use longhaul_common::wire::words::cleaned;
 use tokio::sync::{Semaphore, watch};
 
@@ -35,6 +36,8 @@ pub enum JobError {
     WrongState { state: JobState, wish: &'static str },
     #[error("too many clients watch jobs; close some, or ask for /v1/jobs/ID now and then")]
     TooManyWatchers,
+    #[error("{0}")]
+    Agent(#[from] Refusal),
     #[error("the journal failed")]
     Store(#[from] StoreError),
 }

@@ -21,6 +21,7 @@ use self::bars::Bars;
 use self::client::{Client, ClientError, job_path};
 use crate::api::{Event, Status};
 use crate::job::plan::Plan;
+use crate::job::prepare::PreparedReport;
 use crate::job::progress::JobState;
 use crate::job::spec::{JobSpec, SpecError};
 use crate::pki::{self, PkiCommand, PkiError};
@@ -66,7 +67,17 @@ enum Command {
         #[arg(long)]
         detach: bool,
     },
-    /// Show agents, peers and jobs.
+    /// Switch a running VM's dirty bitmaps on ahead of a planned run, so that more of its free blocks can stay behind.
+    Prepare {
+        /// The job file; with --end also a job's number, or the start of it.
+        file: PathBuf,
+        /// Take the bitmaps away again: there will be no run.
+        #[arg(long)]
+        end: bool,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show agents, peers, prepared VMs and jobs.
     Status {
         /// One job, by its number or the start of it.
         job: Option<String>,
@@ -178,6 +189,15 @@ async fn run(arguments: Arguments) -> Result<Code, Failure> {
         Command::Check { file } => println!("{}", check::check(&file)?),
         Command::Plan { file, json } => return plan(&client, &read_job(&file)?, json).await,
         Command::Run { file, json, detach } => return submit(&client, &read_job(&file)?, json, detach).await,
+        Command::Prepare { file, end, json } => {
+            let (spec, path) = match end {
+                false => (read_job(&file)?, "/v1/prepare"),
+                true => (prepared_job(&client, &file).await?, "/v1/prepare/end"),
+            };
+            let body = serde_json::to_vec(&spec).map_err(ClientError::Answer)?;
+            let report: PreparedReport = client.post(path, body).await?;
+            print(json, &report, show::prepared);
+        }
         Command::Status { job: Some(job), json } => {
             let record: JobRecord = client.get(&job_path(&job, "")?).await?;
             print(json, &record, |record| {
@@ -252,6 +272,16 @@ async fn submit(client: &Client, spec: &JobSpec, json: bool, detach: bool) -> Re
         );
     }
     watch(client, &record, json).await
+}
+
+/// The job that a VM was prepared for: its file, or its number where there is no such file.
+async fn prepared_job(client: &Client, file: &std::path::Path) -> Result<JobSpec, Failure> {
+    if file.exists() {
+        return read_job(file);
+    }
+    let path = job_path(&file.to_string_lossy(), "")?;
+    let record: JobRecord = client.get(&path).await?;
+    Ok(record.spec)
 }
 
 async fn tell(client: &Client, job: &str, wish: &str) -> Result<(), Failure> {

@@ -8,6 +8,7 @@ use longhaul_common::units::{ByteSize, Rate};
 
 use crate::api::Status;
 use crate::job::plan::Plan;
+use crate::job::prepare::PreparedReport;
 use crate::job::progress::JobState;
 use crate::job::report::{DiskReport, Report};
 use crate::store::JobRecord;
@@ -238,8 +239,33 @@ pub(super) fn status(status: &Status) -> String {
             }
         }
     }
+    for vm in &status.prepared {
+        out.push_str(&prepared(vm));
+    }
     out.push('\n');
     out.push_str(&history(&status.jobs));
+    out
+}
+
+/// A VM that is prepared for a run.
+pub(super) fn prepared(vm: &PreparedReport) -> String {
+    let age = vm.age_seconds.map_or_else(
+        || "not seen to run".to_owned(),
+        |seconds| format!("for {}", span(seconds)),
+    );
+    let written = vm
+        .dirty_bytes
+        .map(|count| format!(", {} written since", bytes(count)));
+    let mut out = format!(
+        "prepared: {} at {} ({} disks), {age}{}\n",
+        vm.name,
+        vm.agent,
+        vm.disks,
+        written.unwrap_or_default()
+    );
+    for note in &vm.notes {
+        let _ = writeln!(out, "  Note: {note}.");
+    }
     out
 }
 

@@ -5,6 +5,7 @@
 //! `vm::converge`, reading to `copy`. Promises that whatever ends the job before the handover leaves the VM running here, without
 //! anything of ours in its QEMU.
 
+mod begin;
 mod put_off;
 mod switch;
 
@@ -15,6 +16,7 @@ use longhaul_common::ids::Round;
 use longhaul_common::wire::session::{FromSource, LiveOutcome, LiveStage, LiveState, Refusal, RefusalKind};
 use tokio::sync::mpsc;
 
+use super::clock::RunClock;
 use super::copy::{self, Batch};
 use super::disks::{self, Reach};
 use super::pace::Pace;
@@ -89,6 +91,8 @@ pub(super) struct Drive {
     counted: bool,
     /// What QEMU had still to send of memory when it was asked last.
     ram_left: u64,
+    /// Since when the VM has run without a stop.
+    clock: RunClock,
 }
 
 /// Moves the VM.
@@ -114,7 +118,9 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
         last: None,
         counted: false,
         ram_left: 0,
+        clock: RunClock::stopped(),
     };
+    drive.begin().await;
     let end = drive.move_vm().await;
     drive.leave(end).await
 }
@@ -259,7 +265,7 @@ impl Drive {
                 counts = &mut copying => break counts?,
                 () = tokio::time::sleep(LOOK) => {
                     self.pace.sample(self.began.elapsed(), uplink, 0, true);
-                    self.s.free.look().await;
+                    self.s.free.look(self.clock.since()).await;
                 }
             }
         };
@@ -295,6 +301,9 @@ impl Drive {
             }
             if let Some(words) = self.vm.watch().await {
                 self.note(&format!("{words}; the RAM stream is begun anew"));
+            }
+            if self.waits_for_thaw().await {
+                continue;
             }
             if self.vm.is_migrating() && self.vm.stopped_unasked().await? {
                 return self.unasked(uplink).await;

@@ -5,11 +5,14 @@
 //! handover's machines decide. Leaves QEMU to `crate::vm`.
 
 mod arrive;
+mod clock;
 mod copy;
 mod disks;
 mod drive;
+mod freeze;
 mod old_copy;
 mod pace;
+pub(super) mod prepared;
 mod proof;
 mod ram_in;
 mod ram_out;
@@ -19,6 +22,8 @@ pub(super) mod source;
 mod source_vm;
 pub(super) mod target;
 mod target_vm;
+pub(super) mod thaw;
+mod trim;
 mod uplink;
 mod word;
 

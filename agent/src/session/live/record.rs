@@ -1,4 +1,4 @@
-//! What an agent must know of its live sessions after a crash: small files below the state folder.
+//! What an agent must know of running VMs after a crash: small files below the state folder.
 //!
 //! Owns their names and content. Leaves who may run a VM to the handover journal. Promises that a file is there before anything of a job
 //! is in a QEMU, and that it is whole or not there (temporary name, sync, rename).
@@ -36,8 +36,30 @@ pub(super) struct Arriving {
     pub vm: TargetVm,
 }
 
+/// A guest whose file systems may be frozen by us.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Freezing {
+    /// Its guest agent's socket, after links were resolved.
+    pub guest_agent: PathBuf,
+    /// The monitor's socket: it tells whether there is still a QEMU that could be frozen.
+    pub qmp: PathBuf,
+}
+
+/// A VM whose dirty bitmaps were switched on ahead of a run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Prepared {
+    /// How its people call the VM.
+    pub name: String,
+    pub qmp: PathBuf,
+    /// The block nodes that have the bitmap.
+    pub nodes: Vec<String>,
+    pub bitmap: String,
+}
+
 const LEAVING: &str = "leaving";
 const ARRIVING: &str = "arriving";
+const FREEZING: &str = "freezing";
+const PREPARED: &str = "prepared";
 
 fn path(state: &Path, kind: &str, job: JobId) -> PathBuf {
     state.join(kind).join(format!("{job}.json"))
@@ -115,5 +137,39 @@ impl Arriving {
     /// Blocks.
     pub(super) fn remove(state: &Path, job: JobId) {
         remove(state, ARRIVING, job);
+    }
+}
+
+impl Freezing {
+    /// Blocks.
+    pub(super) fn save(&self, state: &Path, job: JobId) -> Result<(), String> {
+        save(state, FREEZING, job, self)
+    }
+
+    /// Blocks.
+    pub(super) fn all(state: &Path) -> Vec<(JobId, Self)> {
+        all(state, FREEZING)
+    }
+
+    /// Blocks.
+    pub(super) fn remove(state: &Path, job: JobId) {
+        remove(state, FREEZING, job);
+    }
+}
+
+impl Prepared {
+    /// Blocks.
+    pub(super) fn save(&self, state: &Path, job: JobId) -> Result<(), String> {
+        save(state, PREPARED, job, self)
+    }
+
+    /// Blocks.
+    pub(super) fn all(state: &Path) -> Vec<(JobId, Self)> {
+        all(state, PREPARED)
+    }
+
+    /// Blocks.
+    pub(super) fn remove(state: &Path, job: JobId) {
+        remove(state, PREPARED, job);
     }
 }

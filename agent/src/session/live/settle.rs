@@ -1,6 +1,6 @@
 //! The first act of an agent: settling what a former life of it left open.
 //!
-//! Owns going through the records of both roles before the first link. Leaves the decision to `vm::handover`, whose journals say who may
+//! Owns going through all records before the first link; what may be frozen is thawed before anything else. Leaves the decision to `vm::handover`, whose journals say who may
 //! run each VM. Promises that a VM which was not handed over runs on here, without anything of ours in its QEMU, before anything else
 //! is done; that a handover in doubt stays so until the other side answers; and that a VM which belongs here is run here.
 
@@ -13,6 +13,7 @@ use super::arrive::{self, Machine};
 use super::record::{Arriving, Leaving};
 use super::source::LiveSource;
 use super::target::LiveTarget;
+use super::{prepared, thaw};
 use crate::disk::apply::unlink_after_crash;
 use crate::session::threads::on_thread;
 use crate::session::{Agent, target_disks};
@@ -24,6 +25,7 @@ const SEE: Duration = Duration::from_secs(2);
 
 /// Settles every open session of both roles.
 pub(in crate::session) async fn all(agent: &Arc<Agent>) {
+    thaw::after_crash(agent).await;
     let state = agent.settings.paths.state.clone();
     let read = on_thread("records", move || (Leaving::all(&state), Arriving::all(&state))).await;
     let Ok((leaving, arriving)) = read else { return };
@@ -40,6 +42,8 @@ pub(in crate::session) async fn all(agent: &Arc<Agent>) {
         // A task that died has said why in the log.
         let _ = settled.await;
     }
+    // They want the monitors that were needed until here.
+    prepared::after_crash(agent).await;
 }
 
 /// A VM that was on its way out.

@@ -6,6 +6,7 @@
 
 mod preflight;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::disks::{self, VmDisk};
 use super::drive::{self, Parts};
+use super::prepared;
 use super::proof::FreeProof;
 use super::record::Leaving;
 use super::uplink::Uplink;
@@ -30,6 +32,8 @@ use crate::session::{Agent, outcome};
 use crate::vm::handover::{Generation, Word};
 use crate::vm::qmp::Qmp;
 use crate::vm::rounds::{self, Rounds, RoundsOptions};
+
+pub(super) use self::preflight::{allowed_guest_agent, allowed_socket};
 
 /// The first version of QEMU whose disks in iothreads are read.
 const IOTHREADS_FROM: (u32, u32) = (8, 1);
@@ -72,6 +76,8 @@ pub(crate) struct LiveSource {
     pub(super) job: JobId,
     pub(super) vm: SourceVm,
     pub(super) qmp: Qmp,
+    /// The guest agent's socket, after links were resolved.
+    pub(super) guest_agent: Option<PathBuf>,
     pub(super) disks: Vec<VmDisk>,
     reports: Vec<OpenedDisk>,
     pub(super) free: Arc<FreeProof>,
@@ -129,8 +135,11 @@ impl LiveSource {
     async fn open(agent: &Arc<Agent>, open: &SourceOpen, vm: SourceVm) -> Result<Arc<Self>, Refusal> {
         let refused = |error: &dyn std::error::Error| Refusal::because(RefusalKind::Refused, error);
         let settings = &agent.settings;
-        let socket = preflight::allowed_socket(agent, &vm)?;
-        let qmp = Qmp::connect(&socket).await.map_err(|error| refused(&error))?;
+        let socket = allowed_socket(agent, &vm)?;
+        let guest_agent = allowed_guest_agent(agent, &vm)?;
+        let qmp = prepared::monitor(agent, &socket)
+            .await
+            .map_err(|error| refused(&error))?;
         preflight::refuse_unmovable(&qmp).await?;
         let disks = disks::find(&qmp, &open.disks).await?;
         let nbd = settings.paths.run.join(format!("nbd-{}.sock", open.job.short()));
@@ -181,6 +190,7 @@ impl LiveSource {
             job: open.job,
             vm,
             qmp,
+            guest_agent,
             disks,
             reports,
             free,
@@ -252,6 +262,7 @@ impl LiveSource {
             job,
             vm: record.vm.clone(),
             qmp,
+            guest_agent: None,
             disks: record.disks.clone(),
             reports: record.disks.iter().map(disks::unread).collect(),
             free: Arc::new(FreeProof::none()),

@@ -32,7 +32,7 @@ impl Drive {
         for disk in (0..self.s.disks.len() as u16).map(longhaul_common::ids::DiskIndex) {
             let mut from = 0;
             loop {
-                self.s.free.look().await;
+                self.s.free.look(self.clock.since()).await;
                 self.check_cancel()?;
                 let Some((batches, end)) = copy::put_off(&self.s, disk, from).await? else {
                     break;

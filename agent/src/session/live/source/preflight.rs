@@ -27,6 +27,20 @@ pub(in crate::session::live) fn allowed_socket(
     })
 }
 
+/// The guest agent's socket, where the job names one and this agent may use it.
+pub(in crate::session::live) fn allowed_guest_agent(
+    agent: &Agent,
+    vm: &SourceVm,
+) -> Result<Option<std::path::PathBuf>, Refusal> {
+    let allowed = |path: &std::path::PathBuf| {
+        roots::resolve_inside(&agent.settings.paths.qmp, path).map_err(|error| {
+            let text = format!("source.guest_agent: {error} (the agent's setting is paths.qmp)");
+            Refusal::new(RefusalKind::Refused, text)
+        })
+    };
+    vm.guest_agent.as_ref().map(allowed).transpose()
+}
+
 /// Looks at the disks for the first time: what is stored, and what of it may be free.
 pub(in crate::session::live) async fn survey(
     reach: Result<Reach, Refusal>,

@@ -88,6 +88,11 @@ fn live_closing(report: &LiveReport) -> String {
 fn job_of(args: &DemoArgs, link: LinkSpec) -> LiveArgs {
     let seconds = |seconds| Span(Duration::from_secs(seconds));
     LiveArgs {
+        fs: guest::Fs::Ext4,
+        guest_agent: false,
+        fstrim: false,
+        prepare: None,
+        proof_age: None,
         kind: args.kind,
         disk: None,
         format: "raw".to_owned(),

@@ -176,6 +176,15 @@ impl Programs {
         command
     }
 
+    /// The operator's command that prepares the job's VM.
+    pub fn prepare_vm(&self, lab: &Lab) -> Command {
+        let mut command = lab.command(End::Source, &self.program("longhaul"));
+        let socket = api_socket(lab.directory(), End::Source);
+        let job = lab.directory().join("job.toml");
+        command.args(["--api", &text(&socket), "prepare", &text(&job), "--json"]);
+        command
+    }
+
     /// The operator's command that cancels a job.
     pub fn cancel_job(&self, lab: &Lab, job: &str) -> Command {
         let mut command = lab.command(End::Source, &self.program("longhaul"));

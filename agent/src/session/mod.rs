@@ -44,7 +44,7 @@ pub struct Agent {
     sources: source_disks::OpenSources,
     live_sources: live::LiveSources,
     live_targets: live::LiveTargets,
-    thaws: live::thaw::Thaws,
+    thaws: Arc<live::thaw::Thaws>,
     prepared: live::prepared::PreparedVms,
 }
 
@@ -53,14 +53,15 @@ impl Agent {
     pub fn new(settings: AgentSettings, tls: Arc<TlsState>) -> Arc<Self> {
         let linger = settings.limits.source_linger.0;
         let sources = source_disks::OpenSources::new(linger);
+        let thaws = Arc::new(live::thaw::Thaws::new(settings.paths.state.clone()));
         Arc::new(Self {
+            thaws,
             settings,
             tls,
             arrivals: arrivals::Arrivals::default(),
             sources,
             live_sources: live::LiveSources::default(),
             live_targets: live::LiveTargets::default(),
-            thaws: live::thaw::Thaws::default(),
             prepared: live::prepared::PreparedVms::default(),
         })
     }

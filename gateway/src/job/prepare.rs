@@ -7,7 +7,7 @@ use std::time::Duration;
 use longhaul_common::link::Link;
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
-    AgentTask, PrepareAnswer, PrepareOpen, PrepareTask, PreparedVm, Refusal, RefusalKind,
+    AgentTask, PrepareAnswer, PrepareTask, PreparedVm, Refusal, RefusalKind,
 };
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;

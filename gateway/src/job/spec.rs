@@ -473,10 +473,7 @@ pub(crate) mod tests {
         let cold = parsed(&live.replace("'live'", "'move'"));
         assert_eq!(cold.check(), Err(SpecError::NotLive { key: "source.qmp" }));
         let with = |words: &str| parsed(&live.replace("[[disk]]", &format!("[live]\n{words}\n[[disk]]")));
-        assert_eq!(
-            with("granularity = '5 KiB'").check(),
-            Err(SpecError::Granularity)
-        );
+        assert_eq!(with("granularity = '5 KiB'").check(), Err(SpecError::Granularity));
         assert_eq!(with("fstrim = true").check(), Err(SpecError::NoGuestAgent));
     }
 

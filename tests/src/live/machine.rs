@@ -6,8 +6,8 @@
 
 use std::path::Path;
 
-use crate::guest::Kernel;
 use crate::guest::workload::{Workload, command_line};
+use crate::guest::{Fs, Kernel};
 
 /// Known by QEMU 7.2 and all later versions of this machine type.
 pub const MACHINE_TYPE: &str = "pc-q35-7.2";
@@ -56,7 +56,7 @@ pub struct Machine {
 
 impl Machine {
     /// A guest with one disk and a workload; its sockets lie in `directory`.
-    pub fn new(directory: &Path, kernel: &Kernel, disk: Disk, workload: Workload, seed: u64) -> Self {
+    pub fn new(directory: &Path, kernel: &Kernel, disk: Disk, fs: Fs, workload: Workload, seed: u64) -> Self {
         let place = |name: &str| directory.join(name).display().to_string();
         Self {
             program: std::env::var("LONGHAUL_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned()),
@@ -67,7 +67,7 @@ impl Machine {
             disks: vec![disk],
             vmlinuz: kernel.vmlinuz.display().to_string(),
             initrd: kernel.initrd.display().to_string(),
-            append: command_line("/dev/vda", workload, seed),
+            append: command_line("/dev/vda", fs, workload, seed),
             console: place("console.sock"),
             lab_qmp: place("lab-qmp.sock"),
             qmp: place("qmp.sock"),
@@ -198,7 +198,7 @@ mod tests {
             path: "/d/a,b.qcow2".to_owned(),
             format: "qcow2".to_owned(),
         };
-        Machine::new(Path::new("/lab"), &kernel, disk, Workload::Fsync, 9)
+        Machine::new(Path::new("/lab"), &kernel, disk, Fs::Ext4, Workload::Fsync, 9)
     }
 
     #[test]

@@ -71,7 +71,7 @@ pub(super) fn prove(
         Ended::PowerLoss
     };
     let seed = args.link.seed;
-    let records = check(&raw, work.path(), seed, &acknowledged, ended);
+    let records = check(&raw, args.fs, work.path(), seed, &acknowledged, ended);
     match records {
         Ok(records) => report.records = records,
         Err(error) => report.records.problems.push(error.to_string()),

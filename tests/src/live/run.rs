@@ -109,6 +109,13 @@ impl Run<'_> {
         )));
         let up = self.stage.consoles.now();
         self.idle(self.args.before.0)?;
+        if let (Some(programs), Some(ahead)) = (programs, self.args.prepare) {
+            watch(Moment::Step(format!(
+                "preparing it; the job begins {ahead} later"
+            )));
+            self.prepare(programs)?;
+            self.idle(ahead.0)?;
+        }
         self.settings = QemuSettings::of(self.stage.monitor(End::Source));
         let began = self.stage.consoles.now();
         self.clock = unix_now();
@@ -136,6 +143,18 @@ impl Run<'_> {
         self.put_away(link_began.map_or(0.0, |stats| stats.seconds))?;
         self.report.conclude();
         Ok(())
+    }
+
+    fn prepare(&mut self, programs: &Programs) -> io::Result<()> {
+        let output = programs.prepare_vm(&self.stage.lab).output()?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let said = String::from_utf8_lossy(&output.stderr);
+        Err(io::Error::other(format!(
+            "the VM cannot be prepared: {}",
+            said.trim()
+        )))
     }
 
     fn link_stats(&mut self) -> io::Result<Option<crate::wan::control::Stats>> {
@@ -286,9 +305,14 @@ impl Run<'_> {
         false
     }
 
-    /// Phases that QEMU itself names: states of the migration at the source, and the guest's stop and start.
+    /// Phases that QEMU itself names: states of the migration at the source, and the guest's stop and start. The freeze is seen by the
+    /// agent's record of it.
     fn look_at_qemu(&mut self) {
         let now = self.stage.consoles.now();
+        let freezing = self.stage.lab.directory().join("source-agent/state/freezing");
+        if std::fs::read_dir(freezing).is_ok_and(|mut files| files.next().is_some()) {
+            self.phases.see("freeze", now);
+        }
         for (end, guest) in [
             (End::Source, ("STOP", "stop")),
             (End::Target, ("RESUME", "resume")),

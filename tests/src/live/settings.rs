@@ -8,12 +8,21 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::args::LiveArgs;
 use super::machine::Machine;
 use crate::lab::End;
 
 /// Folder of an agent for the QMP sockets of its machines.
 pub fn qmp_folder(directory: &Path, end: End) -> PathBuf {
     directory.join(format!("{}-agent", end.name())).join("run")
+}
+
+/// Socket of the guest agent's channel at an end.
+pub fn guest_agent(directory: &Path, end: End) -> String {
+    qmp_folder(directory, end)
+        .join("web-agent.sock")
+        .display()
+        .to_string()
 }
 
 /// Where the source's disks and, at the target, the copies lie.
@@ -47,19 +56,24 @@ pub fn extend(directory: &Path, template: &Machine) -> io::Result<()> {
 ///
 /// # Errors
 /// When it cannot be written.
-pub fn write_job(
-    directory: &Path,
-    machine: &Machine,
-    target_format: &str,
-    blackout: Option<&str>,
-) -> io::Result<()> {
+pub fn write_job(directory: &Path, machine: &Machine, args: &LiveArgs) -> io::Result<()> {
+    let target_format = args.target_format();
     let mut job = format!(
-        "kind = \"live\"\nname = \"{}\"\n[source]\nagent = \"source-agent\"\nqmp = \"{}\"\n\
-         [target]\nsite = \"target\"\nagent = \"target-agent\"\n",
+        "kind = \"live\"\nname = \"{}\"\n[source]\nagent = \"source-agent\"\nqmp = \"{}\"\n",
         machine.name, machine.qmp
     );
-    if let Some(blackout) = blackout {
-        let _ = writeln!(job, "[live]\nblackout = \"{blackout}\"");
+    if let Some(socket) = &machine.guest_agent {
+        let _ = writeln!(job, "guest_agent = \"{socket}\"");
+    }
+    job += "[target]\nsite = \"target\"\nagent = \"target-agent\"\n[live]\n";
+    if let Some(blackout) = args.blackout {
+        let _ = writeln!(job, "blackout = \"{} ms\"", blackout.0.as_millis());
+    }
+    if let Some(age) = &args.proof_age {
+        let _ = writeln!(job, "free_proof_age = \"{age}\"");
+    }
+    if args.fstrim {
+        job += "fstrim = true\n";
     }
     for number in 0..machine.disks.len() {
         let target = disk(directory, End::Target, number);

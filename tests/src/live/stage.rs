@@ -16,8 +16,8 @@ use super::machine::{Disk, Machine};
 use super::monitor::Monitor;
 use super::vm::Vm;
 use super::{rival, settings};
-use crate::guest;
-use crate::guest::workload::workload_kernel;
+use crate::guest::workload::{with_guest_agent, workload_kernel};
+use crate::guest::{self, Fs, Kind};
 use crate::lab::{End, Lab};
 use crate::process::Process;
 use crate::programs::{Job, Programs};
@@ -78,13 +78,15 @@ impl Stage {
         ];
         let machine = machine(args, &directory, &consoles, &monitors)?;
         let mut template = machine.template(&consoles.socket(End::Target), monitors[1].socket());
+        if let Some(socket) = &mut template.guest_agent {
+            *socket = settings::guest_agent(&directory, End::Target);
+        }
         for disk in &mut template.disks {
             args.target_format().clone_into(&mut disk.format);
         }
         if programs.is_some() {
             settings::extend(&directory, &template)?;
-            let blackout = args.blackout.map(|span| format!("{} ms", span.0.as_millis()));
-            settings::write_job(&directory, &machine, args.target_format(), blackout.as_deref())?;
+            settings::write_job(&directory, &machine, args)?;
         }
         say("starting the guest at the source".to_owned());
         let log = directory.join("source-qemu.log");
@@ -211,7 +213,9 @@ fn make_folders(directory: &Path) -> io::Result<()> {
 fn make_disk(args: &LiveArgs, image: &Path, say: &dyn Fn(&str)) -> io::Result<()> {
     let raw = match &args.disk {
         Some(disk) => disk.clone(),
-        None => guest::disk(args.kind, say)?,
+        None if args.fs == Fs::Ext4 => guest::disk(args.kind, say)?,
+        None if args.kind == Kind::Tiny => guest::tiny(args.fs, say)?,
+        None => return Err(io::Error::other("only the tiny disk can have XFS: --kind tiny")),
     };
     if args.format == "raw" {
         return guest::copy(&raw, image);
@@ -235,12 +239,19 @@ fn machine(
     consoles: &Consoles,
     monitors: &[Monitor; 2],
 ) -> io::Result<Machine> {
-    let kernel = workload_kernel(&|step| eprintln!("{step} ..."))?;
+    let say = |step: &str| eprintln!("{step} ...");
+    let mut kernel = workload_kernel(&say)?;
+    if args.guest_agent {
+        kernel = with_guest_agent(kernel, &say)?;
+    }
     let disk = Disk {
         path: settings::disk(directory, End::Source, 0).display().to_string(),
         format: args.format.clone(),
     };
-    let mut machine = Machine::new(directory, &kernel, disk, args.workload, args.link.seed);
+    let mut machine = Machine::new(directory, &kernel, disk, args.fs, args.workload, args.link.seed);
+    machine.guest_agent = args
+        .guest_agent
+        .then(|| settings::guest_agent(directory, End::Source));
     machine.console = consoles.socket(End::Source).display().to_string();
     machine.lab_qmp = monitors[0].socket().display().to_string();
     let folder = settings::qmp_folder(directory, End::Source);

@@ -5,7 +5,6 @@
 //! told to thaw two seconds after it froze, whatever the reading does; and that nothing counts unless the agent confirmed that as many
 //! file systems were thawed as it had frozen: then they were frozen in between.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,26 +12,23 @@ use longhaul_common::ids::JobId;
 use longhaul_common::wire::session::Refusal;
 
 use super::record::Freezing;
-use super::thaw;
+use super::thaw::{self, Thaws};
 use crate::disk::image::LiveImage;
 use crate::disk::live_free::{Freeze, Look, Mount};
-use crate::session::Agent;
 use crate::session::threads::{ThreadFailed, on_thread};
-use crate::vm::guest_agent::{DiskPlace, FsInfo, GuestAgent, GuestAgentError, places};
-use crate::vm::qmp::{Qmp, QmpError};
+use crate::vm::guest_agent::{DiskPlace, FsInfo, GuestAgent, GuestAgentError};
+use crate::vm::qmp::QmpError;
 use crate::vm::rounds::RoundsError;
-
-/// How long the thaw may take before the job goes on without waiting for it.
-const CONFIRM: Duration = Duration::from_secs(10);
 
 /// What is to be frozen.
 pub(super) struct Wish {
     pub job: JobId,
-    pub qmp: Qmp,
     pub record: Freezing,
-    /// The block nodes of the job's disks, and connections to read them by.
-    pub nodes: Vec<String>,
+    /// Where the job's disks are in the guest, and connections to read them by.
+    pub places: Vec<Option<DiskPlace>>,
     pub images: Vec<LiveImage>,
+    /// How long the thaw may take before the job goes on without waiting for it.
+    pub confirm: Duration,
 }
 
 /// What was frozen, of each disk.
@@ -65,7 +61,9 @@ pub(super) enum FreezeError {
     Journal(String),
     #[error("the guest's agent froze {frozen} of {asked} file systems")]
     Partly { asked: u64, frozen: u64 },
-    #[error("of {frozen} frozen file systems {thawed} were so until they were thawed: somebody else thawed the others")]
+    #[error(
+        "of {frozen} frozen file systems {thawed} were so until they were thawed: somebody else thawed the others"
+    )]
     Early { frozen: u64, thawed: u64 },
     #[error(
         "the guest's agent does not confirm that the file systems are thawed; it is asked again and again, and the VM is not handed \
@@ -75,31 +73,30 @@ pub(super) enum FreezeError {
 }
 
 /// Freezes, reads, thaws. Goes on to its end when nobody waits for it any more.
-pub(super) async fn freeze(agent: &Arc<Agent>, wish: Wish) -> Result<Frozen, FreezeError> {
-    let agent = Arc::clone(agent);
-    let frozen = tokio::spawn(async move { run(&agent, wish).await });
+pub(super) async fn freeze(thaws: &Arc<Thaws>, wish: Wish) -> Result<Frozen, FreezeError> {
+    let thaws = Arc::clone(thaws);
+    let frozen = tokio::spawn(async move { run(&thaws, wish).await });
     frozen.await.unwrap_or(Err(FreezeError::Thread(ThreadFailed)))
 }
 
-async fn run(agent: &Arc<Agent>, wish: Wish) -> Result<Frozen, FreezeError> {
+async fn run(thaws: &Arc<Thaws>, wish: Wish) -> Result<Frozen, FreezeError> {
     let Wish {
         job,
-        qmp,
         record,
-        nodes,
+        places,
         images,
+        confirm,
     } = wish;
-    if agent.thaws.is_awaited(&record.guest_agent) {
+    if thaws.is_awaited(&record.guest_agent) {
         return Err(FreezeError::Earlier);
     }
     let mut guest = GuestAgent::connect(&record.guest_agent).await?;
-    let places = places(&qmp, &nodes).await?;
     let chosen = choose(&guest.file_systems().await?, &places);
     if chosen.points.is_empty() {
         return Err(FreezeError::Nothing);
     }
     let asked = chosen.points.len() as u64;
-    thaw::expect(agent, job, &record)
+    thaw::expect(thaws, job, &record)
         .await
         .map_err(FreezeError::Journal)?;
     let began = Instant::now();
@@ -108,11 +105,10 @@ async fn run(agent: &Arc<Agent>, wish: Wish) -> Result<Frozen, FreezeError> {
         Ok(count) if *count == asked => look(images, &chosen.mounts, Instant::now()).await,
         _ => Vec::new(),
     };
-    let with = Arc::clone(agent);
+    let with = Arc::clone(thaws);
     // A task of its own: it goes on where waiting for it ends.
-    let thawing =
-        tokio::spawn(async move { thaw::until_confirmed(&with, job, &record, Some(guest)).await });
-    let thawed = tokio::time::timeout(CONFIRM, thawing).await;
+    let thawing = tokio::spawn(async move { thaw::until_confirmed(&with, job, &record, Some(guest)).await });
+    let thawed = tokio::time::timeout(confirm, thawing).await;
     let lasted = began.elapsed();
     let thawed = match thawed {
         Ok(thawed) => thawed.map_err(|_| ThreadFailed)?,
@@ -189,64 +185,5 @@ async fn look(images: Vec<LiveImage>, mounts: &[Vec<Mount>], since: Instant) -> 
     }
 }
 
-/// The record of a freeze of this VM.
-pub(super) fn record(guest_agent: PathBuf, qmp: PathBuf) -> Freezing {
-    Freezing { guest_agent, qmp }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::vm::guest_agent::{FsDisk, Pci, PciPlace};
-
-    fn disk(slot: i32) -> FsDisk {
-        FsDisk {
-            bus_type: "virtio".into(),
-            bus: 0,
-            target: 0,
-            unit: 0,
-            pci_controller: Some(PciPlace {
-                domain: 0,
-                bus: 0,
-                slot,
-                function: 0,
-            }),
-            serial: None,
-            dev: None,
-        }
-    }
-
-    fn fs(name: &str, point: &str, kind: &str, disks: &[i32]) -> FsInfo {
-        FsInfo {
-            name: name.into(),
-            mountpoint: point.into(),
-            kind: kind.into(),
-            disks: disks.iter().map(|slot| disk(*slot)).collect(),
-        }
-    }
-
-    #[test]
-    fn only_what_is_frozen_and_surely_on_the_disk_is_chosen() {
-        let place = |slot| {
-            let (bus, function) = (0, 0);
-            Some(DiskPlace::Device(Pci { bus, slot, function }))
-        };
-        let all = [
-            fs("vda1", "/", "ext4", &[3]),
-            fs("vda1", "/mnt/again", "ext4", &[3]),
-            fs("vdb", "/srv", "xfs", &[4]),
-            fs("vda2", "/boot/efi", "vfat", &[3]),
-            fs("vda3", "/win", "ntfs", &[3]),
-            fs("dm-0", "/both", "ext4", &[3, 4]),
-            fs("vdc", "/elsewhere", "ext4", &[9]),
-            fs("tmpfs", "/tmp", "tmpfs", &[]),
-        ];
-        let chosen = choose(&all, &[place(3), None, place(4)]);
-        assert_eq!(chosen.points, ["/", "/srv"]);
-        let names = chosen.mounts.iter().map(|mounts| mounts.iter());
-        let names: Vec<Vec<_>> = names
-            .map(|mounts| mounts.map(|mount| mount.device.as_str()).collect())
-            .collect();
-        assert_eq!(names, [vec!["vda1"], vec![], vec!["vdb"]]);
-    }
-}
+mod tests;

@@ -25,7 +25,7 @@ const SEE: Duration = Duration::from_secs(2);
 
 /// Settles every open session of both roles.
 pub(in crate::session) async fn all(agent: &Arc<Agent>) {
-    thaw::after_crash(agent).await;
+    thaw::after_crash(&agent.thaws).await;
     let state = agent.settings.paths.state.clone();
     let read = on_thread("records", move || (Leaving::all(&state), Arriving::all(&state))).await;
     let Ok((leaving, arriving)) = read else { return };

@@ -7,14 +7,13 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use longhaul_common::ids::JobId;
 
 use super::record::Freezing;
-use crate::session::Agent;
 use crate::session::threads::on_thread;
 use crate::vm::guest_agent::{GuestAgent, GuestAgentError};
 use crate::vm::qmp::{Qmp, QmpError};
@@ -25,12 +24,21 @@ const AGAIN: Duration = Duration::from_millis(500);
 const COMPLAIN: Duration = Duration::from_secs(30);
 
 /// The guests that may be frozen.
-#[derive(Default)]
-pub(in crate::session) struct Thaws(Mutex<HashMap<JobId, Freezing>>);
+pub(in crate::session) struct Thaws {
+    /// The state folder.
+    state: PathBuf,
+    list: Mutex<HashMap<JobId, Freezing>>,
+}
 
 impl Thaws {
-    fn list(&self) -> std::sync::MutexGuard<'_, HashMap<JobId, Freezing>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Of the agent with this state folder; nobody is on the list yet.
+    pub(in crate::session) fn new(state: PathBuf) -> Self {
+        let list = Mutex::default();
+        Self { state, list }
+    }
+
+    fn list(&self) -> MutexGuard<'_, HashMap<JobId, Freezing>> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the guest behind this socket may be frozen.
@@ -42,18 +50,18 @@ impl Thaws {
 }
 
 /// Puts a guest on the list, durably.
-pub(super) async fn expect(agent: &Arc<Agent>, job: JobId, record: &Freezing) -> Result<(), String> {
-    let (state, saving) = (agent.settings.paths.state.clone(), record.clone());
+pub(super) async fn expect(thaws: &Thaws, job: JobId, record: &Freezing) -> Result<(), String> {
+    let (state, saving) = (thaws.state.clone(), record.clone());
     let saved = on_thread("record", move || saving.save(&state, job)).await;
     saved.map_err(|error| error.to_string())??;
-    agent.thaws.list().insert(job, record.clone());
+    thaws.list().insert(job, record.clone());
     Ok(())
 }
 
 /// Asks until the thaw is confirmed, and takes the guest off the list. Gives how many file systems were frozen until then, as far as it
 /// is known. `guest`: the connection that is there already.
 pub(super) async fn until_confirmed(
-    agent: &Arc<Agent>,
+    thaws: &Thaws,
     job: JobId,
     record: &Freezing,
     mut guest: Option<GuestAgent>,
@@ -78,9 +86,9 @@ pub(super) async fn until_confirmed(
         }
         tokio::time::sleep(AGAIN).await;
     };
-    let state = agent.settings.paths.state.clone();
+    let state = thaws.state.clone();
     let _ = on_thread("record", move || Freezing::remove(&state, job)).await;
-    agent.thaws.list().remove(&job);
+    thaws.list().remove(&job);
     if complained.is_some() {
         tracing::info!(%job, "the guest's file systems are thawed");
     }
@@ -111,15 +119,15 @@ async fn is_gone(record: &Freezing, error: &GuestAgentError) -> bool {
 }
 
 /// The first act of an agent: what a former life of it may have left frozen is thawed. Does not wait for guests that do not answer.
-pub(super) async fn after_crash(agent: &Arc<Agent>) {
-    let state = agent.settings.paths.state.clone();
+pub(super) async fn after_crash(thaws: &Arc<Thaws>) {
+    let state = thaws.state.clone();
     let Ok(found) = on_thread("records", move || Freezing::all(&state)).await else {
         return;
     };
     for (job, record) in found {
         tracing::warn!(%job, "this agent ended while the guest's file systems were frozen: thawing them");
-        agent.thaws.list().insert(job, record.clone());
-        let agent = Arc::clone(agent);
-        tokio::spawn(async move { until_confirmed(&agent, job, &record, None).await });
+        thaws.list().insert(job, record.clone());
+        let thaws = Arc::clone(thaws);
+        tokio::spawn(async move { until_confirmed(&thaws, job, &record, None).await });
     }
 }

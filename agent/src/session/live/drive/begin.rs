@@ -11,8 +11,13 @@ use longhaul_common::wire::session::LiveStage;
 use super::{Drive, SAY_AGAIN};
 use crate::session::live::clock::RunClock;
 use crate::session::live::freeze::{self, FreezeError};
+use crate::session::live::record::Freezing;
 use crate::session::live::{disks, prepared, trim};
 use crate::session::threads::on_thread;
+use crate::vm::guest_agent::places;
+
+/// How long the thaw may take before the job goes on without the proof.
+const CONFIRM: Duration = Duration::from_secs(10);
 
 impl Drive {
     pub(super) async fn begin(&mut self) {
@@ -130,14 +135,15 @@ impl Drive {
             .unwrap_or_else(PoisonError::into_inner)
             .qmp
             .clone();
+        let nodes: Vec<_> = self.s.disks.iter().map(|disk| disk.node.clone()).collect();
         let wish = freeze::Wish {
             job,
-            qmp: self.s.qmp.clone(),
-            record: freeze::record(guest_agent, qmp),
-            nodes: self.s.disks.iter().map(|disk| disk.node.clone()).collect(),
+            record: Freezing { guest_agent, qmp },
+            places: places(&self.s.qmp, &nodes).await?,
             images,
+            confirm: CONFIRM,
         };
-        let frozen = freeze::freeze(&self.s.agent, wish).await?;
+        let frozen = freeze::freeze(&self.s.agent.thaws, wish).await?;
         let lasted = frozen.lasted;
         self.s.free.froze(frozen);
         Ok(lasted)

@@ -279,3 +279,66 @@ fn what_cannot_work_is_refused_in_one_sentence() {
     assert!(up.is_some(), "the target agent did not come back");
     lab.expect(&job, &["vm.command"]);
 }
+
+/// The proofs by which free blocks of the guest's disk stayed behind, and how many bytes.
+fn proofs(report: &LiveReport) -> (Vec<String>, u64) {
+    let disks = report.report.job["disks"].as_array().cloned().unwrap_or_default();
+    let parts = disks
+        .iter()
+        .flat_map(|disk| disk["parts"].as_array().into_iter().flatten());
+    let proofs = parts.filter_map(|part| part["proof"].as_str().map(str::to_owned));
+    let notes = &report.report.job["notes"];
+    eprintln!("{disks:#?}\n{notes}");
+    (
+        proofs.collect(),
+        disks
+            .iter()
+            .filter_map(|disk| disk["skipped_free_bytes"].as_u64())
+            .sum(),
+    )
+}
+
+#[test]
+fn a_guest_with_its_agent_is_frozen_for_an_instant_and_loses_nothing() {
+    if no_link() {
+        return;
+    }
+    let report = moved("--workload fsync --seed 31 --guest-agent");
+    let (proofs, skipped) = proofs(&report);
+    assert_eq!(proofs, ["frozen"]);
+    assert!(skipped > 150 << 20, "{skipped} bytes stayed behind");
+    assert!(report.records_acknowledged > 100);
+}
+
+#[test]
+fn xfs_under_load_leaves_its_free_blocks_behind_once_it_was_frozen() {
+    if no_link() {
+        return;
+    }
+    let report = moved("--workload fsync --seed 32 --guest-agent --fs xfs");
+    let (proofs, skipped) = proofs(&report);
+    assert_eq!(proofs, ["frozen"]);
+    assert!(skipped > 150 << 20, "{skipped} bytes stayed behind");
+    assert!(report.records_acknowledged > 100);
+}
+
+#[test]
+fn an_agent_that_dies_while_the_guest_is_frozen_thaws_it_first() {
+    if no_link() {
+        return;
+    }
+    let report = moved("--workload fsync --seed 33 --guest-agent --kill source-agent@freeze");
+    // A guest that had stayed frozen would have acknowledged nothing any more.
+    assert!(report.guest_after_per_s.is_some_and(|rate| rate > 1.0));
+}
+
+#[test]
+fn a_vm_that_was_prepared_leaves_free_blocks_behind_by_their_age() {
+    if no_link() {
+        return;
+    }
+    let report = moved("--workload idle --seed 34 --prepare 32s --proof-age 30s");
+    let (proofs, skipped) = proofs(&report);
+    assert_eq!(proofs, ["age"]);
+    assert!(skipped > 150 << 20, "{skipped} bytes stayed behind");
+}

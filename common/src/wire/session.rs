@@ -360,6 +360,8 @@ pub struct LiveOutcome {
     pub dirty_bytes: Vec<u64>,
     /// Of each disk its parts, with the free blocks that were left behind and by which proof.
     pub parts: Vec<Vec<PartReport>>,
+    /// Of each disk: bytes that its image stores and that were left behind; empty where they were not counted.
+    pub skipped_bytes: Vec<u64>,
 }
 
 /// What the source agent read of a disk, in bytes unless said otherwise.

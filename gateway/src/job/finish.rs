@@ -78,7 +78,8 @@ pub(super) fn moved_live(record: &JobRecord, transfer: &Transfer<'_>, moved: Mov
         }
         (disk.sent_raw_bytes, disk.wan_bytes) = (sums.sent, sums.wan);
         if let Some(parts) = moved.outcome.parts.get(index) {
-            disk.left_behind(parts);
+            let skipped = moved.outcome.skipped_bytes.get(index).copied();
+            disk.left_behind(parts, skipped);
         }
         disks.push(disk);
     }

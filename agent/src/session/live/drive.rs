@@ -168,6 +168,7 @@ pub(super) fn blank(disks: usize) -> LiveOutcome {
         notes: Vec::new(),
         dirty_bytes: vec![0; disks],
         parts: Vec::new(),
+        skipped_bytes: Vec::new(),
     }
 }
 

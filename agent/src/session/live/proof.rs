@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use longhaul_common::extent::Extent;
-use longhaul_common::wire::session::{LivePolicy, PartReport};
+use longhaul_common::wire::session::{LivePolicy, PartReport, Refusal};
 
+use super::disks;
 use super::freeze::Frozen;
 use crate::disk::free_map::FreeMap;
 use crate::disk::image::LiveImage;
@@ -189,6 +190,20 @@ impl FreeProof {
     /// Reads what is put off and unproven. Blocks.
     pub(super) fn with_image<T>(&self, disk: usize, read: impl FnOnce(&LiveImage) -> T) -> Option<T> {
         self.disks().get(disk).map(|disk| read(&disk.image))
+    }
+
+    /// Of each disk: bytes that its image stores and that are left behind. Blocks.
+    pub(super) fn skipped(&self) -> Result<Vec<u64>, Refusal> {
+        let count = self.disks().len();
+        let skipped = (0..count).map(|disk| {
+            let mut left = self.deferred(disk).unwrap_or_else(|| FreeMap::new(0));
+            for extent in self.unproven(disk, 0, u64::MAX) {
+                left.clear(&extent);
+            }
+            let counted = self.with_image(disk, |image| disks::stored_and_free(image, &left));
+            counted.unwrap_or(Ok(0))
+        });
+        skipped.collect()
     }
 
     /// Of each disk its parts, with what was left behind and by which proof, or why nothing was.

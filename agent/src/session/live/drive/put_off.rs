@@ -46,6 +46,11 @@ impl Drive {
         }
         uplink.settle().await?;
         self.outcome.parts = self.s.free.report();
+        let free = Arc::clone(&self.s.free);
+        // Only a figure of the report: without it the gateway has an estimate.
+        if let Ok(Ok(skipped)) = on_thread("live-count", move || free.skipped()).await {
+            self.outcome.skipped_bytes = skipped;
+        }
         Ok(())
     }
 }

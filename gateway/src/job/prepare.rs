@@ -6,9 +6,8 @@ use std::time::Duration;
 
 use longhaul_common::link::Link;
 use longhaul_common::wire::frame;
-use longhaul_common::wire::session::{
-    AgentTask, PrepareAnswer, PrepareTask, PreparedVm, Refusal, RefusalKind,
-};
+use longhaul_common::wire::prepare::{PrepareAnswer, PrepareTask, PreparedVm};
+use longhaul_common::wire::session::{AgentTask, Refusal, RefusalKind};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 

@@ -9,9 +9,8 @@ use std::time::Duration;
 use longhaul_common::ids::Attempt;
 use longhaul_common::ids::JobId;
 use longhaul_common::units::{ByteSize, Span};
-use longhaul_common::wire::session::{
-    DISKS_MAX, LivePolicy, PrepareOpen, SourceDisk, SourceOpen, SourceVm, TargetVm,
-};
+use longhaul_common::wire::prepare::PrepareOpen;
+use longhaul_common::wire::session::{DISKS_MAX, LivePolicy, SourceDisk, SourceOpen, SourceVm, TargetVm};
 use longhaul_common::wire::words::{cleaned, is_plain};
 use serde::{Deserialize, Serialize};
 

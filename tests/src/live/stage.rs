@@ -77,13 +77,7 @@ impl Stage {
             Monitor::listen(&socket(End::Target))?,
         ];
         let machine = machine(args, &directory, &consoles, &monitors)?;
-        let mut template = machine.template(&consoles.socket(End::Target), monitors[1].socket());
-        if let Some(socket) = &mut template.guest_agent {
-            *socket = settings::guest_agent(&directory, End::Target);
-        }
-        for disk in &mut template.disks {
-            args.target_format().clone_into(&mut disk.format);
-        }
+        let template = template(args, &directory, &machine, &consoles, &monitors);
         if programs.is_some() {
             settings::extend(&directory, &template)?;
             settings::write_job(&directory, &machine, args)?;
@@ -198,6 +192,24 @@ impl Stage {
             None => self.target_used,
         }
     }
+}
+
+/// The machine as it is started at the target.
+fn template(
+    args: &LiveArgs,
+    directory: &Path,
+    machine: &Machine,
+    consoles: &Consoles,
+    monitors: &[Monitor; 2],
+) -> Machine {
+    let mut template = machine.template(&consoles.socket(End::Target), monitors[1].socket());
+    if let Some(socket) = &mut template.guest_agent {
+        *socket = settings::guest_agent(directory, End::Target);
+    }
+    for disk in &mut template.disks {
+        args.target_format().clone_into(&mut disk.format);
+    }
+    template
 }
 
 fn make_folders(directory: &Path) -> io::Result<()> {

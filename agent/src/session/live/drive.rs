@@ -120,7 +120,12 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
         ram_left: 0,
         clock: RunClock::stopped(),
     };
-    drive.begin().await;
+    let mut heard = session.heard.subscribe();
+    // A freeze goes on to its thaw by itself.
+    tokio::select! {
+        () = drive.begin() => {}
+        _ = heard.wait_for(|heard| heard.cancel.is_some()) => {}
+    }
     let end = drive.move_vm().await;
     drive.leave(end).await
 }

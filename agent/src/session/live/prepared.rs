@@ -13,9 +13,8 @@ use std::time::{Duration, Instant};
 use longhaul_common::ids::JobId;
 use longhaul_common::link::SendStream;
 use longhaul_common::wire::frame;
-use longhaul_common::wire::session::{
-    PrepareAnswer, PrepareOpen, PrepareTask, PreparedVm, Refusal, RefusalKind,
-};
+use longhaul_common::wire::prepare::{PrepareAnswer, PrepareOpen, PrepareTask, PreparedVm};
+use longhaul_common::wire::session::{Refusal, RefusalKind};
 
 use super::clock::RunClock;
 use super::disks;

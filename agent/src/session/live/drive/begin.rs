@@ -74,6 +74,7 @@ impl Drive {
         match (taken, since) {
             (Ok(()), Some(since)) => {
                 self.clock.known_since(since);
+                self.s.free.hurry();
                 let age = since.elapsed().as_secs();
                 self.remark(format!("the VM was prepared {age} s before the run"));
             }

@@ -176,12 +176,20 @@ impl Programs {
         command
     }
 
-    /// The operator's command that prepares the job's VM.
-    pub fn prepare_vm(&self, lab: &Lab) -> Command {
+    /// The operator's command that shows everything, as JSON.
+    pub fn status(&self, lab: &Lab) -> Command {
         let mut command = lab.command(End::Source, &self.program("longhaul"));
         let socket = api_socket(lab.directory(), End::Source);
-        let job = lab.directory().join("job.toml");
-        command.args(["--api", &text(&socket), "prepare", &text(&job), "--json"]);
+        command.args(["--api", &text(&socket), "status", "--json"]);
+        command
+    }
+
+    /// Any other of the operator's commands, about the job's file.
+    pub fn with_job(&self, lab: &Lab, words: &[&str]) -> Command {
+        let mut command = lab.command(End::Source, &self.program("longhaul"));
+        let socket = api_socket(lab.directory(), End::Source);
+        command.args(["--api", &text(&socket)]).args(words);
+        command.arg(lab.directory().join("job.toml"));
         command
     }
 

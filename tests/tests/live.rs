@@ -202,6 +202,16 @@ impl Refusing {
     }
 }
 
+impl Refusing {
+    /// The VMs that are prepared, as the operator is shown them.
+    fn prepared(&self) -> Vec<serde_json::Value> {
+        let mut command = self.programs.status(&self.stage.lab);
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        status["prepared"].as_array().cloned().unwrap_or_default()
+    }
+}
+
 /// A QEMU whose machine type is an alias, which means something else in the next version.
 fn alias(qmp: &Path, disk: &str) -> Child {
     let program = std::env::var("LONGHAUL_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned());
@@ -341,4 +351,79 @@ fn a_vm_that_was_prepared_leaves_free_blocks_behind_by_their_age() {
     let (proofs, skipped) = proofs(&report);
     assert_eq!(proofs, ["age"]);
     assert!(skipped > 150 << 20, "{skipped} bytes stayed behind");
+}
+
+/// The bitmaps of a prepared VM that its QEMU has.
+fn prepared_bitmaps(stage: &Stage) -> usize {
+    let nodes = stage
+        .monitor(End::Source)
+        .execute("query-named-block-nodes", serde_json::Value::Null)
+        .unwrap();
+    let nodes = nodes.as_array().cloned().unwrap_or_default();
+    let bitmaps = nodes
+        .iter()
+        .flat_map(|node| node["dirty-bitmaps"].as_array().cloned().unwrap_or_default());
+    let ours = |bitmap: &serde_json::Value| {
+        let name = bitmap["name"].as_str();
+        name.is_some_and(|name| name.starts_with("longhaul-prepared-"))
+    };
+    bitmaps.filter(ours).count()
+}
+
+#[test]
+fn a_prepared_vm_is_shown_outlives_its_agent_and_is_left_clean() {
+    let _place = place("prepared");
+    let mut lab = Refusing::new();
+    fs::write(lab.stage.lab.directory().join("job.toml"), &lab.job).unwrap();
+    let ask = |lab: &Refusing, words: &[&str]| {
+        let output = lab
+            .programs
+            .with_job(&lab.stage.lab, words)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.success(), said)
+    };
+    assert_eq!(ask(&lab, &["prepare"]), (true, String::new()));
+    assert_eq!(prepared_bitmaps(&lab.stage), 1);
+    // Once more is as good as once; a plan leaves it alone.
+    assert_eq!(ask(&lab, &["prepare"]), (true, String::new()));
+    assert_eq!(ask(&lab, &["plan"]), (true, String::new()));
+    assert_eq!(prepared_bitmaps(&lab.stage), 1);
+    let shown = lab.prepared();
+    assert_eq!(shown[0]["agent"], "source-agent");
+    assert!(
+        shown[0]["age_seconds"].is_u64() && shown[0]["dirty_bytes"].is_u64(),
+        "{shown:?}"
+    );
+
+    let mut running = lab.stage.running.iter_mut();
+    let agent = running.find(|process| process.name() == "source-agent").unwrap();
+    agent.kill(std::time::Instant::now()).unwrap();
+    let again = wait_until(Duration::from_secs(30), || {
+        lab.stage.tend().unwrap();
+        let shown = lab.prepared();
+        shown.first().filter(|vm| vm["age_seconds"].is_u64()).map(|_| ())
+    });
+    assert!(
+        again.is_some(),
+        "the agent has forgotten it: {:?}",
+        lab.prepared()
+    );
+    assert_eq!(prepared_bitmaps(&lab.stage), 1);
+
+    assert_eq!(ask(&lab, &["prepare", "--end"]), (true, String::new()));
+    assert_eq!(prepared_bitmaps(&lab.stage), 0);
+    assert!(lab.prepared().is_empty());
+    let (ended, said) = ask(&lab, &["prepare", "--end"]);
+    assert!(!ended && said.contains("is not prepared"), "{said}");
+
+    // A QEMU that ends takes its bitmaps with it.
+    assert!(ask(&lab, &["prepare"]).0);
+    lab.stage.source.kill();
+    let gone = wait_until(Duration::from_secs(30), || {
+        lab.prepared().is_empty().then_some(())
+    });
+    assert!(gone.is_some(), "{:?}", lab.prepared());
 }

@@ -146,7 +146,9 @@ impl Run<'_> {
     }
 
     fn prepare(&mut self, programs: &Programs) -> io::Result<()> {
-        let output = programs.prepare_vm(&self.stage.lab).output()?;
+        let output = programs
+            .with_job(&self.stage.lab, &["prepare", "--json"])
+            .output()?;
         if output.status.success() {
             return Ok(());
         }

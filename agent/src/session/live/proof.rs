@@ -17,6 +17,8 @@ use crate::disk::live_free::{Look, Mount, Proofs, Rules};
 use crate::disk::scan::Part;
 use crate::session::threads::on_thread;
 
+/// More than any disk has.
+const ALL: u64 = 1 << 62;
 /// Between two looks.
 const LOOK_EVERY: Duration = Duration::from_secs(3);
 
@@ -202,7 +204,7 @@ impl FreeProof {
         let count = self.disks().len();
         let skipped = (0..count).map(|disk| {
             let mut left = self.deferred(disk).unwrap_or_else(|| FreeMap::new(0));
-            for extent in self.unproven(disk, 0, u64::MAX) {
+            for extent in self.unproven(disk, 0, ALL) {
                 left.clear(&extent);
             }
             let counted = self.with_image(disk, |image| disks::stored_and_free(image, &left));

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use longhaul_common::ids::Round;
-use longhaul_common::wire::session::LiveOutcome;
+use longhaul_common::wire::session::{LiveOutcome, Refusal, RefusalKind};
 
 use super::{CANCEL_LIMIT, LOOK, REMIND, SourceVm};
 use crate::session::live::copy::Batch;
 use crate::session::live::drive::Stop;
+use crate::session::live::hooks;
 use crate::session::live::ram_out::RamOut;
 use crate::session::live::uplink::Uplink;
 use crate::session::live::word::ToTarget;
@@ -27,6 +28,7 @@ impl SourceVm {
         last: Vec<Batch>,
         round: u32,
         stopped: Instant,
+        hook: Option<hooks::Running>,
         outcome: &mut LiveOutcome,
     ) -> Result<bool, Stop> {
         let mut step = |name: &str| {
@@ -41,6 +43,19 @@ impl SourceVm {
         };
         let stream = self.take_tail(&ram, uplink).await;
         step("stream ended");
+        let stream = match (stream, hook) {
+            (Some(stream), Some(hook)) => {
+                let allowed = self.handover_hook(hook).await?;
+                step("hook ended");
+                allowed.then_some(stream)
+            }
+            (None, Some(hook)) => {
+                // What it did is undone by the one on failure, which must come after it.
+                let _ = hooks::ended(hook).await;
+                None
+            }
+            (stream, None) => stream,
+        };
         if let Some(stream) = stream {
             (outcome.stream_bytes, outcome.stream_digest) = (stream.len, stream.hash);
             let counts = ram.view().counts;
@@ -73,9 +88,19 @@ impl SourceVm {
             }
             _ => {
                 self.let_go().await;
-                Ok(false)
+                self.resolved().map_or(Ok(false), |refusal| Err(refusal.into()))
             }
         }
+    }
+
+    /// Nobody else has heard of this handover yet: where the operator's hook fails, it is taken back, and the job ends.
+    async fn handover_hook(&mut self, hook: hooks::Running) -> Result<bool, Stop> {
+        let Err(why) = hooks::ended(hook).await else {
+            return Ok(matches!(self.owner.state(), SourceState::Continuing { .. }));
+        };
+        self.give_up(Reason::HookFailed).await?;
+        let text = format!("{why}; the handover was taken back, the VM runs on at the source");
+        Err(Refusal::new(RefusalKind::Refused, text).into())
     }
 
     /// Waits for the stream's end, or for a reason to call the VM back.
@@ -137,7 +162,7 @@ impl SourceVm {
             }
             tokio::select! {
                 word = self.words.recv() => match word {
-                    Some(word) => self.on(SourceEvent::Heard(word)).await,
+                    Some(told) => self.hear(told).await,
                     None => return,
                 },
                 _ = uplinks.changed() => {}

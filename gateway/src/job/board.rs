@@ -95,6 +95,9 @@ impl Board {
     /// The source says that its handover is in doubt, or that it is not any more.
     pub fn doubt(&self, words: Option<String>) {
         let mut inner = self.inner();
+        if words.is_none() && inner.doubt.is_none() {
+            return;
+        }
         inner.doubt = words.map(|words| format!("in doubt: {words}"));
         if inner.doubt.is_some() {
             inner.progress.phase = Phase::InDoubt;

@@ -61,8 +61,12 @@ impl<T> Sessions<T> {
     /// The jobs with a session whose number begins so.
     pub(super) fn beginning_with(&self, start: &str) -> Vec<JobId> {
         let slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let jobs = slots.keys().filter(|job| job.to_string().starts_with(start));
-        jobs.copied().collect()
+        // A place that somebody holds is about to be filled, or was just now.
+        let empty = |slot: &Slot<T>| slot.try_lock().is_ok_and(|slot| slot.is_none());
+        let jobs = slots
+            .iter()
+            .filter(|(job, slot)| job.to_string().starts_with(start) && !empty(slot));
+        jobs.map(|(job, _)| *job).collect()
     }
 }
 

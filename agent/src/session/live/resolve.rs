@@ -17,7 +17,7 @@ use crate::vm::handover::{By, Note, Resolve, SourceState, Word};
 const ANSWER: Duration = Duration::from_secs(60);
 
 /// What people should know of it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Said {
     pub lines: Vec<String>,
     /// Not so where it was done before.

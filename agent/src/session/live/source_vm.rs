@@ -112,7 +112,9 @@ impl SourceVm {
     /// After a crash: until QEMU is out of its migration. `true`: who runs the VM is for the target to say, or was said.
     pub(super) async fn settle(&mut self) -> bool {
         let limit = Instant::now() + CANCEL_LIMIT;
-        while !self.owner.is_settled() && !self.is_in_doubt() && Instant::now() < limit {
+        // An operator's word stands whether or not the target has heard of it.
+        let decided = |vm: &Self| vm.owner.is_settled() || vm.is_in_doubt() || vm.is_resolved();
+        while !decided(self) && Instant::now() < limit {
             self.look().await;
             tokio::time::sleep(LOOK).await;
         }

@@ -260,10 +260,6 @@ fn hooks_run_at_their_moments_and_a_failing_one_stops_the_move() {
         assert!(at(&handover) < at("target after"), "{moments:?}");
         assert!(at(&handover) < at(&after), "{moments:?}");
     }
-    assert!(
-        !moments.iter().any(|known| known.ends_with("on_failure")),
-        "{moments:?}"
-    );
 }
 
 impl Site {

@@ -91,6 +91,15 @@ impl World {
                 },
             );
         }
+        if self.source_lost {
+            self.step(
+                steps,
+                format_args!("the operator has the target give up"),
+                |world| {
+                    world.target_event(TargetEvent::Resolve(Resolve::Source));
+                },
+            );
+        }
         let stale = self.is(Fault::TargetTimesOut) && self.target_qemu == TargetQemu::Loaded;
         if self.source_lost || stale {
             self.step(steps, format_args!("the operator resolves target"), |world| {

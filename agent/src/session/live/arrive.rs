@@ -66,6 +66,8 @@ struct Arrive {
     cancelled: bool,
     /// The hook of this generation, from when the source's VM stands.
     at_handover: Option<HandoverHook>,
+    /// The hook on failure of an earlier one, while it may run.
+    undoing: Option<tokio::task::JoinHandle<()>>,
 }
 
 /// Serves a session until its VM has arrived and been given its names, or was given up by the operator.
@@ -88,6 +90,7 @@ pub(super) async fn run(session: Arc<LiveTarget>, machine: Machine, events: mpsc
         notes: Vec::new(),
         cancelled: false,
         at_handover: None,
+        undoing: None,
     };
     arrive.perform(effects).await;
     arrive.look().await;
@@ -136,7 +139,7 @@ impl Arrive {
                 self.on(TargetEvent::Remind).await;
             }
             self.watch().await;
-            self.undo_handover_hook().await;
+            self.undo_handover_hook();
             self.show();
             if self.s.closed && self.is_aborted() {
                 return self.end_closed().await;

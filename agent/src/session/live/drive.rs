@@ -178,6 +178,7 @@ impl Drive {
                 Err(Stop::Detached) => {
                     // The VM runs on here for longer: what was done for its leaving is undone.
                     if std::mem::take(&mut self.at_handover) {
+                        self.vm.hook_ended().await;
                         let problem = self.s.hook_failure("the handover was called off").await;
                         self.outcome.notes.extend(problem);
                     }
@@ -477,6 +478,7 @@ impl Drive {
                 Ok(self.s.moved(Box::new(self.outcome)).await)
             }
             Err(refusal) => {
+                self.vm.hook_ended().await;
                 let refusal = self.s.stayed(refusal).await;
                 self.s.forget().await;
                 Err(refusal)

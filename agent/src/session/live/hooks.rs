@@ -111,12 +111,21 @@ impl LiveTarget {
         at_target(&self.agent, &self.open, &self.vm)
     }
 
-    /// The source has stopped its VM: runs beside what still arrives.
-    pub(super) fn hook_at_handover(&self) -> Option<Running> {
+    /// The source has stopped its VM: runs beside what still arrives, after what undoes an earlier one.
+    pub(super) fn hook_at_handover(&self, undoing: Option<tokio::task::JoinHandle<()>>) -> Option<Running> {
         let section = self.agent.settings.hooks.clone();
         hook::is_set(&section, Moment::AtHandover).then(|| {
             let hooks = self.hooks();
-            tokio::spawn(async move { hooks.run(&section, Moment::AtHandover, None).await })
+            tokio::spawn(async move {
+                if let Some(undoing) = undoing
+                    && tokio::time::timeout(section.handover_timeout.0, undoing)
+                        .await
+                        .is_err()
+                {
+                    return Err("the on_failure hook of an earlier handover still runs".to_owned());
+                }
+                hooks.run(&section, Moment::AtHandover, None).await
+            })
         })
     }
 

@@ -56,7 +56,7 @@ async fn leave(agent: Arc<Agent>, job: JobId, record: Leaving) {
     match LiveSource::settle(&agent, job, record, qmp.clone()).await {
         // In doubt, or moved: whoever asks is answered.
         (session, true) => *agent.live_sources.slot(job).lock().await = Some(session),
-        (stayed, false) => {
+        (session, false) => {
             if let Some(qmp) = qmp {
                 let prefix = format!("{}{}-", crate::vm::PREFIX, job.short());
                 match rounds::sweep(&qmp, &nbd, |name| !name.starts_with(&prefix)).await {
@@ -68,13 +68,13 @@ async fn leave(agent: Arc<Agent>, job: JobId, record: Leaving) {
                     }
                 }
             }
-            stayed.forget().await;
+            session.forget().await;
             tokio::spawn(async move {
                 let refusal = Refusal::new(
                     RefusalKind::Lost,
                     "the agent was restarted; the VM runs on at the source",
                 );
-                stayed.stayed(refusal).await
+                session.stayed(refusal).await
             });
         }
     }

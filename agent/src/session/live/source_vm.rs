@@ -49,6 +49,8 @@ pub(super) struct SourceVm {
     ram: Option<Arc<RamOut>>,
     limits: Limits,
     slowed: bool,
+    /// That of a handover which was called off, until it has ended.
+    hook: Option<super::hooks::Running>,
 }
 
 impl SourceVm {
@@ -76,6 +78,7 @@ impl SourceVm {
                 ..Limits::default()
             },
             slowed: false,
+            hook: None,
         };
         vm.perform(effects).await;
         Ok(vm)

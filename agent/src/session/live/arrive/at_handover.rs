@@ -3,6 +3,8 @@
 //! Owns when it begins and who waits for it. Leaves the program to `session::hook`. Promises that a COMMIT counts only once the hook has
 //! succeeded for its generation, and that where the generation is given up the hook on failure follows it.
 
+use std::sync::Arc;
+
 use super::Arrive;
 use crate::session::live::hooks::{self, Running};
 use crate::vm::handover::{Generation, Reason, TargetEvent, TargetState, Word};
@@ -22,7 +24,7 @@ impl Arrive {
         if known == Some(generation) || !waits {
             return;
         }
-        let running = self.s.hook_at_handover();
+        let running = self.s.hook_at_handover(self.undoing.take());
         self.at_handover = running.map(|running| HandoverHook {
             generation,
             running: Some(running),
@@ -33,7 +35,11 @@ impl Arrive {
     pub(super) async fn hear(&mut self, word: Word) {
         if let Word::Commit { generation, .. } = word {
             self.start_handover_hook(generation);
-            let running = self.at_handover.as_mut().and_then(|hook| hook.running.take());
+            let hook = self
+                .at_handover
+                .as_mut()
+                .filter(|hook| hook.generation == generation);
+            let running = hook.and_then(|hook| hook.running.take());
             if let Some(running) = running
                 && let Err(why) = hooks::ended(running).await
             {
@@ -44,17 +50,20 @@ impl Arrive {
         self.on(TargetEvent::Heard(word)).await;
     }
 
-    /// Where the generation was given up, what its hook did is undone.
-    pub(super) async fn undo_handover_hook(&mut self) {
+    /// Where the generation was given up, what its hook did is undone, beside everything else.
+    pub(super) fn undo_handover_hook(&mut self) {
         let TargetState::Aborted { reason } = *self.owner.state() else {
             return;
         };
         let Some(hook) = self.at_handover.take() else {
             return;
         };
-        if let Some(running) = hook.running {
-            let _ = hooks::ended(running).await;
-        }
-        self.s.hook_failure(&reason.to_string()).await;
+        let session = Arc::clone(&self.s);
+        self.undoing = Some(tokio::spawn(async move {
+            if let Some(running) = hook.running {
+                let _ = hooks::ended(running).await;
+            }
+            session.hook_failure(&reason.to_string()).await;
+        }));
     }
 }

@@ -44,7 +44,7 @@ impl Arrive {
     pub(super) async fn resolve(&mut self, resolve: Resolve, sure: bool) -> Resolved {
         // What is known of QEMU may be half a second old.
         self.look().await;
-        if let Some(already) = self.may_resolve(resolve)? {
+        if let Some(already) = self.may_resolve(resolve, sure)? {
             return Ok(Said::already(already));
         }
         if resolve == Resolve::Target {
@@ -82,7 +82,7 @@ impl Arrive {
     }
 
     /// Why nothing is to be decided; `Ok(Some)`: it is decided already, in just this way.
-    fn may_resolve(&self, resolve: Resolve) -> Result<Option<&'static str>, String> {
+    fn may_resolve(&self, resolve: Resolve, sure: bool) -> Result<Option<&'static str>, String> {
         let refused = |text: &str| Err(text.to_owned());
         match (*self.owner.state(), resolve) {
             (TargetState::Fresh, _) => refused("nothing is in doubt: no VM was prepared for on this host"),
@@ -90,8 +90,8 @@ impl Arrive {
                 "its memory never was here whole, so its disks are not either: this copy cannot be run. Start the VM at its \
                  source, from its own disks",
             ),
-            (TargetState::Waiting, Resolve::Source) if !self.owner.may_be_run() => refused(
-                "nothing is in doubt: the VM is still the source's, and its memory is arriving; pause or cancel the job instead",
+            (TargetState::Waiting, Resolve::Source) if !sure && !self.owner.may_be_run() => refused(
+                "nothing is in doubt: the VM is the source's, and its memory may be arriving; pause or cancel the job instead. If the                  source is gone for good, say it again with --the-other-side-is-off: this host then gives up what it holds",
             ),
             (TargetState::Waiting, _) => Ok(None),
             (TargetState::Running { .. }, Resolve::Target) => Ok(Some("the VM belongs to this host already")),
@@ -120,6 +120,8 @@ impl Arrive {
             tracing::warn!(job = %self.s.job, "{why}");
         }
         // Hooks of a former life may have run.
-        self.s.hook_failure("the handover was given up").await;
+        if self.undoing.is_none() {
+            self.s.hook_failure("the handover was given up").await;
+        }
     }
 }

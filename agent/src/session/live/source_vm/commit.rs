@@ -50,8 +50,7 @@ impl SourceVm {
                 allowed.then_some(stream)
             }
             (None, Some(hook)) => {
-                // What it did is undone by the one on failure, which must come after it.
-                let _ = hooks::ended(hook).await;
+                self.hook = Some(hook);
                 None
             }
             (stream, None) => stream,
@@ -90,6 +89,13 @@ impl SourceVm {
                 self.let_go().await;
                 self.resolved().map_or(Ok(false), |refusal| Err(refusal.into()))
             }
+        }
+    }
+
+    /// What a hook of a handover that was called off did is undone by the one on failure, which must come after it.
+    pub(in crate::session::live) async fn hook_ended(&mut self) {
+        if let Some(hook) = self.hook.take() {
+            let _ = hooks::ended(hook).await;
         }
     }
 

@@ -123,13 +123,16 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
     drive.leave(end).await
 }
 
-/// Settles what a former life of this agent left. `true`: the handover is in doubt, and a task waits for the answer, or it was moved.
+/// Settles what a former life of this agent left. `true`: the session stays, for the handover is in doubt (a task waits for the answer), was
+/// made, or nobody can say.
 pub(super) async fn settle(session: &Arc<LiveSource>, words: mpsc::Receiver<Told>) -> bool {
     let mut vm = match SourceVm::open(session, words).await {
         Ok(vm) => vm,
         Err(refusal) => {
+            // Who may run the VM is not known: nothing is touched, and whoever asks hears why.
             tracing::error!(job = %session.job, "{refusal}");
-            return false;
+            session.end(Err(refusal));
+            return true;
         }
     };
     if !vm.settle().await {

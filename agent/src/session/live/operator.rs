@@ -153,9 +153,9 @@ async fn at_source(session: &Arc<LiveSource>, resolve: Resolve, sure: bool) -> R
             certain("the VM was moved", resolve, sure)?;
             session.resolve_again(resolve).await
         }
-        None => Err(
-            "nothing is in doubt: no handover has begun, the VM is the source's; pause or cancel the job instead".to_owned(),
-        ),
+        None => Err(session.failure().unwrap_or_else(|| {
+            "nothing is in doubt: no handover has begun, the VM is the source's; pause or cancel the job instead".to_owned()
+        })),
     }
 }
 

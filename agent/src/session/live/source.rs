@@ -212,6 +212,14 @@ impl LiveSource {
         self.ended.borrow().as_ref().is_some_and(Result::is_err)
     }
 
+    /// Why it ended without the VM being moved.
+    pub(super) fn failure(&self) -> Option<String> {
+        let ended = self.ended.borrow();
+        ended
+            .as_ref()
+            .and_then(|end| Some(end.as_ref().err()?.text.clone()))
+    }
+
     /// Whether the target runs the VM.
     pub(super) fn has_moved(&self) -> bool {
         self.ended.borrow().as_ref().is_some_and(Result::is_ok)

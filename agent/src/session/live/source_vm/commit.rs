@@ -43,18 +43,16 @@ impl SourceVm {
         };
         let stream = self.take_tail(&ram, uplink).await;
         step("stream ended");
-        let stream = match (stream, hook) {
-            (Some(stream), Some(hook)) => {
-                let allowed = self.handover_hook(hook).await?;
-                step("hook ended");
-                allowed.then_some(stream)
-            }
-            (None, Some(hook)) => {
-                self.hook = Some(hook);
-                None
-            }
-            (stream, None) => stream,
-        };
+        let generation = ram.generation;
+        if let Some(stream) = stream {
+            // Only what it is: the target may load it while a hook of ours still runs.
+            self.s.tell(&ToTarget::StreamEnd { generation, stream }).await;
+        }
+        let hooked = hook.is_some();
+        let stream = self.allowed(stream, hook).await?;
+        if hooked {
+            step("hook ended");
+        }
         if let Some(stream) = stream {
             (outcome.stream_bytes, outcome.stream_digest) = (stream.len, stream.hash);
             let counts = ram.view().counts;
@@ -62,16 +60,12 @@ impl SourceVm {
                 "RAM: {} pages with content ({} of them sent again), {} zero pages",
                 counts.pages, counts.resent_pages, counts.zeros
             ));
-            let end = ToTarget::StreamEnd {
-                generation: ram.generation,
-                stream,
-            };
-            self.s.tell(&end).await;
             let disk_batches = last.len() as u64;
             self.on(SourceEvent::StreamEnded(Facts { disk_batches, stream }))
                 .await;
             self.wait_completed().await;
             step("handed over");
+            let end = ToTarget::StreamEnd { generation, stream };
             self.wait_answer(uplink, &last, round, end).await;
             step("target's answer");
         }
@@ -99,10 +93,20 @@ impl SourceVm {
         }
     }
 
-    /// Nobody else has heard of this handover yet: where the operator's hook fails, it is taken back, and the job ends.
-    async fn handover_hook(&mut self, hook: hooks::Running) -> Result<bool, Stop> {
+    /// The stream, where the operator's hook succeeded. Nothing is handed over yet: where it fails, the VM is taken back and the job ends.
+    async fn allowed(
+        &mut self,
+        stream: Option<Stream>,
+        hook: Option<hooks::Running>,
+    ) -> Result<Option<Stream>, Stop> {
+        let Some(hook) = hook else { return Ok(stream) };
+        let Some(stream) = stream else {
+            self.hook = Some(hook);
+            return Ok(None);
+        };
         let Err(why) = hooks::ended(hook).await else {
-            return Ok(matches!(self.owner.state(), SourceState::Continuing { .. }));
+            let waits = matches!(self.owner.state(), SourceState::Continuing { .. });
+            return Ok(waits.then_some(stream));
         };
         self.give_up(Reason::HookFailed).await?;
         let text = format!("{why}; the handover was taken back, the VM runs on at the source");

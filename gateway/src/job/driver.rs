@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use super::attempt::{Context, Source, Target, Transfer, elapsed_ms, target_open};
 use super::board::Board;
 use super::finish;
+use super::kept::KeepLedger;
 use super::ledger::Ledger;
 use super::live::{self, Cancelled};
 use super::progress::{JobState, Phase};
@@ -480,19 +481,6 @@ impl Desk<'_> {
         let mut report = self.record.report.take().unwrap_or_default();
         report.hook = hook;
         Ok(report)
-    }
-}
-
-/// Gives the ledger back to the driver when the transfer ends, also when it is interrupted.
-struct KeepLedger<'a, 'b> {
-    ledger: &'a mut Ledger,
-    transfer: Transfer<'b>,
-}
-
-impl Drop for KeepLedger<'_, '_> {
-    fn drop(&mut self) {
-        self.transfer.context.ingest.close(&self.transfer.outflow);
-        *self.ledger = self.transfer.outflow.to_next();
     }
 }
 

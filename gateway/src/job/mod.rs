@@ -8,6 +8,7 @@ pub mod board;
 pub mod driver;
 mod finish;
 mod hearing;
+mod kept;
 pub mod ledger;
 pub mod live;
 pub mod order;

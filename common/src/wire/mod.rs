@@ -25,6 +25,8 @@
 //! Control messages are frames (`frame`): length as u32 LE, then postcard. They cross on one bidirectional stream for each job and
 //! hop; the stream's end is the end of the attempt on that hop. Batches (`batch`) cross on unidirectional streams.
 //!
+//! The operator's word about a handover or a shadow (`operator`) is one frame from a gateway to an agent of its site, and one back.
+//!
 //! Before its first payload each connection between gateways agrees on the window of blocks that payloads refer to (`window`): one
 //! bidirectional stream, `PeerTask::Window` and a `WindowAnswer`. One more, `PeerTask::Knock`, stays open: while the sender hears nothing
 //! it writes a byte now and then, which comes back, so that both ends notice soon that a cut is over.
@@ -36,6 +38,7 @@
 
 pub mod batch;
 pub mod frame;
+pub mod operator;
 pub mod ram;
 pub mod sequences;
 pub mod session;

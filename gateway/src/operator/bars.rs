@@ -126,5 +126,8 @@ fn words(state: JobState, progress: &Progress) -> String {
         Rate(progress.wan_bit_per_s / 100_000 * 100_000),
     );
     let free = show::bytes(progress.skipped_free_bytes);
-    format!("{phase} {done}, {rate}, {left} left; free {free}{saved}")
+    let decided = progress.live.as_ref().map(|live| live.decision.as_str());
+    let decided = decided.filter(|said| !said.is_empty());
+    let decided = decided.map(|said| format!("; {said}")).unwrap_or_default();
+    format!("{phase} {done}, {rate}, {left} left; free {free}{saved}{decided}")
 }

@@ -2,13 +2,15 @@
 //!
 //! Owns the tables of sessions. A session outlives the wire attempts that serve it, because the VM does: gateways and links may go and
 //! come. `source` and `target` speak with the gateway, `drive` and `arrive` move the VM, `source_vm` and `target_vm` carry out what the
-//! handover's machines decide. Leaves QEMU to `crate::vm`.
+//! handover's machines decide; `outlook` and `trial` look at both ends before a byte moves. Leaves QEMU to `crate::vm`.
 
 mod arrive;
 mod copy;
 mod disks;
 mod drive;
+mod media;
 mod old_copy;
+mod outlook;
 mod pace;
 mod proof;
 mod ram_in;
@@ -19,6 +21,7 @@ pub(super) mod source;
 mod source_vm;
 pub(super) mod target;
 mod target_vm;
+mod trial;
 mod uplink;
 mod word;
 
@@ -51,6 +54,15 @@ impl<T> Sessions<T> {
             Arc::strong_count(slot) > 1 || slot.try_lock().is_ok_and(|slot| slot.is_some())
         });
         Arc::clone(slots.entry(job).or_default())
+    }
+
+    /// The sessions of other jobs, as far as none is just being opened.
+    pub(super) fn others(&self, job: JobId) -> Vec<Arc<T>> {
+        let slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let others = slots.iter().filter(|(other, _)| **other != job);
+        others
+            .filter_map(|(_, slot)| slot.try_lock().ok()?.clone())
+            .collect()
     }
 }
 

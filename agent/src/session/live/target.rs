@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, watch};
 use super::arrive::{self, Event};
 use super::ram_in::RamIn;
 use super::record::Arriving;
+use super::trial;
 use super::word::{self, ToSource, ToTarget as Word};
 use crate::disk::apply::{Have, Target};
 use crate::session::arrivals::Seat;
@@ -105,9 +106,10 @@ async fn serve(
         let notes = on_thread("target-check", move || {
             target_disks::check(&asked, &with.settings)
         });
-        let notes = notes
+        let mut notes = notes
             .await
             .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??;
+        notes.extend(trial::run(agent, &open, &vm).await?);
         let _ = say.send(FromTarget::Opened { notes }).await;
         return Ok(());
     }
@@ -166,6 +168,7 @@ impl LiveTarget {
         let disks = if arrived.is_some() || machine.owns() {
             Vec::new()
         } else {
+            trial::run(agent, &open, &vm).await?;
             let opened = on_thread("target-open", move || target_disks::open(&asked, &with.settings));
             opened
                 .await

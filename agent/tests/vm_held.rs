@@ -113,7 +113,9 @@ async fn writes_are_held_down_and_let_go_exactly_as_before() {
         );
     }
     let began = Instant::now();
+    // The first one only fills the bucket.
     write(&qmp, "d0", 0x55, 0, 200_000).await;
+    write(&qmp, "d0", 0x55, 0, 4096).await;
     assert!(
         began.elapsed() > Duration::from_millis(700),
         "took {:?}",

@@ -176,6 +176,17 @@ impl Programs {
         command
     }
 
+    /// The operator's command that asks what the job would do.
+    pub fn plan_job(&self, lab: &Lab) -> Command {
+        let mut command = lab.command(End::Source, &self.program("longhaul"));
+        let (socket, job) = (
+            api_socket(lab.directory(), End::Source),
+            lab.directory().join("job.toml"),
+        );
+        command.args(["--api", &text(&socket), "plan", &text(job), "--json"]);
+        command
+    }
+
     /// The operator's command that cancels a job.
     pub fn cancel_job(&self, lab: &Lab, job: &str) -> Command {
         self.order(lab, End::Source, &["cancel", job])

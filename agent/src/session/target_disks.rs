@@ -211,6 +211,7 @@ pub(super) fn note_told(
     let arrival = Arrival {
         digests: Vec::new(),
         paths: paths.to_vec(),
+        copies: Vec::new(),
         complete: true,
         told: true,
         hook,

@@ -290,7 +290,10 @@ async fn make_plan(State(api): State<Api>, body: axum::body::Bytes) -> Response 
         .map_err(JobError::from)
         .and_then(|()| api.jobs.context(&spec));
     match context {
-        Ok(context) => Json(plan::plan(&context, &spec).await).into_response(),
+        Ok(context) => {
+            let measured = api.jobs.measured(&spec.target.site).await;
+            Json(plan::plan(&context, &spec, measured).await).into_response()
+        }
         Err(error) => error.into_response(),
     }
 }

@@ -233,7 +233,8 @@ impl Driver {
             return Ok(report);
         }
         board.phase(Phase::Scan);
-        let mut source = Source::open(&self.context, &self.record.spec, self.job, attempt).await?;
+        let asked = self.record.spec.source_open(self.job, attempt);
+        let mut source = Source::open(&self.context, &self.record.spec, asked).await?;
         board.doubt(source.doubt.take());
         self.stages = vec![("open_source", elapsed_ms(began))];
         let opening = Instant::now();
@@ -249,6 +250,7 @@ impl Driver {
             attempt,
             &self.record.sizes,
             definition,
+            source.vm(),
         );
         let target = self.open_target(open, &mut source).await?;
         if target.arrived.is_some() {
@@ -326,7 +328,14 @@ impl Driver {
         if self.record.committing.is_none() {
             return Ok(None);
         }
-        let open = target_open(&self.record.spec, self.job, attempt, &self.record.sizes, None);
+        let open = target_open(
+            &self.record.spec,
+            self.job,
+            attempt,
+            &self.record.sizes,
+            None,
+            None,
+        );
         let target = Target::open(&self.context, &self.record.spec, open, None).await?;
         let Some(hook) = target.arrived else {
             self.record.committing = None;
@@ -425,7 +434,7 @@ impl Driver {
                 }
             }
         }
-        let mut open = target_open(spec, self.job, attempt, &self.record.sizes, None);
+        let mut open = target_open(spec, self.job, attempt, &self.record.sizes, None, None);
         // What is about to be removed needs no room.
         for disk in &mut open.disks {
             disk.preallocate = false;
@@ -444,7 +453,8 @@ impl Driver {
     }
 
     async fn cancel_live(&self, attempt: Attempt) -> Result<Cancelled, Refusal> {
-        let source = Source::open(&self.context, &self.record.spec, self.job, attempt).await?;
+        let asked = self.record.spec.source_open(self.job, attempt);
+        let source = Source::open(&self.context, &self.record.spec, asked).await?;
         let why = Refusal::new(RefusalKind::Cancelled, "the operator cancelled the job");
         live::cancel(source, &why).await
     }

@@ -23,6 +23,9 @@ use crate::send::ingest::Ingest;
 use crate::send::transmit::Peer;
 use crate::store::{JobRecord, Store, StoreError};
 
+/// So many jobs are looked at for what a link carries.
+const MEASURED_BY: u32 = 50;
+
 /// What the operator asked for and cannot have.
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
@@ -164,6 +167,19 @@ impl Jobs {
             ingest: Arc::clone(&self.ingest),
             peer,
         })
+    }
+
+    /// What earlier jobs got on the WAN to a site, in bits per second: the best of the newest, since none could get more than there is.
+    pub async fn measured(&self, site: &str) -> Option<u64> {
+        let newest = self.store.newest(MEASURED_BY).await.ok()?;
+        let rate = |record: &JobRecord| {
+            let report = record.report.as_ref()?;
+            let ms = *report.stages_ms.get("transfer")?;
+            // Shorter ones say more of round trips than of the link.
+            (ms >= 1000).then(|| report.wan_bytes.saturating_mul(8000) / ms)
+        };
+        let there = newest.iter().filter(|record| record.spec.target.site == site);
+        there.filter_map(rate).max()
     }
 
     fn start(self: &Arc<Self>, record: JobRecord, wish: Wish) -> Result<(), JobError> {

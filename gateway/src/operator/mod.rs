@@ -265,7 +265,15 @@ fn body<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, Failure> {
 async fn plan(client: &Client, spec: &JobSpec, json: bool) -> Result<Code, Failure> {
     let plan: Plan = client.post("/v1/plan", body(spec)?).await?;
     print(json, &plan, show::plan);
-    Ok(if plan.ready { Code::Done } else { Code::NotGood })
+    let hopeless = plan
+        .live
+        .as_ref()
+        .is_some_and(|live| live.converges == Some(false));
+    Ok(if plan.ready && !hopeless {
+        Code::Done
+    } else {
+        Code::NotGood
+    })
 }
 
 async fn submit(client: &Client, spec: &JobSpec, json: bool, detach: bool) -> Result<Code, Failure> {

@@ -141,6 +141,7 @@ pub(super) fn frames() -> io::Result<Vec<Vec<u8>>> {
             &FromSource::Opened {
                 disks: vec![opened],
                 definition: Some(vec![7]),
+                live: None,
             },
         ),
         body(

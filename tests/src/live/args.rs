@@ -67,6 +67,12 @@ pub struct LiveArgs {
     /// The pause that the job may cost, as "300ms"; default: the programs' own
     #[arg(long)]
     pub blackout: Option<Span>,
+    /// How long a guest that does not converge is kept in sync before the job gives up, as "20s"; default: for ever
+    #[arg(long)]
+    pub give_up: Option<Span>,
+    /// Give the machine a flash with a store of firmware variables, which moves as its second disk
+    #[arg(long)]
+    pub vars: bool,
     /// Who migrates
     #[arg(long, value_enum, default_value = "longhaul")]
     pub by: By,

@@ -272,9 +272,15 @@ impl Run<'_> {
             }
             self.phases.see(phase, self.stage.consoles.now());
         }
+        self.hear_decision(value["progress"]["live"]["decision"].as_str().unwrap_or_default());
         match programs::read_line(line) {
             Line::Report(job) => {
+                let heard = std::mem::take(&mut self.report.decisions);
                 self.report.read_job(job);
+                // A job that failed says no more than why.
+                if self.report.decisions.is_empty() {
+                    self.report.decisions = heard;
+                }
                 return true;
             }
             Line::Progress(percent) => {
@@ -284,6 +290,15 @@ impl Run<'_> {
             Line::Other => {}
         }
         false
+    }
+
+    /// Keeps what the job decides on its way, each reason once in a row; the figures behind it change all the time.
+    fn hear_decision(&mut self, said: &str) {
+        let reason = |text: &str| text.split(": a stop now").next().unwrap_or_default().to_owned();
+        let last = self.report.decisions.last().map(|last| reason(last));
+        if !said.is_empty() && last != Some(reason(said)) {
+            self.report.decisions.push(said.to_owned());
+        }
     }
 
     /// Phases that QEMU itself names: states of the migration at the source, and the guest's stop and start.

@@ -8,6 +8,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::args::LiveArgs;
 use super::machine::Machine;
 use crate::lab::End;
 
@@ -47,19 +48,19 @@ pub fn extend(directory: &Path, template: &Machine) -> io::Result<()> {
 ///
 /// # Errors
 /// When it cannot be written.
-pub fn write_job(
-    directory: &Path,
-    machine: &Machine,
-    target_format: &str,
-    blackout: Option<&str>,
-) -> io::Result<()> {
+pub fn write_job(directory: &Path, machine: &Machine, args: &LiveArgs) -> io::Result<()> {
+    let target_format = args.target_format();
     let mut job = format!(
         "kind = \"live\"\nname = \"{}\"\n[source]\nagent = \"source-agent\"\nqmp = \"{}\"\n\
          [target]\nsite = \"target\"\nagent = \"target-agent\"\n",
         machine.name, machine.qmp
     );
-    if let Some(blackout) = blackout {
-        let _ = writeln!(job, "[live]\nblackout = \"{blackout}\"");
+    let spans = [("blackout", args.blackout), ("give_up", args.give_up)];
+    job.push_str("[live]\n");
+    for (key, span) in spans {
+        if let Some(span) = span {
+            let _ = writeln!(job, "{key} = \"{} ms\"", span.0.as_millis());
+        }
     }
     for number in 0..machine.disks.len() {
         let target = disk(directory, End::Target, number);
@@ -67,6 +68,14 @@ pub fn write_job(
             job,
             "[[disk]]\nsource = \"disk{number}\"\ntarget = \"{}\"\ntarget_format = \"{target_format}\"\n",
             target.display(),
+        );
+    }
+    if machine.vars.is_some() {
+        let target = disk(directory, End::Target, machine.disks.len());
+        let _ = write!(
+            job,
+            "[[disk]]\nsource = \"pflash1\"\ntarget = \"{}\"\n",
+            target.display()
         );
     }
     fs::write(directory.join("job.toml"), job)

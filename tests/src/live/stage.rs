@@ -83,8 +83,7 @@ impl Stage {
         }
         if programs.is_some() {
             settings::extend(&directory, &template)?;
-            let blackout = args.blackout.map(|span| format!("{} ms", span.0.as_millis()));
-            settings::write_job(&directory, &machine, args.target_format(), blackout.as_deref())?;
+            settings::write_job(&directory, &machine, args)?;
         }
         say("starting the guest at the source".to_owned());
         let log = directory.join("source-qemu.log");
@@ -198,6 +197,12 @@ impl Stage {
     }
 }
 
+/// What a store of firmware variables holds in the lab: as large as OVMF's, and no block like another.
+pub fn vars() -> Vec<u8> {
+    let blocks = (0..132_u32).flat_map(|block| [block.to_le_bytes(); 1024]);
+    blocks.flatten().collect()
+}
+
 fn make_folders(directory: &Path) -> io::Result<()> {
     for end in [End::Source, End::Target] {
         fs::create_dir_all(settings::qmp_folder(directory, end))?;
@@ -245,6 +250,11 @@ fn machine(
     machine.lab_qmp = monitors[0].socket().display().to_string();
     let folder = settings::qmp_folder(directory, End::Source);
     machine.qmp = folder.join("web.qmp").display().to_string();
+    if args.vars {
+        let store = settings::disk(directory, End::Source, 1);
+        fs::write(&store, vars())?;
+        machine.vars = Some(store.display().to_string());
+    }
     machine.ram_mib = args.ram_mib();
     machine.core = args.core;
     if let Some(qemu) = &args.qemu {

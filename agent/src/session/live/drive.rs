@@ -5,6 +5,7 @@
 //! `vm::converge`, reading to `copy`. Promises that whatever ends the job before the handover leaves the VM running here, without
 //! anything of ours in its QEMU.
 
+mod foretell;
 mod put_off;
 mod switch;
 
@@ -15,6 +16,7 @@ use longhaul_common::ids::Round;
 use longhaul_common::wire::session::{FromSource, LiveOutcome, LiveStage, LiveState, Refusal, RefusalKind};
 use tokio::sync::mpsc;
 
+use self::foretell::Foretold;
 use super::copy::{self, Batch};
 use super::disks::{self, Reach};
 use super::pace::Pace;
@@ -22,7 +24,7 @@ use super::resolve::Told;
 use super::source::{End, LiveSource};
 use super::source_vm::SourceVm;
 use super::uplink::{Detached, Uplink};
-use crate::vm::converge::{Converge, Decision, Verdict};
+use crate::vm::converge::{Converge, Decision, Policy, Verdict};
 use crate::vm::handover::Reason;
 use crate::vm::rounds::{Rounds, RoundsError};
 
@@ -78,6 +80,8 @@ pub(super) struct Drive {
     pub rounds: Rounds,
     pub vm: SourceVm,
     converge: Converge,
+    /// What the job allows, less what turned out to be impossible.
+    policy: Policy,
     pub pace: Pace,
     began: Instant,
     /// The life of the target's session that holds a whole copy but for what the bitmaps say.
@@ -92,6 +96,7 @@ pub(super) struct Drive {
     ram_left: u64,
     /// The hook of this handover was begun.
     pub at_handover: bool,
+    foretold: Foretold,
 }
 
 /// Moves the VM.
@@ -109,6 +114,7 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
         rounds: parts.rounds,
         vm,
         converge: Converge::new(),
+        policy: super::pace::policy(&session.vm.policy),
         pace: Pace::new(disks),
         began: Instant::now(),
         base_for: None,
@@ -118,6 +124,7 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
         counted: false,
         ram_left: 0,
         at_handover: false,
+        foretold: Foretold::begin(session),
     };
     let end = drive.move_vm().await;
     drive.leave(end).await
@@ -186,6 +193,8 @@ impl Drive {
                         self.outcome.notes.extend(problem);
                     }
                     self.note("the link to the target was lost; the VM runs on");
+                    // Nothing is gained by a slow guest while nothing moves.
+                    self.vm.undo_slowing().await;
                 }
                 Err(Stop::Refused(refusal)) => return Err(refusal),
             }
@@ -274,6 +283,7 @@ impl Drive {
                 () = tokio::time::sleep(LOOK) => {
                     self.pace.sample(self.began.elapsed(), uplink, 0, true);
                     self.s.free.look().await;
+                    self.foretell(uplink).await?;
                 }
             }
         };
@@ -313,6 +323,7 @@ impl Drive {
             if self.vm.is_migrating() && self.vm.stopped_unasked().await? {
                 return self.unasked(uplink).await;
             }
+            self.foretell(uplink).await?;
             let verdict = self.decide(uplink).await?;
             match verdict.decision {
                 Decision::Round => self.dirty_round(uplink).await?,
@@ -329,13 +340,18 @@ impl Drive {
                     }
                 }
                 Decision::SlowGuest { cpu, io } => {
-                    self.vm.slow(cpu, io).await?;
+                    if let Some(words) = self.vm.slow(cpu, io).await? {
+                        self.note(&words);
+                        self.policy.io_throttle = false;
+                    }
                     tokio::time::sleep(LOOK).await;
                 }
                 Decision::HoldInSync => {
                     if self.vm.is_migrating() {
                         self.vm.give_up(Reason::NoConvergence).await?;
                     }
+                    self.vm.undo_slowing().await;
+                    self.foretold.measure_ram_again(&self.s);
                     tokio::time::sleep(SAY_AGAIN).await;
                 }
                 Decision::GiveUp => {
@@ -360,11 +376,14 @@ impl Drive {
         if let Some((out, ram)) = self.vm.ram_out().zip(ram) {
             out.set_window(self.pace.window(&ram, rtt));
         }
-        let view = self
+        let mut view = self
             .pace
             .view(now, &dirty, stats.as_ref(), ram.as_ref(), uplink, rtt);
-        let policy = super::pace::policy(&self.s.vm.policy);
-        let verdict = self.converge.decide(now, &view, &policy);
+        view.io_limit = self.vm.io_limit();
+        // Only what ends a hold early: a measurement does not see how well changed pages reduce, a try does.
+        let holds = self.last == Some(std::mem::discriminant(&Decision::HoldInSync));
+        view.ram_dirty_rate = self.foretold.ram_rate().filter(|_| holds);
+        let verdict = self.converge.decide(now, &view, &self.policy);
         let kind = std::mem::discriminant(&verdict.decision);
         if self.last.replace(kind) != Some(kind) {
             tracing::info!(job = %self.s.job, decision = ?verdict.decision, "{}", verdict.why);
@@ -467,7 +486,10 @@ impl Drive {
                 tracing::error!(job = %self.s.job, "the VM could not be brought back: {error}");
             }
         }
-        self.vm.undo_slowing().await;
+        if end.is_err() {
+            self.vm.undo_slowing().await;
+            self.vm.insert_media().await;
+        }
         let socket = self.rounds.socket().to_owned();
         if end.is_err()
             && let Err(error) = self.rounds.remove().await

@@ -23,8 +23,10 @@ pub(super) struct OldCopy {
 
 impl OldCopy {
     pub(super) fn of(disks: &[VmDisk], job: JobId) -> tokio::sync::Mutex<Self> {
+        // A medium that was copied may be in other VMs' drives, too.
+        let owned = disks.iter().filter(|disk| !disk.read_only);
         tokio::sync::Mutex::new(Self {
-            files: disks.iter().map(|disk| disk.file.clone()).collect(),
+            files: owned.map(|disk| disk.file.clone()).collect(),
             job,
             held: Vec::new(),
         })

@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use super::disks::VmDisk;
 use crate::session::target_disks::write_durably;
+use crate::vm::io_limit::SavedLimits;
+use crate::vm::media::Medium;
 use crate::vm::outgoing::Saved;
 
 /// A VM that leaves this host.
@@ -25,6 +27,12 @@ pub(super) struct Leaving {
     pub disks: Vec<VmDisk>,
     /// QEMU's settings before its migration, while it runs.
     pub saved: Option<Saved>,
+    /// The drives' limits before the guest's writes were held down, while they are.
+    #[serde(default)]
+    pub limits: Vec<SavedLimits>,
+    /// Media that are out of their drives.
+    #[serde(default)]
+    pub ejected: Vec<Medium>,
     /// It was moved, and this came of it.
     pub outcome: Option<LiveOutcome>,
     /// The VM's definition on this host.

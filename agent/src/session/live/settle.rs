@@ -14,6 +14,7 @@ use super::arrive::{self, Machine};
 use super::record::{Arriving, Leaving};
 use super::source::LiveSource;
 use super::target::LiveTarget;
+use super::trial;
 use crate::session::threads::on_thread;
 use crate::session::{Agent, target_disks};
 use crate::vm::qmp::Qmp;
@@ -32,6 +33,7 @@ pub(in crate::session) async fn all(agent: &Arc<Agent>) {
         .into_iter()
         .map(|(job, record)| leave(Arc::clone(agent), job, record));
     let leaving: Vec<_> = leaving.map(tokio::spawn).collect();
+    trial::settle(agent).await;
     let arriving = arriving
         .into_iter()
         .map(|(job, record)| arrive(Arc::clone(agent), job, record));

@@ -1,9 +1,10 @@
 //! A running VM at its source: one session for each job, over any number of wire attempts.
 //!
-//! Owns the session's life, attaching an attempt to it, and what is heard. Leaves the migration itself to `drive`. Promises that a plan
+//! Owns the session's life, attaching an attempt to it, and what is heard. Leaves looking at the VM first to `open`, the migration itself to `drive`. Promises that a plan
 //! leaves nothing behind in QEMU, that an attempt which ends leaves the VM and the session as they are, and that how the
 //! migration ended is said to every attempt that asks.
 
+mod open;
 mod preflight;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +14,8 @@ use longhaul_common::ids::{Attempt, JobId};
 use longhaul_common::link::{Link, RecvStream, SendStream};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
-    AgentWord, FromSource, LiveOutcome, OpenedDisk, Refusal, RefusalKind, SourceOpen, SourceVm, ToSource,
+    AgentWord, FromSource, LiveOutcome, LiveSurvey, OpenedDisk, Refusal, RefusalKind, SourceOpen, SourceVm,
+    ToSource,
 };
 use tokio::sync::{mpsc, watch};
 
@@ -27,12 +29,11 @@ use super::stream::{listen, speak};
 use super::uplink::Uplink;
 use super::word::{self, ToSource as Said, ToTarget};
 use crate::disk::have::HaveLeaves;
-use crate::session::source_disks::read_definition;
 use crate::session::threads::on_thread;
 use crate::session::{Agent, outcome};
 use crate::vm::handover::{Generation, SourceState};
+use crate::vm::media::Medium;
 use crate::vm::qmp::Qmp;
-use crate::vm::rounds::{self, Rounds, RoundsOptions};
 
 /// The first version of QEMU whose disks in iothreads are read.
 const IOTHREADS_FROM: (u32, u32) = (8, 1);
@@ -77,6 +78,12 @@ pub(crate) struct LiveSource {
     pub(super) qmp: Qmp,
     pub(super) disks: Vec<VmDisk>,
     reports: Vec<OpenedDisk>,
+    /// What was found before a byte moved; not by a session that only settles.
+    survey: Option<Box<LiveSurvey>>,
+    /// Bytes of the VM's RAM, for the forecast.
+    pub(super) ram_size: u64,
+    /// Media that leave their drives before RAM moves.
+    pub(super) eject: Vec<Medium>,
     pub(super) free: Arc<FreeProof>,
     definition: Option<Vec<u8>>,
     pub(super) heard: watch::Sender<Heard>,
@@ -133,79 +140,15 @@ pub(crate) async fn run(
 }
 
 impl LiveSource {
-    async fn open(agent: &Arc<Agent>, open: &SourceOpen, vm: SourceVm) -> Result<Arc<Self>, Refusal> {
-        let refused = |error: &dyn std::error::Error| Refusal::because(RefusalKind::Refused, error);
-        let settings = &agent.settings;
-        let socket = preflight::allowed_socket(agent, &vm)?;
-        let qmp = Qmp::connect(&socket).await.map_err(|error| refused(&error))?;
-        preflight::refuse_unmovable(&qmp).await?;
-        let disks = disks::find(&qmp, &open.disks).await?;
-        let nbd = settings.paths.run.join(format!("nbd-{}.sock", open.job.short()));
-        // What a former life of this agent left in this QEMU for this job.
-        let prefix = format!("{}{}-", crate::vm::PREFIX, open.job.short());
-        rounds::sweep(&qmp, &nbd, |name| !name.starts_with(&prefix))
-            .await
-            .map_err(|error| refused(&error))?;
-        let options = RoundsOptions {
-            job: open.job.short(),
-            nodes: disks.iter().map(|disk| disk.node.clone()).collect(),
-            granularity: vm.policy.granularity,
-            socket: nbd,
-            foreign_socket: None,
-        };
-        let record = Leaving {
-            job: open.job.to_string(),
-            vm: vm.clone(),
-            qmp: socket.clone(),
-            nbd: options.socket.clone(),
-            disks: disks.clone(),
-            saved: None,
-            outcome: None,
-            definition: open.definition.clone(),
-            hooked: false,
-            told: false,
-            shadows: Vec::new(),
-        };
-        save(agent, open.job, record.clone()).await?;
-        let mut rounds = Rounds::start(&qmp, options)
-            .await
-            .map_err(|error| refused(&error))?;
-        let reach = disks::reach(&mut rounds, 1)
-            .await
-            .map_err(|error| refused(&error));
-        let surveyed = preflight::survey(reach, disks.clone(), vm.policy, open.filter).await;
-        let definition = open
-            .definition
-            .as_deref()
-            .map(|path| read_definition(path, settings));
-        let ((reports, free), definition) =
-            match surveyed.and_then(|surveyed| Ok((surveyed, definition.transpose()?))) {
-                Ok(opened) => opened,
-                Err(refusal) => {
-                    let _ = rounds.remove().await; // The first error is the one to tell.
-                    return Err(refusal);
-                }
-            };
-        let (words, heard) = mpsc::channel(QUEUE);
-        Ok(Arc::new(Self {
-            agent: Arc::clone(agent),
-            job: open.job,
-            vm,
-            old_copy: OldCopy::of(&disks, open.job),
-            qmp,
-            disks,
-            reports,
-            free,
-            definition,
-            heard: watch::Sender::default(),
-            uplink: watch::Sender::new(None),
-            words,
-            owner: watch::Sender::new(None),
-            ram: Mutex::default(),
-            record: Mutex::new(record),
-            parts: Mutex::new(Some(Parts { rounds, words: heard })),
-            ended: watch::Sender::new(None),
-        }))
+    /// Of each disk, the bytes that round 0 has to send.
+    pub(super) fn used(&self) -> Vec<u64> {
+        self.reports.iter().map(|report| report.used).collect()
+    }
+
+    /// Whether this session, which is not over, has that monitor's VM.
+    fn has_vm(&self, socket: &std::path::Path) -> bool {
+        let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        self.ended.borrow().is_none() && record.qmp == socket
     }
 
     fn has_failed(&self) -> bool {
@@ -281,6 +224,9 @@ impl LiveSource {
             old_copy: OldCopy::of(&record.disks, job),
             disks: record.disks.clone(),
             reports: record.disks.iter().map(disks::unread).collect(),
+            survey: None,
+            ram_size: 0,
+            eject: Vec::new(),
             free: Arc::new(FreeProof::none()),
             definition: None,
             heard: watch::Sender::default(),
@@ -331,6 +277,7 @@ impl LiveSource {
         let opened = FromSource::Opened {
             disks: self.reports.clone(),
             definition: self.definition.clone(),
+            live: self.survey.clone(),
         };
         let over = ended.borrow_and_update().clone();
         if let Some(end) = over {

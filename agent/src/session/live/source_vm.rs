@@ -5,6 +5,7 @@
 //! before anything is said of it.
 
 mod commit;
+mod held;
 mod resolve;
 
 use std::sync::{Arc, PoisonError};
@@ -24,7 +25,9 @@ use crate::vm::facts;
 use crate::vm::handover::{
     Effect, Generation, Limits, Note, Reason, SourceEvent, SourceOwner, SourceQemu, SourceState,
 };
+use crate::vm::io_limit::SavedLimits;
 use crate::vm::journal::{Journal, Role};
+use crate::vm::media::Medium;
 use crate::vm::outgoing::{self, MigrationStats, Outgoing, OutgoingOptions};
 use crate::vm::qmp::MigrationStatus;
 
@@ -51,6 +54,10 @@ pub(super) struct SourceVm {
     slowed: bool,
     /// That of a handover which was called off, until it has ended.
     hook: Option<super::hooks::Running>,
+    /// The drives' own limits while their writes are held down, and to how much.
+    io: Option<(Vec<SavedLimits>, u64)>,
+    /// Media that are out of their drives.
+    out: Vec<Medium>,
 }
 
 impl SourceVm {
@@ -79,6 +86,8 @@ impl SourceVm {
             },
             slowed: false,
             hook: None,
+            io: None,
+            out: Vec::new(),
         };
         vm.perform(effects).await;
         Ok(vm)
@@ -102,14 +111,7 @@ impl SourceVm {
     pub(super) async fn words(&self) -> Result<VmWords, Refusal> {
         let gathered = facts::gather(&self.s.qmp, facts::HostCpu::read()).await;
         let facts = gathered.map_err(|error| Refusal::because(RefusalKind::Refused, &error))?;
-        // All zeros: the VM was started without one.
-        let has_uuid = facts.uuid.chars().any(|c| c != '0' && c != '-');
-        let text = serde_json::to_string(&facts);
-        Ok(VmWords {
-            name: facts.name.clone(),
-            uuid: has_uuid.then(|| facts.uuid.clone()),
-            facts: text.ok(),
-        })
+        Ok(VmWords::of(facts, &self.s.eject))
     }
 
     /// After a crash: until QEMU is out of its migration. `true`: who runs the VM is for the target to say, or was said.
@@ -132,6 +134,9 @@ impl SourceVm {
             && let Err(error) = saved.put_back(&self.s.qmp).await
         {
             tracing::warn!(job = %self.s.job, "QEMU's migration settings are not as they were: {error}");
+        }
+        if !self.is_in_doubt() {
+            self.undo_former_life().await;
         }
         matches!(
             self.owner.state(),
@@ -268,24 +273,6 @@ impl SourceVm {
                 self.look().await;
                 Ok(false)
             }
-        }
-    }
-
-    /// Slows the guest down; `None` leaves as it is.
-    pub(super) async fn slow(&mut self, cpu: Option<u8>, _io: Option<u64>) -> Result<(), Stop> {
-        if let Some(percent) = cpu {
-            self.slowed = percent > 0;
-            let slowed = outgoing::throttle(&self.s.qmp, (percent > 0).then_some(percent)).await;
-            slowed.map_err(|error| Stop::from(Refusal::because(RefusalKind::Refused, &error)))?;
-        }
-        Ok(())
-    }
-
-    pub(super) async fn undo_slowing(&mut self) {
-        if std::mem::take(&mut self.slowed)
-            && let Err(error) = outgoing::throttle(&self.s.qmp, None).await
-        {
-            tracing::warn!(job = %self.s.job, "the guest may still be slowed: {error}");
         }
     }
 

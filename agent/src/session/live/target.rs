@@ -17,6 +17,7 @@ use super::arrive::{self, Event};
 use super::ram_in::RamIn;
 use super::record::Arriving;
 use super::stream::{listen, speak};
+use super::trial;
 use super::word::{self, ToSource, ToTarget as Word};
 use crate::disk::apply::{Have, Target};
 use crate::session::arrivals::Seat;
@@ -107,9 +108,10 @@ async fn serve(
         let notes = on_thread("target-check", move || {
             target_disks::check(&asked, &with.settings)
         });
-        let notes = notes
+        let mut notes = notes
             .await
             .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??;
+        notes.extend(trial::run(agent, &open, &vm).await?);
         let _ = say.send(FromTarget::Opened { notes }).await;
         return Ok(());
     }
@@ -168,6 +170,7 @@ impl LiveTarget {
         let disks = if arrived.is_some() || machine.owns() {
             Vec::new()
         } else {
+            trial::run(agent, &open, &vm).await?;
             super::hooks::before_at_target(agent, &open, &vm).await?;
             let opened = on_thread("target-open", move || target_disks::open(&asked, &with.settings));
             opened

@@ -24,9 +24,7 @@ impl Drive {
         let (now, rtt) = (self.began.elapsed(), self.s.heard.borrow().rtt());
         let ram = self.vm.ram_view();
         let view = self.pace.view(now, &dirty, None, ram.as_ref(), uplink, rtt);
-        let verdict = self
-            .converge
-            .unasked(&view, &crate::session::live::pace::policy(&self.s.vm.policy));
+        let verdict = self.converge.unasked(now, &view, &self.policy);
         self.note(&verdict.why);
         match verdict.decision {
             Decision::HandOver { predicted } => {
@@ -80,6 +78,7 @@ impl Drive {
 
     /// Has the target make a QEMU ready, then lets RAM flow.
     pub(in crate::session::live) async fn start_ram(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
+        self.vm.eject_media().await?;
         let generation = self.vm.next_generation();
         self.prepare(uplink, generation).await?;
         self.outcome.generation = generation.0;

@@ -12,7 +12,7 @@ DESTDIR ?=
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: ## Move a running Linux VM over an emulated WAN, and let it prove itself there
@@ -30,6 +30,11 @@ demo-cold: ## Move a Linux VM's disk over an emulated WAN, prove it equal, boot 
 test: ## Run every test
 	@.ci/bootstrap test
 	@.ci/test
+
+.PHONY: test-qemu
+test-qemu: ## Run the tests of running VMs with the QEMU of Debian's backports, or QEMU=PROGRAM
+	@.ci/bootstrap test
+	@.ci/other-qemu
 
 .PHONY: lint
 lint: ## Check format, lints, structure, licences and bans

@@ -183,9 +183,14 @@ impl Programs {
 
     /// The operator's command that cancels a job.
     pub fn cancel_job(&self, lab: &Lab, job: &str) -> Command {
-        let mut command = lab.command(End::Source, &self.program("longhaul"));
-        let socket = api_socket(lab.directory(), End::Source);
-        command.args(["--api", &text(&socket), "cancel", job]);
+        self.order(lab, End::Source, &["cancel", job])
+    }
+
+    /// Any command of the operator to the gateway of an end.
+    pub fn order(&self, lab: &Lab, end: End, words: &[&str]) -> Command {
+        let mut command = lab.command(end, &self.program("longhaul"));
+        let socket = api_socket(lab.directory(), end);
+        command.args(["--api", &text(&socket)]).args(words);
         command
     }
 

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::operator::OperatorTask;
 use super::sequences::Sequences;
 use super::window::WindowHello;
 use super::words;
@@ -107,6 +108,8 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 pub enum AgentTask {
     Source(SourceOpen),
     Target(TargetOpen),
+    /// Answered by one `OperatorAnswer`, and that is all.
+    Operator(OperatorTask),
 }
 
 /// First frame of a stream from the source gateway to the target gateway.
@@ -120,6 +123,8 @@ pub enum PeerTask {
     },
     /// Answered by one `WindowAnswer`, and that is all.
     Window(WindowHello),
+    /// Bytes follow, one at a time, that mean nothing: each is sent back. See `link::Silence`.
+    Knock,
 }
 
 /// What the source agent is to read.
@@ -144,6 +149,20 @@ pub struct SourceVm {
     /// Socket of its guest agent, where it has one.
     pub guest_agent: Option<PathBuf>,
     pub policy: LivePolicy,
+    /// The job's name, for hooks.
+    #[serde(deserialize_with = "words::text")]
+    pub name: String,
+    /// The target, for hooks.
+    pub target: Place,
+}
+
+/// An agent at a site, as hooks are told of the other side.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    #[serde(deserialize_with = "words::text")]
+    pub site: String,
+    #[serde(deserialize_with = "words::text")]
+    pub agent: String,
 }
 
 /// What a live migration may do to reach its end. Times in milliseconds.
@@ -243,7 +262,7 @@ pub enum FromSource {
     Finished,
     /// For the target agent.
     Say(AgentWord),
-    /// Where a live migration stands.
+    /// Where a live migration stands. Before `Opened` only where its handover is in doubt.
     Live(LiveState),
     /// The VM runs at the target, and this end has settled everything.
     Moved(Box<LiveOutcome>),
@@ -392,6 +411,8 @@ pub struct TargetOpen {
 pub struct TargetVm {
     /// A QEMU that waits for it already (`-incoming defer`); started by the agent's template without it.
     pub qmp: Option<PathBuf>,
+    /// The source, for hooks. The target's gateway sets the site, from the peer's certificate.
+    pub source: Place,
 }
 
 /// One disk to write.

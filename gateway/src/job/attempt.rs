@@ -12,8 +12,8 @@ use longhaul_common::ids::{Attempt, DiskIndex, JobId};
 use longhaul_common::link::{Link, SendStream};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
-    AgentTask, DISK_SIZE_MAX, DiskCounts, FromSource, FromTarget, LiveOutcome, OpenedDisk, PeerTask, Refusal,
-    RefusalKind, TargetDisk, TargetOpen, ToSource, ToTarget,
+    AgentTask, DISK_SIZE_MAX, DiskCounts, FromSource, FromTarget, LiveOutcome, LiveStage, LiveState,
+    OpenedDisk, PeerTask, Refusal, RefusalKind, TargetDisk, TargetOpen, ToSource, ToTarget,
 };
 
 use super::board::Board;
@@ -39,6 +39,8 @@ pub struct Context {
 pub struct Source {
     pub disks: Vec<OpenedDisk>,
     pub definition: Option<Vec<u8>>,
+    /// It said that the handover of a running VM is in doubt, in these words.
+    pub doubt: Option<String>,
     /// It said that the VM runs at the target already.
     pub moved: Option<Box<LiveOutcome>>,
     /// A running VM's source: once it has said its last word it hears no more, so what it does not hear ends nothing.
@@ -110,7 +112,18 @@ impl Source {
             .await
             .map_err(|error| lost(&error))?;
         let mut heard = Hearing::start(recv, link.clone(), "the source agent");
-        let (disks, definition, moved) = match heard.next().await? {
+        let mut first = heard.next().await?;
+        let mut doubt = None;
+        if let FromSource::Live(LiveState {
+            stage: LiveStage::InDoubt,
+            decision,
+            ..
+        }) = first
+        {
+            doubt = Some(decision);
+            first = heard.next().await?;
+        }
+        let (disks, definition, moved) = match first {
             FromSource::Opened { disks, definition } if disks.len() == spec.disk.len() => {
                 check_disks(&disks)?;
                 (disks, definition, None)
@@ -122,6 +135,7 @@ impl Source {
         Ok(Self {
             disks,
             definition,
+            doubt,
             moved,
             live: spec.kind == Kind::Live,
             send,
@@ -353,10 +367,13 @@ impl<'a> Transfer<'a> {
 
     pub(super) async fn on_target(&mut self, message: FromTarget) -> Result<(), Refusal> {
         match message {
-            FromTarget::Credit(bytes) => self.source.tell(&ToSource::Credit(bytes)).await,
+            FromTarget::Credit(bytes) => {
+                let passed = self.context.ingest.credit(&self.outflow, bytes);
+                self.pass_credit(passed).await
+            }
             FromTarget::Accepted(sequences) => {
-                self.context.peer.accepted(self.outflow.flow, &sequences);
-                Ok(())
+                let passed = self.context.ingest.accepted(&self.outflow, &sequences);
+                self.pass_credit(passed).await
             }
             FromTarget::Missing(sequences) => {
                 self.context.ingest.send_plainly(&self.outflow, &sequences).await;
@@ -365,7 +382,8 @@ impl<'a> Transfer<'a> {
             FromTarget::Durable(sequences) => {
                 self.outflow.ledger().durable(&sequences);
                 // The word that they were accepted may come later: what is durable is not sent again.
-                self.context.peer.accepted(self.outflow.flow, &sequences);
+                let passed = self.context.ingest.accepted(&self.outflow, &sequences);
+                self.pass_credit(passed).await?;
                 self.source.tell(&ToSource::Durable(sequences)).await
             }
             FromTarget::Waiting(refusal) => {
@@ -379,6 +397,13 @@ impl<'a> Transfer<'a> {
             }
             FromTarget::Failed(refusal) => Err(refusal),
             other => Err(out_of_turn("the target agent", &other)),
+        }
+    }
+
+    async fn pass_credit(&mut self, bytes: u64) -> Result<(), Refusal> {
+        match bytes {
+            0 => Ok(()),
+            bytes => self.source.tell(&ToSource::Credit(bytes)).await,
         }
     }
 

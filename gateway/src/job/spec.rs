@@ -9,7 +9,9 @@ use std::time::Duration;
 use longhaul_common::ids::Attempt;
 use longhaul_common::ids::JobId;
 use longhaul_common::units::{ByteSize, Span};
-use longhaul_common::wire::session::{DISKS_MAX, LivePolicy, SourceDisk, SourceOpen, SourceVm, TargetVm};
+use longhaul_common::wire::session::{
+    DISKS_MAX, LivePolicy, Place, SourceDisk, SourceOpen, SourceVm, TargetVm,
+};
 use longhaul_common::wire::words::{cleaned, is_plain};
 use serde::{Deserialize, Serialize};
 
@@ -292,13 +294,21 @@ impl JobSpec {
             qmp,
             guest_agent: self.source.guest_agent.clone(),
             policy: self.live.policy(),
+            name: self.name.clone(),
+            target: Place {
+                site: self.target.site.clone(),
+                agent: self.target.agent.clone(),
+            },
         })
     }
 
     /// What is to arrive running, for kind "live".
     pub fn target_vm(&self) -> Option<TargetVm> {
-        let qmp = self.target.qmp.clone();
-        (self.kind == Kind::Live).then_some(TargetVm { qmp })
+        let (qmp, agent) = (self.target.qmp.clone(), self.source.agent.clone());
+        // The site is filled in where it is proven: at the target's gateway.
+        let site = String::new();
+        let source = Place { site, agent };
+        (self.kind == Kind::Live).then_some(TargetVm { qmp, source })
     }
 
     fn check_disk(&self, index: usize) -> Result<(), SpecError> {

@@ -18,11 +18,12 @@ use tokio::sync::mpsc;
 use super::copy::{self, Batch};
 use super::disks::{self, Reach};
 use super::pace::Pace;
+use super::resolve::Told;
 use super::source::{End, LiveSource};
 use super::source_vm::SourceVm;
 use super::uplink::{Detached, Uplink};
 use crate::vm::converge::{Converge, Decision, Verdict};
-use crate::vm::handover::{Reason, Word};
+use crate::vm::handover::Reason;
 use crate::vm::rounds::{Rounds, RoundsError};
 
 /// Between two looks at the VM.
@@ -35,7 +36,7 @@ const SAY_AGAIN: Duration = Duration::from_secs(1);
 /// What a session begins with.
 pub(super) struct Parts {
     pub rounds: Rounds,
-    pub words: mpsc::Receiver<Word>,
+    pub words: mpsc::Receiver<Told>,
 }
 
 /// Why a step ended early.
@@ -89,6 +90,8 @@ pub(super) struct Drive {
     counted: bool,
     /// What QEMU had still to send of memory when it was asked last.
     ram_left: u64,
+    /// The hook of this handover was begun.
+    pub at_handover: bool,
 }
 
 /// Moves the VM.
@@ -114,18 +117,22 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
         last: None,
         counted: false,
         ram_left: 0,
+        at_handover: false,
     };
     let end = drive.move_vm().await;
     drive.leave(end).await
 }
 
-/// Settles what a former life of this agent left. `true`: the handover is in doubt, and a task waits for the answer, or it was moved.
-pub(super) async fn settle(session: &Arc<LiveSource>, words: mpsc::Receiver<Word>) -> bool {
+/// Settles what a former life of this agent left. `true`: the session stays, for the handover is in doubt (a task waits for the answer), was
+/// made, or nobody can say.
+pub(super) async fn settle(session: &Arc<LiveSource>, words: mpsc::Receiver<Told>) -> bool {
     let mut vm = match SourceVm::open(session, words).await {
         Ok(vm) => vm,
         Err(refusal) => {
+            // Who may run the VM is not known: nothing is touched, and whoever asks hears why.
             tracing::error!(job = %session.job, "{refusal}");
-            return false;
+            session.end(Err(refusal));
+            return true;
         }
     };
     if !vm.settle().await {
@@ -133,16 +140,14 @@ pub(super) async fn settle(session: &Arc<LiveSource>, words: mpsc::Receiver<Word
     }
     let session = Arc::clone(session);
     tokio::spawn(async move {
-        let end = vm.await_answer().await;
-        match &end {
-            Ok(outcome) => {
-                let outcome = outcome.clone();
-                if let Err(refusal) = session.remember(|record| record.outcome = Some(*outcome)).await {
-                    tracing::warn!(job = %session.job, "{refusal}");
-                }
+        let end = match vm.await_answer().await {
+            Ok(outcome) => Ok(session.moved(outcome).await),
+            Err(refusal) => {
+                let refusal = session.stayed(refusal).await;
+                session.forget().await;
+                Err(refusal)
             }
-            Err(_) => session.forget().await,
-        }
+        };
         session.end(end);
     });
     true
@@ -167,10 +172,19 @@ pub(super) fn blank(disks: usize) -> LiveOutcome {
 
 impl Drive {
     async fn move_vm(&mut self) -> Result<(), Refusal> {
+        if self.s.heard.borrow().cancel.is_none() {
+            self.s.hook_before().await?;
+        }
         loop {
             match self.step().await {
                 Ok(()) => return Ok(()),
                 Err(Stop::Detached) => {
+                    // The VM runs on here for longer: what was done for its leaving is undone.
+                    if std::mem::take(&mut self.at_handover) {
+                        self.vm.hook_ended().await;
+                        let problem = self.s.hook_failure("the handover was called off").await;
+                        self.outcome.notes.extend(problem);
+                    }
                     self.note("the link to the target was lost; the VM runs on");
                 }
                 Err(Stop::Refused(refusal)) => return Err(refusal),
@@ -464,13 +478,11 @@ impl Drive {
             Ok(()) => {
                 // A QEMU that quits leaves its NBD server's name behind.
                 let _ = std::fs::remove_file(socket);
-                let outcome = self.outcome.clone();
-                if let Err(refusal) = self.s.remember(|record| record.outcome = Some(outcome)).await {
-                    tracing::warn!(job = %self.s.job, "{refusal}");
-                }
-                Ok(Box::new(self.outcome))
+                Ok(self.s.moved(Box::new(self.outcome)).await)
             }
             Err(refusal) => {
+                self.vm.hook_ended().await;
+                let refusal = self.s.stayed(refusal).await;
                 self.s.forget().await;
                 Err(refusal)
             }

@@ -27,6 +27,29 @@ pub(super) struct Leaving {
     pub saved: Option<Saved>,
     /// It was moved, and this came of it.
     pub outcome: Option<LiveOutcome>,
+    /// The VM's definition on this host.
+    #[serde(default)]
+    pub definition: Option<PathBuf>,
+    /// Hooks began to run.
+    #[serde(default)]
+    pub hooked: bool,
+    /// The hook after the move has run to its end.
+    #[serde(default)]
+    pub told: bool,
+    /// Once it was moved: what is left of it here, in the order of `disks`.
+    #[serde(default)]
+    pub shadows: Vec<Shadow>,
+}
+
+/// What a moved VM left of one disk at its source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Shadow {
+    /// The name that the image had.
+    pub file: PathBuf,
+    /// The name that it has now; none for a block device, which keeps its own.
+    pub shadow: Option<PathBuf>,
+    /// Its inode: another file of that name is none of ours.
+    pub inode: u64,
 }
 
 /// A VM that arrives at this host.

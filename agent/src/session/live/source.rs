@@ -19,15 +19,18 @@ use tokio::sync::{mpsc, watch};
 
 use super::disks::{self, VmDisk};
 use super::drive::{self, Parts};
+use super::old_copy::OldCopy;
 use super::proof::FreeProof;
 use super::record::Leaving;
+use super::resolve::Told;
+use super::stream::{listen, speak};
 use super::uplink::Uplink;
 use super::word::{self, ToSource as Said, ToTarget};
 use crate::disk::have::HaveLeaves;
 use crate::session::source_disks::read_definition;
 use crate::session::threads::on_thread;
 use crate::session::{Agent, outcome};
-use crate::vm::handover::{Generation, Word};
+use crate::vm::handover::{Generation, SourceState};
 use crate::vm::qmp::Qmp;
 use crate::vm::rounds::{self, Rounds, RoundsOptions};
 
@@ -78,7 +81,11 @@ pub(crate) struct LiveSource {
     definition: Option<Vec<u8>>,
     pub(super) heard: watch::Sender<Heard>,
     pub(super) uplink: watch::Sender<Option<Arc<Uplink>>>,
-    words: mpsc::Sender<Word>,
+    pub(super) words: mpsc::Sender<Told>,
+    /// The handover's state, once its machine has begun.
+    pub(super) owner: watch::Sender<Option<SourceState>>,
+    /// The images, and their locks once the VM is handed over.
+    pub(super) old_copy: tokio::sync::Mutex<OldCopy>,
     /// Where the RAM stream of the current generation is told how far the target is.
     pub(super) ram: Mutex<Option<Arc<super::ram_out::RamOut>>>,
     pub(super) record: Mutex<Leaving>,
@@ -154,6 +161,10 @@ impl LiveSource {
             disks: disks.clone(),
             saved: None,
             outcome: None,
+            definition: open.definition.clone(),
+            hooked: false,
+            told: false,
+            shadows: Vec::new(),
         };
         save(agent, open.job, record.clone()).await?;
         let mut rounds = Rounds::start(&qmp, options)
@@ -180,6 +191,7 @@ impl LiveSource {
             agent: Arc::clone(agent),
             job: open.job,
             vm,
+            old_copy: OldCopy::of(&disks, open.job),
             qmp,
             disks,
             reports,
@@ -188,6 +200,7 @@ impl LiveSource {
             heard: watch::Sender::default(),
             uplink: watch::Sender::new(None),
             words,
+            owner: watch::Sender::new(None),
             ram: Mutex::default(),
             record: Mutex::new(record),
             parts: Mutex::new(Some(Parts { rounds, words: heard })),
@@ -197,6 +210,19 @@ impl LiveSource {
 
     fn has_failed(&self) -> bool {
         self.ended.borrow().as_ref().is_some_and(Result::is_err)
+    }
+
+    /// Why it ended without the VM being moved.
+    pub(super) fn failure(&self) -> Option<String> {
+        let ended = self.ended.borrow();
+        ended
+            .as_ref()
+            .and_then(|end| Some(end.as_ref().err()?.text.clone()))
+    }
+
+    /// Whether the target runs the VM.
+    pub(super) fn has_moved(&self) -> bool {
+        self.ended.borrow().as_ref().is_some_and(Result::is_ok)
     }
 
     /// Whether nobody ever told it to start.
@@ -234,13 +260,13 @@ impl LiveSource {
         save(&self.agent, self.job, record).await
     }
 
-    /// What a former life of this agent left: settled as far as it can be. Gives the session where somebody may still ask for it.
+    /// What a former life of this agent left: settled as far as it can be. `true` where somebody may still ask for the session.
     pub(super) async fn settle(
         agent: &Arc<Agent>,
         job: JobId,
         record: Leaving,
         qmp: Option<Qmp>,
-    ) -> Option<Arc<Self>> {
+    ) -> (Arc<Self>, bool) {
         let (words, heard) = mpsc::channel(QUEUE);
         let qmp = match qmp {
             Some(qmp) => qmp,
@@ -252,6 +278,7 @@ impl LiveSource {
             job,
             vm: record.vm.clone(),
             qmp,
+            old_copy: OldCopy::of(&record.disks, job),
             disks: record.disks.clone(),
             reports: record.disks.iter().map(disks::unread).collect(),
             free: Arc::new(FreeProof::none()),
@@ -259,15 +286,18 @@ impl LiveSource {
             heard: watch::Sender::default(),
             uplink: watch::Sender::new(None),
             words,
+            owner: watch::Sender::new(None),
             ram: Mutex::default(),
             record: Mutex::new(record),
             parts: Mutex::default(),
             ended: watch::Sender::new(moved.clone()),
         });
         if moved.is_some() {
-            return Some(session);
+            session.settle_moved().await;
+            return (session, true);
         }
-        drive::settle(&session, heard).await.then_some(session)
+        let asked = drive::settle(&session, heard).await;
+        (session, asked)
     }
 
     /// How the migration ended, for everybody who asks.
@@ -306,6 +336,7 @@ impl LiveSource {
         if let Some(end) = over {
             return drop(say.send(last_word(end)).await);
         }
+        self.say_doubt(say).await;
         if say.send(opened).await.is_err() {
             return;
         }
@@ -393,7 +424,7 @@ impl LiveSource {
                 }
             }
             // A queue that is full loses words; each is said again.
-            Said::Handover(word) => drop(self.words.try_send(word)),
+            Said::Handover(word) => drop(self.words.try_send(Told::Word(word))),
             Said::Echo(number) => self.heard.send_modify(|heard| {
                 if let Some((_, left)) = heard.probe.take_if(|(sent, _)| *sent == number) {
                     let now = left.elapsed();
@@ -460,29 +491,5 @@ fn last_word(end: End) -> FromSource {
     match end {
         Ok(outcome) => FromSource::Moved(outcome),
         Err(refusal) => FromSource::Failed(refusal),
-    }
-}
-
-async fn speak(mut send: SendStream, mut outgoing: mpsc::Receiver<FromSource>) {
-    while let Some(message) = outgoing.recv().await {
-        if frame::write(&mut send, &message).await.is_err() {
-            return;
-        }
-    }
-    let _ = send.finish();
-    let _ = send.stopped().await;
-}
-
-async fn listen(mut recv: RecvStream, hear: mpsc::Sender<ToSource>) {
-    loop {
-        match frame::read(&mut recv).await {
-            Ok(Some(message)) => {
-                if hear.send(message).await.is_err() {
-                    return;
-                }
-            }
-            Ok(None) => return,
-            Err(error) => return tracing::debug!("the source's control stream ended: {error}"),
-        }
     }
 }

@@ -5,8 +5,8 @@
 //! before anything is said of it.
 
 mod commit;
+mod resolve;
 
-use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,14 +15,14 @@ use serde_json::json;
 use tokio::sync::mpsc;
 
 use super::drive::Stop;
-use super::old_copy::OldCopy;
 use super::ram_out::{RamOut, RamView};
+use super::resolve::Told;
 use super::source::{End, LiveSource};
 use super::word::{ToTarget, VmWords};
 use crate::session::threads::on_thread;
 use crate::vm::facts;
 use crate::vm::handover::{
-    Effect, Generation, Limits, Note, Reason, SourceEvent, SourceOwner, SourceQemu, SourceState, Word,
+    Effect, Generation, Limits, Note, Reason, SourceEvent, SourceOwner, SourceQemu, SourceState,
 };
 use crate::vm::journal::{Journal, Role};
 use crate::vm::outgoing::{self, MigrationStats, Outgoing, OutgoingOptions};
@@ -44,19 +44,20 @@ pub(super) struct SourceVm {
     s: Arc<LiveSource>,
     owner: SourceOwner,
     journal: Option<Journal>,
-    words: mpsc::Receiver<Word>,
+    words: mpsc::Receiver<Told>,
     outgoing: Option<Outgoing>,
     ram: Option<Arc<RamOut>>,
-    old_copy: OldCopy,
     limits: Limits,
     slowed: bool,
+    /// That of a handover which was called off, until it has ended.
+    hook: Option<super::hooks::Running>,
 }
 
 impl SourceVm {
     /// Opens the journal; a former life's handover is settled first.
     pub(super) async fn open(
         session: &Arc<LiveSource>,
-        words: mpsc::Receiver<Word>,
+        words: mpsc::Receiver<Told>,
     ) -> Result<Self, Refusal> {
         let (state, job) = (session.agent.settings.paths.state.clone(), session.job);
         let opened = on_thread("journal", move || Journal::open(&state, job, Role::Source)).await;
@@ -65,7 +66,6 @@ impl SourceVm {
             .map_err(|error| refused(&error))?
             .map_err(|error| refused(&error))?;
         let (owner, effects) = SourceOwner::restore(journal.records()).map_err(|error| refused(&error))?;
-        let files = session.disks.iter().map(|disk| disk.file.clone()).collect();
         let mut vm = Self {
             s: Arc::clone(session),
             owner,
@@ -73,12 +73,12 @@ impl SourceVm {
             words,
             outgoing: None,
             ram: None,
-            old_copy: OldCopy::new(files, job),
             limits: Limits {
                 stalled: Duration::from_millis(session.vm.policy.hold_ms),
                 ..Limits::default()
             },
             slowed: false,
+            hook: None,
         };
         vm.perform(effects).await;
         Ok(vm)
@@ -115,7 +115,9 @@ impl SourceVm {
     /// After a crash: until QEMU is out of its migration. `true`: who runs the VM is for the target to say, or was said.
     pub(super) async fn settle(&mut self) -> bool {
         let limit = Instant::now() + CANCEL_LIMIT;
-        while !self.owner.is_settled() && !self.is_in_doubt() && Instant::now() < limit {
+        // An operator's word stands whether or not the target has heard of it.
+        let decided = |vm: &Self| vm.owner.is_settled() || vm.is_in_doubt() || vm.is_resolved();
+        while !decided(self) && Instant::now() < limit {
             self.look().await;
             tokio::time::sleep(LOOK).await;
         }
@@ -146,7 +148,7 @@ impl SourceVm {
         while self.is_in_doubt() {
             tokio::select! {
                 word = self.words.recv() => match word {
-                    Some(word) => self.on(SourceEvent::Heard(word)).await,
+                    Some(told) => self.hear(told).await,
                     None => break,
                 },
                 () = tokio::time::sleep(REMIND) => self.on(SourceEvent::Remind).await,
@@ -164,6 +166,9 @@ impl SourceVm {
             }
             _ => {
                 self.settle().await;
+                if let Some(refusal) = self.resolved() {
+                    return Err(refusal);
+                }
                 let text = format!(
                     "the VM was not moved: {}; the job can be run again",
                     self.owner.words()
@@ -327,6 +332,11 @@ impl SourceVm {
 
     /// Does what the machine wants, in order, and what it wants then.
     async fn perform(&mut self, effects: Vec<Effect>) {
+        self.carry_out(effects).await;
+        self.s.owner.send_replace(Some(*self.owner.state()));
+    }
+
+    async fn carry_out(&mut self, effects: Vec<Effect>) {
         let mut lists = vec![effects.into_iter()];
         while let Some(list) = lists.last_mut() {
             let Some(effect) = list.next() else {
@@ -377,8 +387,8 @@ impl SourceVm {
                 let cancelled = outgoing::cancel(&self.s.qmp, saved, CANCEL_LIMIT).await;
                 cancelled.map_err(|error| error.to_string())?;
             }
-            Effect::MakeUnrunnable => self.old_copy.bar().await?,
-            Effect::MakeRunnable => self.old_copy.free().await?,
+            Effect::MakeUnrunnable => self.s.old_copy.lock().await.bar().await?,
+            Effect::MakeRunnable => self.s.old_copy.lock().await.free().await?,
             Effect::Quit => {
                 // An answer that never comes is the wish fulfilled; `Look` says what is true.
                 let _ = self.s.qmp.execute("quit", json!({})).await;
@@ -465,6 +475,3 @@ impl SourceVm {
         }
     }
 }
-
-/// Where the old copy's images lie.
-pub(super) type Files = Vec<PathBuf>;

@@ -8,11 +8,20 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+/// A load below which a machine has nothing else to do.
+pub const QUIET: f64 = 0.7;
+
 const UNKNOWN: &str = "unknown";
 
 /// The date and time now, RFC 3339.
 pub fn now() -> String {
     first_line(Command::new("date").args(["-u", "+%Y-%m-%dT%H:%M:%SZ"]))
+}
+
+/// How many processes ran or wanted to, on the mean of the last minute.
+pub fn load() -> Option<f64> {
+    let text = fs::read_to_string("/proc/loadavg").ok()?;
+    text.split(' ').next()?.parse().ok()
 }
 
 /// Versions and machine, by name.
@@ -81,6 +90,6 @@ mod tests {
         let setting = setting(Some(Path::new("/there/is/no/qemu")));
         assert_eq!(setting["qemu"], UNKNOWN);
         assert!(setting.values().all(|value| !value.is_empty()));
-        assert!(now().ends_with('Z'));
+        assert!(now().ends_with('Z') && load().is_some_and(|load| load >= 0.0));
     }
 }

@@ -11,6 +11,7 @@ use std::path::Path;
 
 use super::contestant::{Case, Contestant};
 use super::figures::Standing;
+use super::machine::QUIET;
 use super::notes;
 use super::plan::{Cell, Wanted};
 use super::plot::{Bar, Look, bars};
@@ -98,6 +99,9 @@ fn head(records: &[Record]) -> String {
          zeros found at the source, then RAM over TCP, unencrypted, pausing before the switchover, downtime limit 300 ms; XBZRLE with a\n\
          cache of the guest's memory, multifd with four channels. Rivals' TCP runs BBR where the kernel has it, with buffers of 16 MiB.\n\n",
     );
+    if records.is_empty() {
+        text += "**No run of the benchmark is in the results yet.**\n";
+    }
     let dates: BTreeSet<_> = records.iter().filter_map(|record| record.at.get(..10)).collect();
     if let (Some(first), Some(last)) = (dates.first(), dates.last()) {
         let _ = writeln!(text, "- measured: {first} to {last}, {} runs", records.len());
@@ -109,6 +113,18 @@ fn head(records: &[Record]) -> String {
     for (name, values) in setting {
         let values: Vec<_> = values.into_iter().collect();
         let _ = writeln!(text, "- {name}: {}", values.join("; "));
+    }
+    let loads = records.iter().filter_map(|record| record.load_before);
+    let busy: Vec<_> = loads.filter(|load| *load > QUIET).collect();
+    if let Some(most) = busy.iter().copied().reduce(f64::max) {
+        let _ = writeln!(
+            text,
+            "- **{} of {} runs began on a machine that had other work to do** (load up to {}): their times and pauses are longer\n  \
+             than they would be, for all contestants but not by the same amount",
+            busy.len(),
+            records.len(),
+            number(most)
+        );
     }
     if records.iter().any(|record| !record.emulated) {
         text += "- **some runs had no emulated link**: they ran over loopback and say nothing of a WAN\n";
@@ -260,6 +276,7 @@ mod tests {
             wan_bytes: 290_000_000,
             heartbeat_gap_ms: Some(210.0),
             emulated: true,
+            load_before: Some(seconds / 100.0),
             setting: [("qemu".to_owned(), "QEMU 7.2".to_owned())].into(),
             ..Record::default()
         }
@@ -276,6 +293,10 @@ mod tests {
         ];
         let page = make(&records, &[], "A word on it.");
         assert!(page.text.contains("measured: 2026-11-28 to 2026-11-28, 5 runs"));
+        assert!(
+            page.text
+                .contains("**2 of 5 runs began on a machine that had other work to do** (load up to 3.0)")
+        );
         assert!(page.text.contains("- qemu: QEMU 7.2\n") && page.text.contains("A word on it."));
         assert!(
             page.text.contains("| without differences | 40.0 | 1.6 |"),
@@ -317,6 +338,7 @@ mod tests {
     #[test]
     fn without_a_run_there_is_a_page_that_says_so() {
         let page = make(&[], &[], "");
-        assert!(page.text.contains("not measured") && page.pictures.is_empty());
+        assert!(page.text.contains("No run of the benchmark") && page.text.contains("not measured"));
+        assert!(page.pictures.is_empty());
     }
 }

@@ -59,6 +59,8 @@ pub struct Record {
     pub emulated: bool,
     /// TCP's congestion control, where TCP was used.
     pub tcp: Option<String>,
+    /// Load of the machine in the minute before the run: what else it had to do.
+    pub load_before: Option<f64>,
     /// Versions of what took part, and the machine.
     pub setting: BTreeMap<String, String>,
 }

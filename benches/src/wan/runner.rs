@@ -56,6 +56,7 @@ impl Lab {
     /// # Errors
     /// When the lab itself could not work; its own words are on standard error.
     pub fn play(&self, run: &Run) -> io::Result<Record> {
+        let load_before = machine::load();
         let output = self
             .command(run)
             .stdin(Stdio::null())
@@ -72,6 +73,7 @@ impl Lab {
         record.case = run.cell.case.name().to_owned();
         record.contestant = run.contestant.name.to_owned();
         record.run = run.number;
+        record.load_before = load_before;
         record.at = machine::now();
         record.setting = machine::setting(self.qemu.as_deref());
         Ok(record)

@@ -74,13 +74,23 @@ fuzz: ## Throw damage at every parser and decoder for longer (CASES, TIME)
 	@.ci/fuzz $(CASES) $(TIME)
 
 .PHONY: bench
-bench: ## Measure the whole path over the emulated WAN, and its parts
-	@.ci/bootstrap demo
+bench: ## Measure the parts, for benches/RESULTS.md
+	@.ci/bootstrap bench
 	@.ci/bench
 
-# Runs with faults drawn at random: programs killed, the link cut. The same SEED draws the same faults.
+# The side-by-side benchmark. What is in benches/results/runs.jsonl is not run again: after a stop it goes on. All of it takes
+# many hours. Lists are separated by commas; without a list it is all.
+PROFILES ?=
+WORKLOADS ?=
+CONTESTANTS ?=
+
+.PHONY: bench-wan
+bench-wan: ## Longhaul beside QEMU alone and others (PROFILES, WORKLOADS, CONTESTANTS, RUNS)
+	@.ci/bootstrap bench
+	@.ci/bench-wan "$(PROFILES)" "$(WORKLOADS)" "$(CONTESTANTS)" $(or $(RUNS),3)
+
+# Runs (10 by default) with faults drawn at random: programs killed, the link cut. The same SEED draws the same faults.
 # A campaign that was stopped goes on at run FIRST. WHICH is cold, live or all.
-RUNS ?= 10
 SEED ?= 1
 FIRST ?= 1
 WHICH ?= all
@@ -88,4 +98,4 @@ WHICH ?= all
 .PHONY: campaign
 campaign: ## Kill programs and cut the link at random moments, many times (RUNS, SEED, FIRST, WHICH)
 	@.ci/bootstrap demo
-	@.ci/campaign $(RUNS) $(SEED) $(FIRST) $(WHICH)
+	@.ci/campaign $(or $(RUNS),10) $(SEED) $(FIRST) $(WHICH)

@@ -253,7 +253,7 @@ fn hooks_run_at_their_moments_and_a_failing_one_stops_the_move() {
     assert_eq!(state, "completed", "{message}");
     assert_eq!(site.owners(), [End::Target]);
     let moments = site.moments();
-    let at = |moment| place(&moments, moment);
+    let at = |moment: &str| place(&moments, moment);
     assert!(at("source before") < at("source at_handover"), "{moments:?}");
     for end in ["source", "target"] {
         let (handover, after) = (format!("{end} at_handover"), format!("{end} after"));

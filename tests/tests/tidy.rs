@@ -86,6 +86,7 @@ const DOORS: &[(&str, &[&str])] = &[
             "gateway/src/operator/",
             "gateway/src/pki/",
             "gateway/src/store/",
+            "benches/src/",
             "tests/src/",
         ],
     ),

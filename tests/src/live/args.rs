@@ -12,6 +12,7 @@ use super::faults::{Cut, Fault, Kill, When};
 use super::rival::RamMode;
 use crate::guest::Kind;
 use crate::guest::workload::Workload;
+use crate::ideas::Ideas;
 use crate::wan::spec::LinkSpec;
 
 /// Who migrates.
@@ -79,6 +80,9 @@ pub struct LiveArgs {
     /// How QEMU sends RAM when it migrates alone
     #[arg(long, value_enum, default_value = "plain")]
     pub qemu_ram: RamMode,
+    /// Move the disk of the guest's template, powered off, through the same programs before
+    #[arg(long)]
+    pub after_template: bool,
     /// How long the guest is watched before the job
     #[arg(long, default_value = "6s")]
     pub before: Span,
@@ -88,6 +92,8 @@ pub struct LiveArgs {
     /// QUIC connections between the gateways
     #[arg(long)]
     pub connections: Option<u32>,
+    #[command(flatten)]
+    pub ideas: Ideas,
     /// Keep the lab's directory: config files, logs, consoles, disks
     #[arg(long)]
     pub keep: bool,

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use super::args::LiveArgs;
 use super::machine::Machine;
 use crate::lab::End;
+use crate::programs::JOB_FILE;
 
 /// Folder of an agent for the QMP sockets of its machines.
 pub fn qmp_folder(directory: &Path, end: End) -> PathBuf {
@@ -51,9 +52,11 @@ pub fn extend(directory: &Path, template: &Machine) -> io::Result<()> {
 pub fn write_job(directory: &Path, machine: &Machine, args: &LiveArgs) -> io::Result<()> {
     let target_format = args.target_format();
     let mut job = format!(
-        "kind = \"live\"\nname = \"{}\"\n[source]\nagent = \"source-agent\"\nqmp = \"{}\"\n\
+        "kind = \"live\"\nname = \"{}\"\n{}[source]\nagent = \"source-agent\"\nqmp = \"{}\"\n\
          [target]\nsite = \"target\"\nagent = \"target-agent\"\n",
-        machine.name, machine.qmp
+        machine.name,
+        args.ideas.job(),
+        machine.qmp
     );
     let spans = [("blackout", args.blackout), ("give_up", args.give_up)];
     job.push_str("[live]\n");
@@ -78,7 +81,7 @@ pub fn write_job(directory: &Path, machine: &Machine, args: &LiveArgs) -> io::Re
             target.display()
         );
     }
-    fs::write(directory.join("job.toml"), job)
+    fs::write(directory.join(JOB_FILE), job)
 }
 
 /// A TOML array of strings.

@@ -15,7 +15,7 @@ use super::console::Consoles;
 use super::machine::{Disk, Machine};
 use super::monitor::Monitor;
 use super::vm::Vm;
-use super::{rival, settings};
+use super::{rival, settings, template};
 use crate::guest;
 use crate::guest::workload::workload_kernel;
 use crate::lab::{End, Lab};
@@ -37,6 +37,8 @@ pub struct Stage {
     pub consoles: Consoles,
     pub machine: Machine,
     pub lab: Lab,
+    /// The congestion control of TCP, where QEMU migrates alone.
+    pub tcp: Option<String>,
     adopted: Option<u32>,
     target_used: Option<Usage>,
 }
@@ -58,18 +60,16 @@ impl Stage {
             say(format!("not emulated: {missing}"));
         }
         let image = settings::disk(&directory, End::Source, 0);
-        let job = Job {
-            image: image.clone(),
-            format: args.format.clone(),
-            target_format: args.target_format().to_owned(),
-            connections: args.connections,
-        };
         if let Some(programs) = programs {
-            programs.prepare(&lab, &args.link, &job)?;
+            programs.prepare(&lab, &args.link, &job(args, &image))?;
         }
+        let tcp = programs.is_none().then(|| lab.favour_tcp()).transpose()?;
         make_folders(&directory)?;
         say("making the guest's disk".to_owned());
         make_disk(args, &image, &|step| eprintln!("{step} ..."))?;
+        if args.after_template {
+            template::prepare(&directory, &image, &args.format)?;
+        }
         let consoles = Consoles::listen(&directory)?;
         let socket = |end: End| directory.join(format!("{}-lab.sock", end.name()));
         let monitors = [
@@ -109,6 +109,7 @@ impl Stage {
             consoles,
             machine,
             lab,
+            tcp,
             adopted: None,
             target_used: None,
         };
@@ -201,6 +202,17 @@ impl Stage {
 pub fn vars() -> Vec<u8> {
     let blocks = (0..132_u32).flat_map(|block| [block.to_le_bytes(); 1024]);
     blocks.flatten().collect()
+}
+
+/// What the programs' settings need to know.
+fn job(args: &LiveArgs, image: &Path) -> Job {
+    Job {
+        image: image.to_owned(),
+        format: args.format.clone(),
+        target_format: args.target_format().to_owned(),
+        connections: args.connections,
+        ideas: args.ideas.clone(),
+    }
 }
 
 fn make_folders(directory: &Path) -> io::Result<()> {

@@ -22,7 +22,7 @@ use longhaul_lab::live::verdict::LiveReport;
 use longhaul_lab::live::{run, settings};
 use longhaul_lab::move_disk::Moment;
 use longhaul_lab::namespace;
-use longhaul_lab::programs::{Line, Programs, read_line};
+use longhaul_lab::programs::{JOB_FILE, Line, Programs, read_line};
 use longhaul_lab::usage::wait_until;
 use serde_json::{Value, json};
 
@@ -208,7 +208,7 @@ impl Refusing {
     /// What a job gets to hear.
     fn refusal(&mut self, job: &str) -> String {
         fs::write(self.stage.lab.directory().join("job.toml"), job).unwrap();
-        let mut operator = self.programs.run_job(&self.stage.lab);
+        let mut operator = self.programs.run_job(&self.stage.lab, JOB_FILE);
         let output = operator.stdin(Stdio::null()).output().unwrap();
         let lines = BufReader::new(&output.stdout[..]).lines().map_while(Result::ok);
         let mut reports = lines.filter_map(|line| match read_line(&line) {

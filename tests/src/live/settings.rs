@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use super::args::LiveArgs;
 use super::machine::Machine;
 use crate::lab::End;
+use crate::programs::JOB_FILE;
 
 /// Folder of an agent for the QMP sockets of its machines.
 pub fn qmp_folder(directory: &Path, end: End) -> PathBuf {
@@ -59,15 +60,20 @@ pub fn extend(directory: &Path, template: &Machine) -> io::Result<()> {
 pub fn write_job(directory: &Path, machine: &Machine, args: &LiveArgs) -> io::Result<()> {
     let target_format = args.target_format();
     let mut job = format!(
-        "kind = \"live\"\nname = \"{}\"\n[source]\nagent = \"source-agent\"\nqmp = \"{}\"\n",
-        machine.name, machine.qmp
+        "kind = \"live\"\nname = \"{}\"\n{}[source]\nagent = \"source-agent\"\nqmp = \"{}\"\n",
+        machine.name,
+        args.ideas.job(),
+        machine.qmp
     );
     if let Some(socket) = &machine.guest_agent {
         let _ = writeln!(job, "guest_agent = \"{socket}\"");
     }
     job += "[target]\nsite = \"target\"\nagent = \"target-agent\"\n[live]\n";
-    if let Some(blackout) = args.blackout {
-        let _ = writeln!(job, "blackout = \"{} ms\"", blackout.0.as_millis());
+    let spans = [("blackout", args.blackout), ("give_up", args.give_up)];
+    for (key, span) in spans {
+        if let Some(span) = span {
+            let _ = writeln!(job, "{key} = \"{} ms\"", span.0.as_millis());
+        }
     }
     if let Some(age) = &args.proof_age {
         let _ = writeln!(job, "free_proof_age = \"{age}\"");
@@ -83,7 +89,15 @@ pub fn write_job(directory: &Path, machine: &Machine, args: &LiveArgs) -> io::Re
             target.display(),
         );
     }
-    fs::write(directory.join("job.toml"), job)
+    if machine.vars.is_some() {
+        let target = disk(directory, End::Target, machine.disks.len());
+        let _ = write!(
+            job,
+            "[[disk]]\nsource = \"pflash1\"\ntarget = \"{}\"\n",
+            target.display()
+        );
+    }
+    fs::write(directory.join(JOB_FILE), job)
 }
 
 /// A TOML array of strings.

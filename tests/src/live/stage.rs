@@ -15,7 +15,7 @@ use super::console::Consoles;
 use super::machine::{Disk, Machine};
 use super::monitor::Monitor;
 use super::vm::Vm;
-use super::{rival, settings};
+use super::{rival, settings, template};
 use crate::guest::workload::{with_guest_agent, workload_kernel};
 use crate::guest::{self, Fs, Kind};
 use crate::lab::{End, Lab};
@@ -37,6 +37,8 @@ pub struct Stage {
     pub consoles: Consoles,
     pub machine: Machine,
     pub lab: Lab,
+    /// The congestion control of TCP, where QEMU migrates alone.
+    pub tcp: Option<String>,
     adopted: Option<u32>,
     target_used: Option<Usage>,
 }
@@ -58,18 +60,16 @@ impl Stage {
             say(format!("not emulated: {missing}"));
         }
         let image = settings::disk(&directory, End::Source, 0);
-        let job = Job {
-            image: image.clone(),
-            format: args.format.clone(),
-            target_format: args.target_format().to_owned(),
-            connections: args.connections,
-        };
         if let Some(programs) = programs {
-            programs.prepare(&lab, &args.link, &job)?;
+            programs.prepare(&lab, &args.link, &job(args, &image))?;
         }
+        let tcp = programs.is_none().then(|| lab.favour_tcp()).transpose()?;
         make_folders(&directory)?;
         say("making the guest's disk".to_owned());
         make_disk(args, &image, &|step| eprintln!("{step} ..."))?;
+        if args.after_template {
+            template::prepare(&directory, &image, &args.format)?;
+        }
         let consoles = Consoles::listen(&directory)?;
         let socket = |end: End| directory.join(format!("{}-lab.sock", end.name()));
         let monitors = [
@@ -77,7 +77,7 @@ impl Stage {
             Monitor::listen(&socket(End::Target))?,
         ];
         let machine = machine(args, &directory, &consoles, &monitors)?;
-        let template = template(args, &directory, &machine, &consoles, &monitors);
+        let template = at_target(args, &directory, &machine, &consoles, &monitors);
         if programs.is_some() {
             settings::extend(&directory, &template)?;
             settings::write_job(&directory, &machine, args)?;
@@ -106,6 +106,7 @@ impl Stage {
             consoles,
             machine,
             lab,
+            tcp,
             adopted: None,
             target_used: None,
         };
@@ -195,7 +196,7 @@ impl Stage {
 }
 
 /// The machine as it is started at the target.
-fn template(
+fn at_target(
     args: &LiveArgs,
     directory: &Path,
     machine: &Machine,
@@ -210,6 +211,23 @@ fn template(
         args.target_format().clone_into(&mut disk.format);
     }
     template
+}
+
+/// What a store of firmware variables holds in the lab: as large as OVMF's, and no block like another.
+pub fn vars() -> Vec<u8> {
+    let blocks = (0..132_u32).flat_map(|block| [block.to_le_bytes(); 1024]);
+    blocks.flatten().collect()
+}
+
+/// What the programs' settings need to know.
+fn job(args: &LiveArgs, image: &Path) -> Job {
+    Job {
+        image: image.to_owned(),
+        format: args.format.clone(),
+        target_format: args.target_format().to_owned(),
+        connections: args.connections,
+        ideas: args.ideas.clone(),
+    }
 }
 
 fn make_folders(directory: &Path) -> io::Result<()> {
@@ -268,6 +286,11 @@ fn machine(
     machine.lab_qmp = monitors[0].socket().display().to_string();
     let folder = settings::qmp_folder(directory, End::Source);
     machine.qmp = folder.join("web.qmp").display().to_string();
+    if args.vars {
+        let store = settings::disk(directory, End::Source, 1);
+        fs::write(&store, vars())?;
+        machine.vars = Some(store.display().to_string());
+    }
     machine.ram_mib = args.ram_mib();
     machine.core = args.core;
     if let Some(qemu) = &args.qemu {

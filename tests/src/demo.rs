@@ -101,6 +101,8 @@ fn job_of(args: &DemoArgs, link: LinkSpec) -> LiveArgs {
         cancel: None,
         target_format: None,
         blackout: None,
+        give_up: None,
+        vars: false,
         by: By::Longhaul,
         qemu_ram: RamMode::Plain,
         before: seconds(4),

@@ -193,30 +193,19 @@ async fn media_are_taken_out_and_put_back() {
 }
 
 #[tokio::test]
-async fn the_rate_of_memory_is_measured_or_said_to_be_unknown() {
-    let qemu = Qemu::with(&["-m", "256"]);
-    let qmp = qemu.qmp().await;
-    let began = Instant::now();
-    let rate = ram_rate::measure(&qmp, 256 << 20, 1).await.unwrap();
-    assert!(began.elapsed() < Duration::from_secs(6));
-    assert!(rate < 200 << 20, "an idle guest writes {rate} bytes/s");
-    let twice = tokio::join!(
-        ram_rate::measure(&qmp, 256 << 20, 1),
-        ram_rate::measure(&qmp, 256 << 20, 1)
-    );
-    assert!(matches!(twice.1, Err(RamRateError::Refused(_))), "{twice:?}");
-    let little = ram_rate::measure(&qmp, 32 << 20, 1).await;
-    assert!(matches!(little, Err(RamRateError::TooLittle)));
-}
-
-#[tokio::test]
-async fn a_small_vm_gives_no_rate_rather_than_a_wrong_one() {
+async fn the_rate_of_memory_is_measured() {
     let qemu = Qemu::busy();
     let qmp = qemu.qmp().await;
     wait_busy(&qmp).await;
-    // QEMU has 32 MiB here, whatever it is said to have: nothing is large enough to be sampled.
-    let told = ram_rate::measure(&qmp, 512 << 20, 1).await;
-    assert!(matches!(told, Err(RamRateError::TooLittle)), "{told:?}");
+    let began = Instant::now();
+    let rate = ram_rate::measure(&qmp, 32 << 20, 1).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(6));
+    // The guest writes the same half MiB over and over: pages count, not writes.
+    assert!((1 << 19..4 << 20).contains(&rate), "{rate} bytes/s");
+    // A QEMU that is gone has no rate, and nobody waits for it.
+    drop(qemu);
+    let gone = ram_rate::measure(&qmp, 32 << 20, 1).await;
+    assert!(matches!(gone, Err(RamRateError::Qmp(_))), "{gone:?}");
 }
 
 #[tokio::test]

@@ -12,8 +12,6 @@ use serde_json::json;
 use crate::vm::qmp::{Qmp, QmpError};
 
 const MIB: u64 = 1 << 20;
-/// QEMU leaves out smaller blocks of memory.
-const BLOCK_MIN: u64 = 128 * MIB;
 /// Pages that are hashed in all, and for each GiB at least and at most: the sample of a small guest would be too small otherwise.
 const PAGES: u64 = 16_384;
 const PAGES_PER_GIB: (u64, u64) = (512, 4096);
@@ -27,8 +25,8 @@ const LOOK: Duration = Duration::from_millis(100);
 pub enum RamRateError {
     #[error("this QEMU does not measure it (calc-dirty-rate): {0}")]
     Refused(QmpError),
-    #[error("QEMU measures only memory of 128 MiB and more")]
-    TooLittle,
+    #[error("QEMU found no memory to measure")]
+    Nothing,
     #[error("QEMU's measurement did not end in time")]
     Late,
     #[error(transparent)]
@@ -48,9 +46,6 @@ struct Told {
 /// # Errors
 /// See [`RamRateError`]; each is a reason, none a fault of the guest.
 pub async fn measure(qmp: &Qmp, ram: u64, seconds: u32) -> Result<u64, RamRateError> {
-    if ram < BLOCK_MIN {
-        return Err(RamRateError::TooLittle);
-    }
     let seconds = seconds.clamp(1, 60);
     let asked = json!({ "calc-time": seconds, "sample-pages": pages_per_gib(ram) });
     match qmp.execute("calc-dirty-rate", asked).await {
@@ -63,10 +58,7 @@ pub async fn measure(qmp: &Qmp, ram: u64, seconds: u32) -> Result<u64, RamRateEr
     loop {
         let told: Told = qmp.query("query-dirty-rate").await.map_err(RamRateError::Qmp)?;
         if told.status == "measured" {
-            return told
-                .dirty_rate
-                .and_then(bytes_per_s)
-                .ok_or(RamRateError::TooLittle);
+            return told.dirty_rate.and_then(bytes_per_s).ok_or(RamRateError::Nothing);
         }
         if tokio::time::Instant::now() >= limit {
             return Err(RamRateError::Late);

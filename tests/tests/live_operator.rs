@@ -280,7 +280,9 @@ impl Site {
             std::thread::sleep(TICK * 10);
             let record = site.job(job);
             let progress = &record["progress"];
-            let message = record["message"].as_str().or(progress["message"].as_str());
+            let message = record["message"]
+                .as_str()
+                .or_else(|| progress["message"].as_str());
             message.is_some_and(|message| {
                 message.contains("in doubt: the VM is handed over and stopped here")
                     && message.contains("longhaul resolve")

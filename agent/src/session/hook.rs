@@ -156,7 +156,7 @@ impl Hooks {
         command.env("LONGHAUL_OTHER_SITE", &self.other.site);
         command.env("LONGHAUL_OTHER_AGENT", &self.other.agent);
         command.env("LONGHAUL_DISKS", disks.join("\n"));
-        let definition = self.definition.as_deref().unwrap_or(Path::new(""));
+        let definition = self.definition.as_deref().unwrap_or_else(|| Path::new(""));
         command.env("LONGHAUL_DEFINITION", definition);
         command.env("LONGHAUL_CAUSE", cause.unwrap_or_default());
     }

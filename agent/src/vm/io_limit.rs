@@ -87,7 +87,7 @@ pub async fn put_back(qmp: &Qmp, saved: &[SavedLimits]) -> Result<(), QmpError> 
         let put = qmp
             .execute("block_set_io_throttle", drive.arguments(&drive.values))
             .await;
-        failed = failed.or(put.err());
+        failed = failed.or_else(|| put.err());
     }
     failed.map_or(Ok(()), Err)
 }

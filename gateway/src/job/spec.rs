@@ -107,7 +107,7 @@ pub struct LiveSection {
     /// How long a broken link may hold the RAM stream, while the VM runs on, before that stream is given up and begun anew.
     #[schema(value_type = String)]
     pub hold: Span,
-    /// What one bit of a dirty bitmap stands for: a power of two from 4 KiB to 1 MiB.
+    /// What one bit of a dirty bitmap stands for: a power of two from 4 KiB to 64 KiB.
     #[schema(value_type = String)]
     pub granularity: ByteSize,
     /// A block that is free in the guest's journal and was not written for so long counts as free; "never" forbids it.
@@ -217,7 +217,7 @@ impl LiveSection {
         if self.blackout.0 < BLACKOUT_MIN || self.blackout.0 > BLACKOUT_MAX {
             return Err(SpecError::Blackout);
         }
-        if !self.granularity.0.is_power_of_two() || !(4096..=1 << 20).contains(&self.granularity.0) {
+        if !self.granularity.0.is_power_of_two() || !(4096..=64 << 10).contains(&self.granularity.0) {
             return Err(SpecError::Granularity);
         }
         match &self.free_proof_age {
@@ -294,7 +294,7 @@ pub enum SpecError {
     NotLive { key: &'static str },
     #[error("live.blackout must lie between 10 ms and 10 min")]
     Blackout,
-    #[error("live.granularity must be a power of two from 4 KiB to 1 MiB")]
+    #[error("live.granularity must be a power of two from 4 KiB to 64 KiB")]
     Granularity,
     #[error("live.free_proof_age must be at least 30 s, or \"never\"")]
     ProofAge,

@@ -159,7 +159,7 @@ async fn begin(agent: &Arc<Agent>, open: PrepareOpen) -> Result<PreparedVm, Refu
         Err(why) => {
             let left = take_away(agent, id, &record, Some(&qmp)).await;
             let lost = || Refusal::new(RefusalKind::Lost, "QEMU's monitor was lost");
-            return Err(why.or(left.err()).unwrap_or_else(lost));
+            return Err(why.or_else(|| left.err()).unwrap_or_else(lost));
         }
     };
     tracing::info!(vm = %record.name, "prepared: its dirty bitmaps are on");

@@ -190,7 +190,7 @@ mod tests {
         let shadow = Shadow {
             inode: std::fs::metadata(&path).unwrap().ino(),
             shadow: Some(path.clone()),
-            file: file.clone(),
+            file,
         };
 
         let other = Shadow {

@@ -40,9 +40,14 @@ cat > initrd/init <<'INIT'
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sys /sys
 /bin/busybox mount -t devtmpfs dev /dev
-for module in $(/bin/busybox cat /modules/order); do /bin/busybox insmod "/modules/$module"; done
 root=$(/bin/busybox sed -n 's/.*longhaul.root=\([^ ]*\).*/\1/p' /proc/cmdline)
 fs=$(/bin/busybox sed -n 's/.*longhaul.fs=\([^ ]*\).*/\1/p' /proc/cmdline)
+for module in $(/bin/busybox cat /modules/order); do
+    case $module in */xfs.ko*) [ "$fs" = xfs ] || continue ;; esac
+    /bin/busybox insmod "/modules/$module"
+done
+# The small guest has no memory to spare for files that nobody reads again.
+/bin/busybox rm -rf /modules
 /bin/busybox mount -t "${fs:-ext4}" "$root" /disk || { echo "LONGHAUL-GUEST-FAILED cannot mount $root"; /bin/busybox poweroff -f; }
 if /bin/busybox grep -q longhaul.workload= /proc/cmdline; then
     # One console for words in both directions: nothing is echoed, lines end as they are written.

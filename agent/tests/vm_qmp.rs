@@ -162,7 +162,7 @@ async fn the_facts_of_a_vm() {
         .into_iter()
         .map(|finding| finding.subject)
         .collect();
-    assert_eq!(found, [Subject::State, Subject::Disk]);
+    assert_eq!(found, [Subject::State]);
 }
 
 #[tokio::test]

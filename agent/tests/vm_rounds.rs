@@ -9,7 +9,9 @@ use std::path::PathBuf;
 use longhaul_agent::disk::ReadAt;
 use longhaul_agent::disk::image::LiveImage;
 use longhaul_agent::vm::qmp::Qmp;
-use longhaul_agent::vm::rounds::{GRANULARITY, Rounds, RoundsError, RoundsOptions, bitmaps, exports, sweep};
+use longhaul_agent::vm::rounds::{
+    GRANULARITY, Rounds, RoundsError, RoundsOptions, add_bitmaps, bitmaps, exports, sweep,
+};
 use longhaul_common::extent::Extent;
 use serde_json::{Value, json};
 use vm_qemu::{DISK, Qemu, write};
@@ -204,4 +206,32 @@ async fn the_vm_survives_a_reader_that_vanishes() {
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         nothing_left(&qmp).await;
     }
+}
+
+#[tokio::test]
+async fn a_bitmap_from_before_is_taken_over_and_what_was_trimmed_is_forgotten() {
+    let qemu = Qemu::start();
+    let qmp = qemu.qmp().await;
+    let nodes = nodes(&qmp).await;
+    add_bitmaps(&qmp, &nodes, "longhaul-prepared-1", 4096)
+        .await
+        .unwrap();
+    write(&qmp, "d0", 0x11, 1 << 20, 65536).await;
+    let mut rounds = Rounds::start(&qmp, options(&qemu, &qmp).await).await.unwrap();
+    write(&qmp, "d0", 0x22, 3 << 20, 65536).await;
+    assert_eq!(rounds.dirty_bytes().await.unwrap(), [65536, 0]);
+    rounds.forget_writes().await.unwrap();
+    assert_eq!(rounds.dirty_bytes().await.unwrap(), [0, 0]);
+    // The bitmap from before has recorded all of it.
+    rounds.take_over("longhaul-prepared-1").await.unwrap();
+    assert_eq!(rounds.dirty_bytes().await.unwrap(), [131_072, 0]);
+    write(&qmp, "d0", 0x33, 5 << 20, 65536).await;
+    rounds.finish().await.unwrap();
+    rounds.next().await.unwrap();
+    let parts = dirty(&mut rounds, 0).await;
+    let expected = [1 << 20, 3 << 20, 5 << 20].map(|at: u64| (at, at + 65536));
+    assert_eq!(parts, expected);
+    rounds.finish().await.unwrap();
+    rounds.remove().await.unwrap();
+    assert_eq!(bitmaps(&qmp).await.unwrap(), []);
 }

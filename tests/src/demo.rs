@@ -89,6 +89,11 @@ fn live_closing(report: &LiveReport) -> String {
 fn job_of(args: &DemoArgs, link: LinkSpec) -> LiveArgs {
     let seconds = |seconds| Span(Duration::from_secs(seconds));
     LiveArgs {
+        fs: guest::Fs::Ext4,
+        guest_agent: false,
+        fstrim: false,
+        prepare: None,
+        proof_age: None,
         kind: args.kind,
         disk: None,
         format: "raw".to_owned(),
@@ -102,6 +107,8 @@ fn job_of(args: &DemoArgs, link: LinkSpec) -> LiveArgs {
         cancel: None,
         target_format: None,
         blackout: None,
+        give_up: None,
+        vars: false,
         by: By::Longhaul,
         qemu_ram: RamMode::Plain,
         after_template: false,

@@ -181,11 +181,44 @@ impl Programs {
         command
     }
 
-    /// The operator's command that cancels a job.
-    pub fn cancel_job(&self, lab: &Lab, job: &str) -> Command {
+    /// The operator's command that shows everything, as JSON.
+    pub fn status(&self, lab: &Lab) -> Command {
         let mut command = lab.command(End::Source, &self.program("longhaul"));
         let socket = api_socket(lab.directory(), End::Source);
-        command.args(["--api", &text(&socket), "cancel", job]);
+        command.args(["--api", &text(&socket), "status", "--json"]);
+        command
+    }
+
+    /// Any other of the operator's commands, about the job's file.
+    pub fn with_job(&self, lab: &Lab, words: &[&str]) -> Command {
+        let mut command = lab.command(End::Source, &self.program("longhaul"));
+        let socket = api_socket(lab.directory(), End::Source);
+        command.args(["--api", &text(&socket)]).args(words);
+        command.arg(lab.directory().join("job.toml"));
+        command
+    }
+
+    /// The operator's command that asks what the job would do.
+    pub fn plan_job(&self, lab: &Lab) -> Command {
+        let mut command = lab.command(End::Source, &self.program("longhaul"));
+        let (socket, job) = (
+            api_socket(lab.directory(), End::Source),
+            lab.directory().join("job.toml"),
+        );
+        command.args(["--api", &text(&socket), "plan", &text(job), "--json"]);
+        command
+    }
+
+    /// The operator's command that cancels a job.
+    pub fn cancel_job(&self, lab: &Lab, job: &str) -> Command {
+        self.order(lab, End::Source, &["cancel", job])
+    }
+
+    /// Any command of the operator to the gateway of an end.
+    pub fn order(&self, lab: &Lab, end: End, words: &[&str]) -> Command {
+        let mut command = lab.command(end, &self.program("longhaul"));
+        let socket = api_socket(lab.directory(), end);
+        command.args(["--api", &text(&socket)]).args(words);
         command
     }
 

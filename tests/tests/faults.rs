@@ -353,7 +353,7 @@ fn a_vm_with_several_disks_and_formats_arrives_with_its_definition_and_its_hook(
     fs::write(&hook, script).unwrap();
     fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).unwrap();
     let mut world = World::new(&Setup {
-        target_agent: format!("[hooks]\narrived = \"{}\"\n", hook.display()),
+        target_agent: format!("[hooks]\nafter = \"{}\"\n", hook.display()),
         ..Setup::default()
     });
     let images_folder = world.images.path().canonicalize().unwrap();

@@ -79,6 +79,16 @@ fn draw(seed: u64, number: u64) -> String {
     if rng.random_range(0..10) == 0 {
         words += &format!(" --cancel {}", moment(rng));
     }
+    // Half of the guests have their agent and are frozen at the start; a freeze is a moment of its own to be killed in.
+    if rng.random_bool(0.5) {
+        words += " --guest-agent";
+        if rng.random_range(0..4) == 0 {
+            words += &format!(" --kill source-agent@freeze+{}ms", rng.random_range(0..150));
+        }
+    }
+    if rng.random_range(0..3) == 0 {
+        words += " --fs xfs";
+    }
     words
 }
 

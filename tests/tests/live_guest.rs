@@ -13,6 +13,7 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use longhaul_lab::guest::Fs;
 use longhaul_lab::guest::workload::{Workload, workload_kernel};
 use longhaul_lab::guest::{self, Kind};
 use longhaul_lab::janitor::Janitor;
@@ -50,7 +51,7 @@ fn bench(workload: Workload, seed: u64) -> Bench {
         path: image.display().to_string(),
         format: "raw".to_owned(),
     };
-    let mut machine = Machine::new(directory.path(), &kernel, disk, workload, seed);
+    let mut machine = Machine::new(directory.path(), &kernel, disk, Fs::Ext4, workload, seed);
     machine.console = consoles.socket(End::Source).display().to_string();
     Bench {
         janitor: Mutex::new(janitor),
@@ -89,7 +90,15 @@ impl Bench {
     fn checked(&self, image: &str, seed: u64, ended: Ended) -> Records {
         let work = tempfile::tempdir().unwrap();
         let acknowledged = self.consoles.hearing().acknowledged().clone();
-        check(&self.path(image), work.path(), seed, &acknowledged, ended).unwrap()
+        check(
+            &self.path(image),
+            Fs::Ext4,
+            work.path(),
+            seed,
+            &acknowledged,
+            ended,
+        )
+        .unwrap()
     }
 
     /// Runs debugfs on an image of this directory and gives its output.

@@ -44,6 +44,8 @@ pub struct Agent {
     sources: source_disks::OpenSources,
     live_sources: live::LiveSources,
     live_targets: live::LiveTargets,
+    thaws: Arc<live::thaw::Thaws>,
+    prepared: live::prepared::PreparedVms,
 }
 
 impl Agent {
@@ -51,14 +53,22 @@ impl Agent {
     pub fn new(settings: AgentSettings, tls: Arc<TlsState>) -> Arc<Self> {
         let linger = settings.limits.source_linger.0;
         let sources = source_disks::OpenSources::new(linger);
+        let thaws = Arc::new(live::thaw::Thaws::new(settings.paths.state.clone()));
         Arc::new(Self {
+            thaws,
             settings,
             tls,
             arrivals: arrivals::Arrivals::default(),
             sources,
             live_sources: live::LiveSources::default(),
             live_targets: live::LiveTargets::default(),
+            prepared: live::prepared::PreparedVms::default(),
         })
+    }
+
+    /// The site in this agent's certificate.
+    fn site(&self) -> String {
+        self.tls.identity().site().to_owned()
     }
 
     /// Serves until the process ends.
@@ -148,8 +158,10 @@ impl Agent {
                     live::target::run(&self, send, recv, open, vm).await;
                 }
             }
+            Ok(Ok(Some(AgentTask::Operator(task)))) => live::operator::run(&self, send, task).await,
             Ok(Ok(Some(AgentTask::Source(open)))) => source::run(&self, link, send, recv, open).await,
             Ok(Ok(Some(AgentTask::Target(open)))) => target::run(&self, send, recv, open).await,
+            Ok(Ok(Some(AgentTask::Prepare(task)))) => live::prepared::serve(&self, send, task).await,
             Ok(Ok(None)) => {}
             Ok(Err(error)) => tracing::warn!("a task from the gateway was refused: {error}"),
             Err(_) => tracing::warn!("a task from the gateway never said what it is for"),

@@ -14,14 +14,15 @@ use longhaul_common::ids::DiskIndex;
 use longhaul_common::link::{RecvStream, SendStream};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
-    FromTarget, HAVE_MAX, Have, Refusal, RefusalKind, TargetOpen, ToTarget,
+    FromTarget, HAVE_MAX, Have, Place, Refusal, RefusalKind, TargetOpen, ToTarget,
 };
 use tokio::sync::{mpsc, watch};
 
+use super::hook::{End, Hooks, Moment};
 use super::target_disks::Arrival;
 use super::threads::{ThreadFailed, on_thread};
 use super::writers::{Writers, Written};
-use super::{Agent, hook, outcome, target_disks};
+use super::{Agent, outcome, target_disks};
 use crate::disk::apply::{self, Durable, Target};
 
 /// Messages to the gateway that may wait.
@@ -274,18 +275,17 @@ impl Attempt {
             Ok(definition) => (definition, None),
             Err(refusal) => (None, Some(refusal.text)),
         };
-        let (job, name) = (self.open.job, self.open.name.as_str());
-        let arrival = hook::Arrival {
-            job,
-            name,
-            disks: paths,
-            definition: definition.as_deref(),
+        let hooks = Hooks {
+            job: self.open.job,
+            name: self.open.name.clone(),
+            end: End::Target,
+            site: self.agent.site(),
+            other: Place::default(),
+            disks: paths.to_vec(),
+            definition,
         };
-        let hook = hook::run(&self.agent.settings.hooks, &arrival).await.or(problem);
-        if let Some(problem) = &hook {
-            tracing::error!(job = %self.open.job, "{problem}");
-        }
-        hook
+        let hook = hooks.run_anyway(&self.agent.settings.hooks, Moment::After, None);
+        hook.await.or(problem)
     }
 
     async fn tell(&self, message: FromTarget) {

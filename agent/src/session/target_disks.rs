@@ -162,6 +162,17 @@ pub(super) fn all_options(open: &TargetOpen, settings: &AgentSettings) -> Vec<Op
         .collect()
 }
 
+/// After a crash no final name leads to a partial copy any more; the copies stay.
+pub(super) fn unlink_all(open: &TargetOpen, settings: &AgentSettings) -> Result<(), String> {
+    let unlink = |options: TargetOptions| {
+        apply::unlink_after_crash(&options).map_err(|error| outcome::target(&error).text)
+    };
+    all_options(open, settings)
+        .into_iter()
+        .flatten()
+        .try_for_each(unlink)
+}
+
 /// Gives the disks of a VM that runs here already their names, after a crash of this agent, too. The record comes last: without it
 /// this is done again.
 pub(super) fn promote_live(
@@ -183,11 +194,29 @@ pub(super) fn promote_live(
         paths: paths.clone(),
         copies: Vec::new(),
         complete: true,
-        told: true,
+        told: false,
         hook: None,
     };
     write_record(open.job, &arrival, settings)?;
     Ok(paths)
+}
+
+/// The hook of an arrived VM has run to its end.
+pub(super) fn note_told(
+    job: JobId,
+    paths: &[PathBuf],
+    hook: Option<String>,
+    settings: &AgentSettings,
+) -> Result<(), Refusal> {
+    let arrival = Arrival {
+        digests: Vec::new(),
+        paths: paths.to_vec(),
+        copies: Vec::new(),
+        complete: true,
+        told: true,
+        hook,
+    };
+    write_record(job, &arrival, settings)
 }
 
 /// The record of a job's commit, if there is one.

@@ -171,3 +171,44 @@ fn another_file_system_in_its_place_starts_anew() {
     proofs.add(&Look::running(&guest.disk(), Instant::now()));
     assert!(proofs.parts().all(|part| part.proof == Some(Proof::Journal)));
 }
+
+#[test]
+fn age_counts_from_an_earlier_bitmap_and_never_while_the_guest_stands() {
+    let guest = Guest::boot(
+        "mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0",
+        64,
+        "",
+    );
+    fs::write(guest.root().join("file"), vec![1; 300_000]).unwrap();
+    run("sync", &["-f", guest.root().to_str().unwrap()], &[0]);
+    let (disk, hour) = (guest.disk(), Duration::from_secs(3600));
+    let rules = |age| Rules {
+        started: Instant::now(),
+        age: Some(age),
+        frozen: Vec::new(),
+    };
+    let size = fs::metadata(guest.image()).unwrap().len();
+    let free_of = |proofs: &mut Proofs, from| {
+        proofs.age_from(from);
+        proofs.add(&Look::running(&disk, Instant::now()));
+        proofs.free().free_bytes()
+    };
+    let mut standing = Proofs::new(size, rules(Duration::ZERO));
+    assert_eq!(
+        free_of(&mut standing, None),
+        0,
+        "a guest that stands commits nothing"
+    );
+    assert!(free_of(&mut standing, Some(Instant::now())) > 0);
+    let mut prepared = Proofs::new(size, rules(hour));
+    let now = Instant::now();
+    assert_eq!(free_of(&mut prepared, Some(now)), 0);
+    let Some(earlier) = now.checked_sub(hour) else {
+        eprintln!("not tested here: this machine runs for less than an hour");
+        return;
+    };
+    assert!(
+        free_of(&mut prepared, Some(earlier)) > 0,
+        "it was prepared an hour ago"
+    );
+}

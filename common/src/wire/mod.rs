@@ -22,8 +22,12 @@
 //! A running VM's source agent drives: it says what it needs from the target agent in words that the gateways only carry (`Say`), sends
 //! rounds after the first and the RAM stream as batches of the same kind, and ends with `Moved`; the target agent with `Committed`.
 //!
+//! Ahead of a run the source's gateway may ask an agent to prepare a VM: `PrepareTask` and one `PrepareAnswer` on a stream of their own.
+//!
 //! Control messages are frames (`frame`): length as u32 LE, then postcard. They cross on one bidirectional stream for each job and
 //! hop; the stream's end is the end of the attempt on that hop. Batches (`batch`) cross on unidirectional streams.
+//!
+//! The operator's word about a handover or a shadow (`operator`) is one frame from a gateway to an agent of its site, and one back.
 //!
 //! Before its first payload each connection between gateways agrees on the window of blocks that payloads refer to (`window`): one
 //! bidirectional stream, `PeerTask::Window` and a `WindowAnswer`. One more, `PeerTask::Knock`, stays open: while the sender hears nothing
@@ -36,6 +40,8 @@
 
 pub mod batch;
 pub mod frame;
+pub mod operator;
+pub mod prepare;
 pub mod ram;
 pub mod sequences;
 pub mod session;

@@ -7,6 +7,7 @@
 mod connections;
 mod events;
 mod listen;
+mod orders;
 mod words;
 
 use std::sync::Arc;
@@ -26,6 +27,7 @@ use utoipa::OpenApi;
 
 use crate::job::driver::Wish;
 use crate::job::plan::{self, Plan};
+use crate::job::prepare::{self as preparing, PreparedReport};
 use crate::job::spec::JobSpec;
 use crate::job::table::{JobError, Jobs};
 use crate::metrics::Gauges;
@@ -72,6 +74,9 @@ pub struct Status {
     pub peers: Vec<PeerStatus>,
     /// Jobs that are not at rest, and the newest others.
     pub jobs: Vec<JobRecord>,
+    /// Running VMs whose dirty bitmaps are on ahead of a run.
+    #[serde(default)]
+    pub prepared: Vec<PreparedReport>,
 }
 
 /// The connections to one peer.
@@ -115,7 +120,11 @@ pub struct Problem {
         pause,
         resume,
         cancel,
+        orders::resolve,
+        orders::forget,
         make_plan,
+        prepare,
+        end_prepared,
         events::events,
         metrics_text,
         openapi
@@ -138,7 +147,11 @@ pub fn router(api: Api) -> Router {
         .route("/v1/jobs/{id}/pause", post(pause))
         .route("/v1/jobs/{id}/resume", post(resume))
         .route("/v1/jobs/{id}/cancel", post(cancel))
+        .route("/v1/jobs/{id}/resolve", post(orders::resolve))
+        .route("/v1/jobs/{id}/forget", post(orders::forget))
         .route("/v1/plan", post(make_plan))
+        .route("/v1/prepare", post(prepare))
+        .route("/v1/prepare/end", post(end_prepared))
         .route("/metrics", get(metrics_text))
         .route("/openapi.json", get(openapi))
         .fallback(|| async {
@@ -161,7 +174,9 @@ impl IntoResponse for JobError {
         let status = match &self {
             Self::Spec(_) | Self::NoSuchPeer { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             Self::NoSuchJob(_) => StatusCode::NOT_FOUND,
-            Self::Ambiguous(_) | Self::WrongState { .. } => StatusCode::CONFLICT,
+            Self::NotLive | Self::Ambiguous(_) | Self::WrongState { .. } => StatusCode::CONFLICT,
+            Self::Agent(refusal) if refusal.kind.is_transient() => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Agent(_) => StatusCode::CONFLICT,
             Self::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::TooManyWatchers => StatusCode::SERVICE_UNAVAILABLE,
         };
@@ -200,6 +215,7 @@ async fn status(State(api): State<Api>) -> Result<Json<Status>, JobError> {
         agents: api.jobs.agents().names(),
         peers: api.jobs.peers().iter().map(peer).collect(),
         jobs: api.jobs.newest(20).await?,
+        prepared: preparing::list(api.jobs.agents()).await,
     }))
 }
 
@@ -283,7 +299,38 @@ async fn make_plan(State(api): State<Api>, body: axum::body::Bytes) -> Response 
         .map_err(JobError::from)
         .and_then(|()| api.jobs.context(&spec));
     match context {
-        Ok(context) => Json(plan::plan(&context, &spec).await).into_response(),
+        Ok(context) => {
+            let measured = api.jobs.measured(&spec.target.site).await;
+            Json(plan::plan(&context, &spec, measured).await).into_response()
+        }
         Err(error) => error.into_response(),
+    }
+}
+
+/// Switches the dirty bitmaps of a running VM on ahead of a run.
+#[utoipa::path(post, path = "/v1/prepare", request_body = JobSpec,
+    responses((status = 200, body = PreparedReport), (status = 422, body = Problem), (status = 503, body = Problem)))]
+async fn prepare(State(api): State<Api>, body: axum::body::Bytes) -> Response {
+    ask_to_prepare(&api, &body, preparing::Wish::Begin).await
+}
+
+/// Takes them away again.
+#[utoipa::path(post, path = "/v1/prepare/end", request_body = JobSpec,
+    responses((status = 200, body = PreparedReport), (status = 422, body = Problem), (status = 503, body = Problem)))]
+async fn end_prepared(State(api): State<Api>, body: axum::body::Bytes) -> Response {
+    ask_to_prepare(&api, &body, preparing::Wish::End).await
+}
+
+async fn ask_to_prepare(api: &Api, body: &[u8], wish: preparing::Wish) -> Response {
+    let spec = match read_spec(body) {
+        Ok(spec) => spec,
+        Err(refused) => return *refused,
+    };
+    if let Err(error) = spec.check() {
+        return JobError::from(error).into_response();
+    }
+    match preparing::prepare(api.jobs.agents(), &spec, wish).await {
+        Ok(report) => Json(report).into_response(),
+        Err(refusal) => JobError::from(refusal).into_response(),
     }
 }

@@ -163,15 +163,17 @@ impl DiskReport {
         }
     }
 
-    /// What of a running VM's disk was proven free in the end; the rest of what was put off has been sent.
-    pub fn left_behind(&mut self, parts: &[PartReport]) {
-        let put_off = self.skipped_free_bytes;
+    /// What of a running VM's disk was proven free in the end; the rest of what was put off has been sent. `skipped`: how much of it
+    /// the image stores, where the agent has counted it.
+    pub fn left_behind(&mut self, parts: &[PartReport], skipped: Option<u64>) {
+        let stored = self.raw_bytes.saturating_sub(self.hole_bytes);
         let proven: u64 = parts
             .iter()
             .map(|part| part.free_bytes)
             .fold(0, u64::saturating_add);
-        self.skipped_free_bytes = proven.min(put_off);
-        self.used_bytes = self.used_bytes.saturating_add(put_off - self.skipped_free_bytes);
+        let skipped = skipped.unwrap_or_else(|| proven.min(self.skipped_free_bytes));
+        self.skipped_free_bytes = skipped.min(stored);
+        self.used_bytes = stored - self.skipped_free_bytes;
         self.parts = parts.iter().map(Part::from).collect();
     }
 

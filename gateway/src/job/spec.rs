@@ -9,7 +9,11 @@ use std::time::Duration;
 use longhaul_common::ids::Attempt;
 use longhaul_common::ids::JobId;
 use longhaul_common::units::{ByteSize, Span};
-use longhaul_common::wire::session::{DISKS_MAX, LivePolicy, SourceDisk, SourceOpen, SourceVm, TargetVm};
+use longhaul_common::wire::prepare::PrepareOpen;
+use longhaul_common::wire::session::{
+    AgentWord, DISKS_MAX, LinkForecast, LivePolicy, MediaRule, Place, SourceDisk, SourceOpen, SourceVm,
+    TargetVm,
+};
 use longhaul_common::wire::words::{cleaned, is_plain};
 use serde::{Deserialize, Serialize};
 
@@ -93,6 +97,9 @@ pub struct LiveSection {
     pub auto_converge: bool,
     /// Slow the guest's disk writes down where they outrun the link.
     pub io_throttle: bool,
+    /// What becomes of read-only media (CD-ROMs, ISO images) that no `[[disk]]` names: the VM is refused, they are ejected, or the target's
+    /// QEMU has them already.
+    pub media: MediaSection,
     /// How long a VM that does not converge is kept in sync before the job gives up; for ever without it.
     #[schema(value_type = Option<String>)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -100,13 +107,73 @@ pub struct LiveSection {
     /// How long a broken link may hold the RAM stream, while the VM runs on, before that stream is given up and begun anew.
     #[schema(value_type = String)]
     pub hold: Span,
-    /// What one bit of a dirty bitmap stands for: a power of two from 4 KiB to 1 MiB.
+    /// What one bit of a dirty bitmap stands for: a power of two from 4 KiB to 64 KiB.
     #[schema(value_type = String)]
     pub granularity: ByteSize,
-    /// A block that is free in the guest's journal and was not written for so long counts as free; never without it.
-    #[schema(value_type = Option<String>)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub free_proof_age: Option<Span>,
+    /// A block that is free in the guest's journal and was not written for so long counts as free; "never" forbids it.
+    #[schema(value_type = String)]
+    pub free_proof_age: ProofAge,
+    /// Have the guest trim its file systems before the disks are read, by its agent.
+    pub fstrim: bool,
+}
+
+/// How long a dirty bitmap has to be on for the age proof.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "ProofAgeWord", into = "String")]
+pub enum ProofAge {
+    After(Span),
+    Never,
+}
+
+/// As it is written: a time, "never", or `false`, which is the same.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum ProofAgeWord {
+    Text(String),
+    Plain(bool),
+}
+
+impl TryFrom<ProofAgeWord> for ProofAge {
+    type Error = String;
+
+    fn try_from(word: ProofAgeWord) -> Result<Self, String> {
+        match word {
+            ProofAgeWord::Plain(false) => Ok(Self::Never),
+            ProofAgeWord::Text(text) if text.trim() == "never" => Ok(Self::Never),
+            ProofAgeWord::Text(text) => text.parse().map(Self::After).map_err(|error| format!("{error}")),
+            ProofAgeWord::Plain(true) => {
+                Err("live.free_proof_age is a time, such as \"15 min\", or \"never\"".to_owned())
+            }
+        }
+    }
+}
+
+impl From<ProofAge> for String {
+    fn from(age: ProofAge) -> Self {
+        match age {
+            ProofAge::After(span) => span.to_string(),
+            ProofAge::Never => "never".to_owned(),
+        }
+    }
+}
+
+/// Rules for read-only media.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MediaSection {
+    Refuse,
+    Eject,
+    Map,
+}
+
+impl From<MediaSection> for MediaRule {
+    fn from(section: MediaSection) -> Self {
+        match section {
+            MediaSection::Refuse => Self::Refuse,
+            MediaSection::Eject => Self::Eject,
+            MediaSection::Map => Self::Map,
+        }
+    }
 }
 
 impl Default for LiveSection {
@@ -115,10 +182,12 @@ impl Default for LiveSection {
             blackout: Span(Duration::from_millis(300)),
             auto_converge: false,
             io_throttle: false,
+            media: MediaSection::Refuse,
             give_up: None,
             hold: Span(Duration::from_secs(60)),
             granularity: ByteSize(64 << 10),
-            free_proof_age: Some(Span(Duration::from_secs(900))),
+            free_proof_age: ProofAge::After(Span(Duration::from_secs(900))),
+            fstrim: false,
         }
     }
 }
@@ -137,7 +206,10 @@ impl LiveSection {
             give_up_ms: self.give_up.as_ref().map(ms),
             hold_ms: ms(&self.hold),
             granularity: self.granularity.0 as u32,
-            free_proof_age_ms: self.free_proof_age.as_ref().map(ms),
+            free_proof_age_ms: match &self.free_proof_age {
+                ProofAge::After(span) => Some(ms(span)),
+                ProofAge::Never => None,
+            },
         }
     }
 
@@ -145,10 +217,13 @@ impl LiveSection {
         if self.blackout.0 < BLACKOUT_MIN || self.blackout.0 > BLACKOUT_MAX {
             return Err(SpecError::Blackout);
         }
-        if !self.granularity.0.is_power_of_two() || !(4096..=1 << 20).contains(&self.granularity.0) {
+        if !self.granularity.0.is_power_of_two() || !(4096..=64 << 10).contains(&self.granularity.0) {
             return Err(SpecError::Granularity);
         }
-        Ok(())
+        match &self.free_proof_age {
+            ProofAge::After(span) if span.0 < PROOF_AGE_MIN => Err(SpecError::ProofAge),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -156,6 +231,9 @@ impl LiveSection {
 const BLACKOUT_MIN: Duration = Duration::from_millis(10);
 /// Longer is no live migration.
 const BLACKOUT_MAX: Duration = Duration::from_secs(600);
+
+/// No file system that the age proof is for holds metadata back for longer unless somebody told it to.
+const PROOF_AGE_MIN: Duration = Duration::from_secs(30);
 
 /// `[[disk]]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -216,8 +294,12 @@ pub enum SpecError {
     NotLive { key: &'static str },
     #[error("live.blackout must lie between 10 ms and 10 min")]
     Blackout,
-    #[error("live.granularity must be a power of two from 4 KiB to 1 MiB")]
+    #[error("live.granularity must be a power of two from 4 KiB to 64 KiB")]
     Granularity,
+    #[error("live.free_proof_age must be at least 30 s, or \"never\"")]
+    ProofAge,
+    #[error("live.fstrim needs source.guest_agent: the guest's agent does it")]
+    NoGuestAgent,
     #[error("disks {first} and {second} have the same {key}")]
     Twice {
         first: usize,
@@ -281,6 +363,9 @@ impl JobSpec {
             Kind::Move if !self.live.is_default() => Err(SpecError::NotLive { key: "[live]" }),
             Kind::Move => Ok(()),
             Kind::Live if self.source.qmp.as_deref().is_none_or(Path::is_relative) => Err(SpecError::NoQmp),
+            Kind::Live if self.live.fstrim && self.source.guest_agent.is_none() => {
+                Err(SpecError::NoGuestAgent)
+            }
             Kind::Live => self.live.check(),
         }
     }
@@ -291,14 +376,25 @@ impl JobSpec {
         Some(SourceVm {
             qmp,
             guest_agent: self.source.guest_agent.clone(),
+            fstrim: self.live.fstrim,
             policy: self.live.policy(),
+            name: self.name.clone(),
+            target: Place {
+                site: self.target.site.clone(),
+                agent: self.target.agent.clone(),
+            },
+            media: self.live.media.into(),
+            plan: None,
         })
     }
 
     /// What is to arrive running, for kind "live".
-    pub fn target_vm(&self) -> Option<TargetVm> {
-        let qmp = self.target.qmp.clone();
-        (self.kind == Kind::Live).then_some(TargetVm { qmp })
+    pub fn target_vm(&self, vm: Option<AgentWord>) -> Option<TargetVm> {
+        let (qmp, agent) = (self.target.qmp.clone(), self.source.agent.clone());
+        // The site is filled in where it is proven: at the target's gateway.
+        let site = String::new();
+        let source = Place { site, agent };
+        (self.kind == Kind::Live).then_some(TargetVm { qmp, vm, source })
     }
 
     fn check_disk(&self, index: usize) -> Result<(), SpecError> {
@@ -344,22 +440,43 @@ impl JobSpec {
         )
     }
 
-    /// What the source agent is asked for.
-    pub fn source_open(&self, job: JobId, attempt: Attempt) -> SourceOpen {
+    fn source_disks(&self) -> Vec<SourceDisk> {
         let disk = |disk: &DiskSection| SourceDisk {
             path: disk.source.clone(),
             format: disk.format.clone(),
             flatten: disk.flatten,
         };
-        let disks = self.disk.iter().map(disk).collect();
+        self.disk.iter().map(disk).collect()
+    }
+
+    /// The running VM that is to be prepared; none for kind "move".
+    pub fn prepare_open(&self) -> Option<PrepareOpen> {
+        Some(PrepareOpen {
+            name: self.name.clone(),
+            disks: self.source_disks(),
+            vm: self.source_vm()?,
+        })
+    }
+
+    /// What the source agent is asked for.
+    pub fn source_open(&self, job: JobId, attempt: Attempt) -> SourceOpen {
         SourceOpen {
             job,
             attempt,
-            disks,
+            disks: self.source_disks(),
             definition: self.definition.clone(),
             filter: self.filter,
             live: self.source_vm(),
         }
+    }
+
+    /// The same, only to look: with what the way to the target is held to give.
+    pub fn source_plan(&self, job: JobId, link: LinkForecast) -> SourceOpen {
+        let mut open = self.source_open(job, Attempt(1));
+        if let Some(vm) = &mut open.live {
+            vm.plan = Some(link);
+        }
+        open
     }
 }
 
@@ -399,8 +516,33 @@ pub(crate) mod tests {
         assert_eq!((vm.policy.blackout_ms, vm.policy.granularity), (300, 65536));
         let cold = parsed(&live.replace("'live'", "'move'"));
         assert_eq!(cold.check(), Err(SpecError::NotLive { key: "source.qmp" }));
-        let fine = live.replace("[[disk]]", "[live]\ngranularity = '5 KiB'\n[[disk]]");
-        assert_eq!(parsed(&fine).check(), Err(SpecError::Granularity));
+        let with = |words: &str| parsed(&live.replace("[[disk]]", &format!("[live]\n{words}\n[[disk]]")));
+        assert_eq!(with("granularity = '5 KiB'").check(), Err(SpecError::Granularity));
+        assert_eq!(with("fstrim = true").check(), Err(SpecError::NoGuestAgent));
+    }
+
+    #[test]
+    fn the_age_proof_can_be_forbidden_in_a_file_and_survives_a_journal() {
+        let live = GOOD.replace("'move'", "'live'");
+        let live = live.replace("[target]", "source.qmp = '/run/web.qmp'\n[target]");
+        let with = |age: &str| {
+            let text = live.replace("[[disk]]", &format!("[live]\nfree_proof_age = {age}\n[[disk]]"));
+            longhaul_common::settings::parse::<JobSpec>(Path::new("job.toml"), &text)
+        };
+        let age = |spec: &JobSpec| {
+            let open = spec.source_open(JobId::random(), Attempt(1));
+            open.live.unwrap().policy.free_proof_age_ms
+        };
+        for (text, ms) in [("'never'", None), ("false", None), ("'20 min'", Some(1_200_000))] {
+            let spec = with(text).unwrap();
+            spec.check().unwrap();
+            assert_eq!(age(&spec), ms, "{text}");
+            let kept: JobSpec = serde_json::from_str(&serde_json::to_string(&spec).unwrap()).unwrap();
+            assert_eq!(kept, spec, "{text}");
+        }
+        assert_eq!(age(&parsed(&live)), Some(900_000));
+        assert_eq!(with("'5 s'").unwrap().check(), Err(SpecError::ProofAge));
+        assert!(with("true").is_err() && with("'soon'").is_err());
     }
 
     #[test]

@@ -128,7 +128,10 @@ fn words(state: JobState, progress: &Progress) -> String {
         free => format!("; {} free and skipped", show::bytes(free)),
     };
     let done = show::bytes(progress.done_bytes);
-    format!("{phase} {done}, {}{left}{free}{saved}", wan(progress))
+    let decided = progress.live.as_ref().map(|live| live.decision.as_str());
+    let decided = decided.filter(|said| !said.is_empty());
+    let decided = decided.map(|said| format!("; {said}")).unwrap_or_default();
+    format!("{phase} {done}, {}{left}{free}{saved}{decided}", wan(progress))
 }
 
 /// What the WAN carries.

@@ -6,6 +6,7 @@
 mod bars;
 mod check;
 mod client;
+mod orders;
 mod path;
 mod show;
 
@@ -21,6 +22,7 @@ use self::bars::Bars;
 use self::client::{Client, ClientError, job_path};
 use crate::api::{Event, Status};
 use crate::job::plan::Plan;
+use crate::job::prepare::PreparedReport;
 use crate::job::progress::JobState;
 use crate::job::spec::{JobSpec, SpecError};
 use crate::pki::{self, PkiCommand, PkiError};
@@ -66,7 +68,17 @@ enum Command {
         #[arg(long)]
         detach: bool,
     },
-    /// Show agents, peers and jobs.
+    /// Switch a running VM's dirty bitmaps on ahead of a planned run, so that more of its free blocks can stay behind.
+    Prepare {
+        /// The job file; with --end also a job's number, or the start of it.
+        file: PathBuf,
+        /// Take the bitmaps away again: there will be no run.
+        #[arg(long)]
+        end: bool,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show agents, peers, prepared VMs and jobs.
     Status {
         /// One job, by its number or the start of it.
         job: Option<String>,
@@ -85,6 +97,28 @@ enum Command {
     Resume { job: String },
     /// End a job and remove its partial copy.
     Cancel { job: String },
+    /// Decide a handover in doubt without the other side. Says first what that risks.
+    Resolve {
+        /// The job, by its number or the start of it.
+        job: String,
+        /// Where the VM is to run.
+        #[arg(long, value_enum)]
+        run_at: orders::RunAt,
+        /// The other host is off, or its QEMU of this VM is gone: without this nothing is done.
+        #[arg(long)]
+        the_other_side_is_off: bool,
+        /// An agent of this gateway's site, for a job that this gateway does not know; default: the job's source.
+        #[arg(long)]
+        agent: Option<String>,
+    },
+    /// Remove the images that a completed move of a running VM left at its source.
+    Forget {
+        /// The job, by its number or the start of it.
+        job: String,
+        /// An agent of this gateway's site, for a job that this gateway does not know; default: the job's source.
+        #[arg(long)]
+        agent: Option<String>,
+    },
     /// Show the newest jobs.
     History {
         #[arg(long, default_value_t = 20)]
@@ -178,6 +212,15 @@ async fn run(arguments: Arguments) -> Result<Code, Failure> {
         Command::Check { file } => println!("{}", check::check(&file)?),
         Command::Plan { file, json } => return plan(&client, &read_job(&file)?, json).await,
         Command::Run { file, json, detach } => return submit(&client, &read_job(&file)?, json, detach).await,
+        Command::Prepare { file, end, json } => {
+            let (spec, path) = match end {
+                false => (read_job(&file)?, "/v1/prepare"),
+                true => (prepared_job(&client, &file).await?, "/v1/prepare/end"),
+            };
+            let body = serde_json::to_vec(&spec).map_err(ClientError::Answer)?;
+            let report: PreparedReport = client.post(path, body).await?;
+            print(json, &report, show::prepared);
+        }
         Command::Status { job: Some(job), json } => {
             let record: JobRecord = client.get(&job_path(&job, "")?).await?;
             print(json, &record, |record| {
@@ -195,6 +238,13 @@ async fn run(arguments: Arguments) -> Result<Code, Failure> {
         Command::Pause { job } => tell(&client, &job, "pause").await?,
         Command::Resume { job } => tell(&client, &job, "resume").await?,
         Command::Cancel { job } => tell(&client, &job, "cancel").await?,
+        Command::Resolve {
+            job,
+            run_at,
+            the_other_side_is_off,
+            agent,
+        } => orders::resolve(&client, &job, run_at, the_other_side_is_off, agent).await?,
+        Command::Forget { job, agent } => orders::forget(&client, &job, agent).await?,
         Command::History { limit, json } => {
             let jobs: Vec<JobRecord> = client.get(&format!("/v1/jobs?limit={limit}")).await?;
             print(json, &jobs, |jobs| show::history(jobs));
@@ -235,7 +285,15 @@ fn body<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, Failure> {
 async fn plan(client: &Client, spec: &JobSpec, json: bool) -> Result<Code, Failure> {
     let plan: Plan = client.post("/v1/plan", body(spec)?).await?;
     print(json, &plan, show::plan);
-    Ok(if plan.ready { Code::Done } else { Code::NotGood })
+    let hopeless = plan
+        .live
+        .as_ref()
+        .is_some_and(|live| live.converges == Some(false));
+    Ok(if plan.ready && !hopeless {
+        Code::Done
+    } else {
+        Code::NotGood
+    })
 }
 
 async fn submit(client: &Client, spec: &JobSpec, json: bool, detach: bool) -> Result<Code, Failure> {
@@ -252,6 +310,16 @@ async fn submit(client: &Client, spec: &JobSpec, json: bool, detach: bool) -> Re
         );
     }
     watch(client, &record, json).await
+}
+
+/// The job that a VM was prepared for: its file, or its number where there is no such file.
+async fn prepared_job(client: &Client, file: &std::path::Path) -> Result<JobSpec, Failure> {
+    if file.exists() {
+        return read_job(file);
+    }
+    let path = job_path(&file.to_string_lossy(), "")?;
+    let record: JobRecord = client.get(&path).await?;
+    Ok(record.spec)
 }
 
 async fn tell(client: &Client, job: &str, wish: &str) -> Result<(), Failure> {

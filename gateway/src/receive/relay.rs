@@ -105,11 +105,14 @@ async fn connect(
     receiving: &Receiving,
     peer: &Identity,
     agent: &str,
-    open: TargetOpen,
+    mut open: TargetOpen,
     send: &mut SendStream,
     recv: RecvStream,
 ) -> Result<(), Refusal> {
     let link = receiving.agents.link(agent)?;
+    if let Some(vm) = &mut open.live {
+        vm.source.site = peer.site().to_owned();
+    }
     let (job, attempt, vm) = (open.job, open.attempt, Vm::named(&open.name));
     if let Some(newer) = receiving
         .deliveries

@@ -19,6 +19,7 @@ const KERNEL_RECIPE: &str = include_str!("kernel.sh");
 const ROOT_RECIPE: &str = include_str!("root.sh");
 const DISK_RECIPE: &str = include_str!("disk.sh");
 const TINY_RECIPE: &str = include_str!("tiny.sh");
+const TINY_XFS_RECIPE: &str = include_str!("tiny-xfs.sh");
 
 /// What a recipe mounts goes away with it, however it ends: a cache is never cleared through a mount.
 const PRIVATE_MOUNTS: [&str; 4] = ["unshare", "--mount", "--propagation", "private"];
@@ -60,6 +61,25 @@ impl Kind {
     }
 }
 
+/// The file system of a guest's disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Fs {
+    #[default]
+    Ext4,
+    /// For the tiny disk only
+    Xfs,
+}
+
+impl Fs {
+    /// As mount(8) calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext4",
+            Self::Xfs => "xfs",
+        }
+    }
+}
+
 /// A kernel and an initial RAM disk that boot such disks.
 #[derive(Clone, Debug)]
 pub struct Kernel {
@@ -73,7 +93,7 @@ pub struct Kernel {
 /// A sentence with the last words of the recipe that failed.
 pub fn disk(kind: Kind, say: &dyn Fn(&str)) -> io::Result<PathBuf> {
     if kind == Kind::Tiny {
-        return tiny(say);
+        return tiny(Fs::Ext4, say);
     }
     let packages = kind.packages();
     let root = cached(
@@ -104,18 +124,21 @@ pub fn disk(kind: Kind, say: &dyn Fn(&str)) -> io::Result<PathBuf> {
     )
 }
 
-fn tiny(say: &dyn Fn(&str)) -> io::Result<PathBuf> {
+/// The tiny disk with this file system, from the cache or made now.
+///
+/// # Errors
+/// A sentence with the last words of the recipe that failed.
+pub fn tiny(fs: Fs, say: &dyn Fn(&str)) -> io::Result<PathBuf> {
+    let (text, name) = match fs {
+        Fs::Ext4 => (TINY_RECIPE, "tiny.sh"),
+        Fs::Xfs => (TINY_XFS_RECIPE, "tiny-xfs.sh"),
+    };
     cached(
         "tiny.raw",
-        &key(&[TINY_RECIPE]),
+        &key(&[text]),
         say,
         "a tiny disk with files written and deleted",
-        |out, work| {
-            recipe(
-                &["sh", "-c", TINY_RECIPE, "tiny.sh"],
-                &[out.as_os_str(), work.as_os_str()],
-            )
-        },
+        |out, work| recipe(&["sh", "-c", text, name], &[out.as_os_str(), work.as_os_str()]),
     )
 }
 

@@ -9,9 +9,10 @@ use std::io;
 
 use clap::ValueEnum;
 
-use super::{Kernel, cached, kernel, key, recipe};
+use super::{Fs, Kernel, cached, kernel, key, recipe};
 
 const LOAD_RECIPE: &str = include_str!("load.sh");
+const AGENT_RECIPE: &str = include_str!("agent.sh");
 const PROGRAM: &str = "mod load;\nfn main() {\n    load::main();\n}\n";
 /// Every file of the program, by its name under `load/`.
 const SOURCES: [(&str, &str); 9] = [
@@ -56,11 +57,34 @@ impl Workload {
 }
 
 /// The kernel's command line for a guest with this workload.
-pub fn command_line(root: &str, workload: Workload, seed: u64) -> String {
+pub fn command_line(root: &str, fs: Fs, workload: Workload, seed: u64) -> String {
     format!(
-        "console=ttyS0,115200 quiet panic=-1 no_timer_check longhaul.root={root} longhaul.workload={} longhaul.seed={seed}",
+        "console=ttyS0,115200 quiet panic=-1 no_timer_check longhaul.root={root} longhaul.fs={} longhaul.workload={} \
+         longhaul.seed={seed}",
+        fs.name(),
         workload.name()
     )
+}
+
+/// The same kernel for guests in which QEMU's guest agent runs, from the cache or made now.
+///
+/// # Errors
+/// A sentence with the last words of the recipe that failed.
+pub fn with_guest_agent(kernel: Kernel, say: &dyn Fn(&str)) -> io::Result<Kernel> {
+    let base = kernel.initrd.display().to_string();
+    let initrd = cached(
+        "agent-initrd",
+        &key(&[AGENT_RECIPE, &base]),
+        say,
+        "the guest's agent",
+        |out, work| {
+            recipe(
+                &["sh", "-c", AGENT_RECIPE, "agent.sh"],
+                &[out.as_os_str(), work.as_os_str(), kernel.initrd.as_os_str()],
+            )
+        },
+    )?;
+    Ok(Kernel { initrd, ..kernel })
 }
 
 /// A kernel for guests with a workload, from the cache or made now.

@@ -10,8 +10,8 @@ use longhaul_common::units::Span;
 
 use super::faults::{Cut, Fault, Kill, When};
 use super::rival::RamMode;
-use crate::guest::Kind;
 use crate::guest::workload::Workload;
+use crate::guest::{Fs, Kind};
 use crate::ideas::Ideas;
 use crate::wan::spec::LinkSpec;
 
@@ -34,6 +34,21 @@ pub struct LiveArgs {
     /// A disk of your own instead, with ext4 on the whole of it; it is copied
     #[arg(long)]
     pub disk: Option<PathBuf>,
+    /// The file system on the guest's disk
+    #[arg(long, value_enum, default_value = "ext4")]
+    pub fs: Fs,
+    /// Run QEMU's guest agent in the guest, so that its file systems can be frozen
+    #[arg(long)]
+    pub guest_agent: bool,
+    /// Have the guest trim its file systems first; needs its agent
+    #[arg(long, requires = "guest_agent")]
+    pub fstrim: bool,
+    /// Prepare the VM so long before the job
+    #[arg(long)]
+    pub prepare: Option<Span>,
+    /// When the age proof holds, as "30s" or "never"; default: the programs' own
+    #[arg(long)]
+    pub proof_age: Option<String>,
     /// Format of the disks on both sides
     #[arg(long, default_value = "raw", value_parser = ["raw", "qcow2"])]
     pub format: String,
@@ -68,6 +83,12 @@ pub struct LiveArgs {
     /// The pause that the job may cost, as "300ms"; default: the programs' own
     #[arg(long)]
     pub blackout: Option<Span>,
+    /// How long a guest that does not converge is kept in sync before the job gives up, as "20s"; default: for ever
+    #[arg(long)]
+    pub give_up: Option<Span>,
+    /// Give the machine a flash with a store of firmware variables, which moves as its second disk
+    #[arg(long)]
+    pub vars: bool,
     /// Who migrates
     #[arg(long, value_enum, default_value = "longhaul")]
     pub by: By,

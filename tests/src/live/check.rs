@@ -1,7 +1,7 @@
 //! Which acknowledged records a disk holds, looked at offline after its guest has ended.
 //!
 //! Owns taking the workload's files out of an image (`e2fsck` on a copy after a power loss, then `debugfs`;
-//! nothing is mounted) and holding them against what the seed says must be there. Leaves alone how the records got there.
+//! only XFS has to be mounted for it) and holding them against what the seed says must be there. Leaves alone how the records got there.
 //! Promises to find every acknowledged record that is missing, torn or different, and to say so by name.
 
 use std::collections::BTreeMap;
@@ -12,12 +12,14 @@ use std::process::{Command, Stdio};
 
 use serde::{Deserialize, Serialize};
 
+use crate::guest::Fs;
 use crate::guest::load::compile::{BUILD_STREAM, BUILDS};
 use crate::guest::load::files::{Files, Step, WORKERS, folder};
 use crate::guest::load::memory::{LOG, LOG_STREAM};
 use crate::guest::load::record::decode;
 use crate::guest::load::{FOLDER, redis};
 
+const XFS_RECIPE: &str = include_str!("xfs.sh");
 /// Steps that may be durable beyond the last acknowledgement that was heard.
 const AHEAD_MAX: u64 = 20_000;
 /// Steps in a row that leave no number behind (renames and deletions); more than this is not plausible.
@@ -62,12 +64,13 @@ impl Records {
     }
 }
 
-/// Checks a raw ext4 disk against what was acknowledged. `work` is an empty directory for copies.
+/// Checks a raw disk against what was acknowledged. `work` is an empty directory for copies.
 ///
 /// # Errors
 /// When a tool cannot be run or the disk cannot be read at all.
 pub fn check(
     disk: &Path,
+    fs: Fs,
     work: &Path,
     seed: u64,
     acknowledged: &BTreeMap<String, u64>,
@@ -77,6 +80,13 @@ pub fn check(
         acknowledged: acknowledged.values().sum(),
         ..Records::default()
     };
+    let out = work.join("files");
+    fs::create_dir(&out)?;
+    if fs == Fs::Xfs {
+        take_out_of_xfs(disk, &out, ended, &mut records)?;
+        check_folder(&out.join(FOLDER), seed, acknowledged, ended, &mut records)?;
+        return Ok(records);
+    }
     let copy = work.join("disk");
     let disk = if ended == Ended::PowerLoss {
         crate::guest::copy(disk, &copy)?;
@@ -97,12 +107,36 @@ pub fn check(
     if acknowledged.values().all(|upto| *upto == 0) {
         return Ok(records);
     }
-    let out = work.join("files");
-    fs::create_dir(&out)?;
     let words = format!("rdump /{FOLDER} {}", out.display());
     run("debugfs", &["-R".as_ref(), words.as_ref(), disk.as_os_str()])?;
     check_folder(&out.join(FOLDER), seed, acknowledged, ended, &mut records)?;
     Ok(records)
+}
+
+/// Looks at an XFS disk and takes the workload's files out of it. It has no tool that does that without a mount.
+fn take_out_of_xfs(disk: &Path, out: &Path, ended: Ended, records: &mut Records) -> io::Result<()> {
+    let mut words = vec![
+        "--mount".as_ref(),
+        "--propagation".as_ref(),
+        "private".as_ref(),
+        "sh".as_ref(),
+        "-c".as_ref(),
+        XFS_RECIPE.as_ref(),
+        "xfs.sh".as_ref(),
+        disk.as_os_str(),
+        FOLDER.as_ref(),
+        out.as_os_str(),
+    ];
+    if ended == Ended::PowerLoss {
+        words.push("replay".as_ref());
+    }
+    let taken = run("unshare", &words)?;
+    records.clean = taken.status.success();
+    if !records.clean {
+        let said = [taken.stdout, taken.stderr].concat();
+        records.problem(format!("XFS: {}", last_words(&said)));
+    }
+    Ok(())
 }
 
 /// Checks the files that were taken out of a disk.

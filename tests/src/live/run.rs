@@ -112,6 +112,13 @@ impl Run<'_> {
         let before = self.move_template(programs, watch)?;
         let up = self.stage.consoles.now();
         self.idle(self.args.before.0)?;
+        if let (Some(programs), Some(ahead)) = (programs, self.args.prepare) {
+            watch(Moment::Step(format!(
+                "preparing it; the job begins {ahead} later"
+            )));
+            self.prepare(programs)?;
+            self.idle(ahead.0)?;
+        }
         self.settings = QemuSettings::of(self.stage.monitor(End::Source));
         let began = self.stage.consoles.now();
         self.clock = unix_now();
@@ -136,6 +143,20 @@ impl Run<'_> {
         self.put_away(link_began.map_or(0.0, |stats| stats.seconds))?;
         self.report.conclude();
         Ok(())
+    }
+
+    fn prepare(&mut self, programs: &Programs) -> io::Result<()> {
+        let output = programs
+            .with_job(&self.stage.lab, &["prepare", "--json"])
+            .output()?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let said = String::from_utf8_lossy(&output.stderr);
+        Err(io::Error::other(format!(
+            "the VM cannot be prepared: {}",
+            said.trim()
+        )))
     }
 
     /// Moves the template first, where that is asked for; gives what the gateway made of data until now.
@@ -288,9 +309,15 @@ impl Run<'_> {
             }
             self.phases.see(phase, self.stage.consoles.now());
         }
+        self.hear_decision(value["progress"]["live"]["decision"].as_str().unwrap_or_default());
         match programs::read_line(line) {
             Line::Report(job) => {
+                let heard = std::mem::take(&mut self.report.decisions);
                 self.report.read_job(job);
+                // A job that failed says no more than why.
+                if self.report.decisions.is_empty() {
+                    self.report.decisions = heard;
+                }
                 return true;
             }
             Line::Progress(percent) => {
@@ -302,9 +329,23 @@ impl Run<'_> {
         false
     }
 
-    /// Phases that QEMU itself names: states of the migration at the source, and the guest's stop and start.
+    /// Keeps what the job decides on its way, each reason once in a row; the figures behind it change all the time.
+    fn hear_decision(&mut self, said: &str) {
+        let reason = |text: &str| text.split(": a stop now").next().unwrap_or_default().to_owned();
+        let last = self.report.decisions.last().map(|last| reason(last));
+        if !said.is_empty() && last != Some(reason(said)) {
+            self.report.decisions.push(said.to_owned());
+        }
+    }
+
+    /// Phases that QEMU itself names: states of the migration at the source, and the guest's stop and start. The freeze is seen by the
+    /// agent's record of it.
     fn look_at_qemu(&mut self) {
         let now = self.stage.consoles.now();
+        let freezing = self.stage.lab.directory().join("source-agent/state/freezing");
+        if std::fs::read_dir(freezing).is_ok_and(|mut files| files.next().is_some()) {
+            self.phases.see("freeze", now);
+        }
         for (end, guest) in [
             (End::Source, ("STOP", "stop")),
             (End::Target, ("RESUME", "resume")),

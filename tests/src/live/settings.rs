@@ -8,14 +8,22 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::args::LiveArgs;
 use super::machine::Machine;
-use crate::ideas::Ideas;
 use crate::lab::End;
 use crate::programs::JOB_FILE;
 
 /// Folder of an agent for the QMP sockets of its machines.
 pub fn qmp_folder(directory: &Path, end: End) -> PathBuf {
     directory.join(format!("{}-agent", end.name())).join("run")
+}
+
+/// Socket of the guest agent's channel at an end.
+pub fn guest_agent(directory: &Path, end: End) -> String {
+    qmp_folder(directory, end)
+        .join("web-agent.sock")
+        .display()
+        .to_string()
 }
 
 /// Where the source's disks and, at the target, the copies lie.
@@ -49,22 +57,29 @@ pub fn extend(directory: &Path, template: &Machine) -> io::Result<()> {
 ///
 /// # Errors
 /// When it cannot be written.
-pub fn write_job(
-    directory: &Path,
-    machine: &Machine,
-    target_format: &str,
-    blackout: Option<&str>,
-    ideas: &Ideas,
-) -> io::Result<()> {
+pub fn write_job(directory: &Path, machine: &Machine, args: &LiveArgs) -> io::Result<()> {
+    let target_format = args.target_format();
     let mut job = format!(
-        "kind = \"live\"\nname = \"{}\"\n{}[source]\nagent = \"source-agent\"\nqmp = \"{}\"\n\
-         [target]\nsite = \"target\"\nagent = \"target-agent\"\n",
+        "kind = \"live\"\nname = \"{}\"\n{}[source]\nagent = \"source-agent\"\nqmp = \"{}\"\n",
         machine.name,
-        ideas.job(),
+        args.ideas.job(),
         machine.qmp
     );
-    if let Some(blackout) = blackout {
-        let _ = writeln!(job, "[live]\nblackout = \"{blackout}\"");
+    if let Some(socket) = &machine.guest_agent {
+        let _ = writeln!(job, "guest_agent = \"{socket}\"");
+    }
+    job += "[target]\nsite = \"target\"\nagent = \"target-agent\"\n[live]\n";
+    let spans = [("blackout", args.blackout), ("give_up", args.give_up)];
+    for (key, span) in spans {
+        if let Some(span) = span {
+            let _ = writeln!(job, "{key} = \"{} ms\"", span.0.as_millis());
+        }
+    }
+    if let Some(age) = &args.proof_age {
+        let _ = writeln!(job, "free_proof_age = \"{age}\"");
+    }
+    if args.fstrim {
+        job += "fstrim = true\n";
     }
     for number in 0..machine.disks.len() {
         let target = disk(directory, End::Target, number);
@@ -72,6 +87,14 @@ pub fn write_job(
             job,
             "[[disk]]\nsource = \"disk{number}\"\ntarget = \"{}\"\ntarget_format = \"{target_format}\"\n",
             target.display(),
+        );
+    }
+    if machine.vars.is_some() {
+        let target = disk(directory, End::Target, machine.disks.len());
+        let _ = write!(
+            job,
+            "[[disk]]\nsource = \"pflash1\"\ntarget = \"{}\"\n",
+            target.display()
         );
     }
     fs::write(directory.join(JOB_FILE), job)

@@ -16,8 +16,8 @@ use super::machine::{Disk, Machine};
 use super::monitor::Monitor;
 use super::vm::Vm;
 use super::{rival, settings, template};
-use crate::guest;
-use crate::guest::workload::workload_kernel;
+use crate::guest::workload::{with_guest_agent, workload_kernel};
+use crate::guest::{self, Fs, Kind};
 use crate::lab::{End, Lab};
 use crate::process::Process;
 use crate::programs::{Job, Programs};
@@ -77,13 +77,10 @@ impl Stage {
             Monitor::listen(&socket(End::Target))?,
         ];
         let machine = machine(args, &directory, &consoles, &monitors)?;
-        let mut template = machine.template(&consoles.socket(End::Target), monitors[1].socket());
-        for disk in &mut template.disks {
-            args.target_format().clone_into(&mut disk.format);
-        }
+        let template = at_target(args, &directory, &machine, &consoles, &monitors);
         if programs.is_some() {
             settings::extend(&directory, &template)?;
-            write_job(args, &directory, &machine)?;
+            settings::write_job(&directory, &machine, args)?;
         }
         say("starting the guest at the source".to_owned());
         let log = directory.join("source-qemu.log");
@@ -198,6 +195,30 @@ impl Stage {
     }
 }
 
+/// The machine as it is started at the target.
+fn at_target(
+    args: &LiveArgs,
+    directory: &Path,
+    machine: &Machine,
+    consoles: &Consoles,
+    monitors: &[Monitor; 2],
+) -> Machine {
+    let mut template = machine.template(&consoles.socket(End::Target), monitors[1].socket());
+    if let Some(socket) = &mut template.guest_agent {
+        *socket = settings::guest_agent(directory, End::Target);
+    }
+    for disk in &mut template.disks {
+        args.target_format().clone_into(&mut disk.format);
+    }
+    template
+}
+
+/// What a store of firmware variables holds in the lab: as large as OVMF's, and no block like another.
+pub fn vars() -> Vec<u8> {
+    let blocks = (0..132_u32).flat_map(|block| [block.to_le_bytes(); 1024]);
+    blocks.flatten().collect()
+}
+
 /// What the programs' settings need to know.
 fn job(args: &LiveArgs, image: &Path) -> Job {
     Job {
@@ -207,12 +228,6 @@ fn job(args: &LiveArgs, image: &Path) -> Job {
         connections: args.connections,
         ideas: args.ideas.clone(),
     }
-}
-
-fn write_job(args: &LiveArgs, directory: &Path, machine: &Machine) -> io::Result<()> {
-    let blackout = args.blackout.map(|span| format!("{} ms", span.0.as_millis()));
-    let (format, blackout) = (args.target_format(), blackout.as_deref());
-    settings::write_job(directory, machine, format, blackout, &args.ideas)
 }
 
 fn make_folders(directory: &Path) -> io::Result<()> {
@@ -228,7 +243,9 @@ fn make_folders(directory: &Path) -> io::Result<()> {
 fn make_disk(args: &LiveArgs, image: &Path, say: &dyn Fn(&str)) -> io::Result<()> {
     let raw = match &args.disk {
         Some(disk) => disk.clone(),
-        None => guest::disk(args.kind, say)?,
+        None if args.fs == Fs::Ext4 => guest::disk(args.kind, say)?,
+        None if args.kind == Kind::Tiny => guest::tiny(args.fs, say)?,
+        None => return Err(io::Error::other("only the tiny disk can have XFS: --kind tiny")),
     };
     if args.format == "raw" {
         return guest::copy(&raw, image);
@@ -252,16 +269,28 @@ fn machine(
     consoles: &Consoles,
     monitors: &[Monitor; 2],
 ) -> io::Result<Machine> {
-    let kernel = workload_kernel(&|step| eprintln!("{step} ..."))?;
+    let say = |step: &str| eprintln!("{step} ...");
+    let mut kernel = workload_kernel(&say)?;
+    if args.guest_agent {
+        kernel = with_guest_agent(kernel, &say)?;
+    }
     let disk = Disk {
         path: settings::disk(directory, End::Source, 0).display().to_string(),
         format: args.format.clone(),
     };
-    let mut machine = Machine::new(directory, &kernel, disk, args.workload, args.link.seed);
+    let mut machine = Machine::new(directory, &kernel, disk, args.fs, args.workload, args.link.seed);
+    machine.guest_agent = args
+        .guest_agent
+        .then(|| settings::guest_agent(directory, End::Source));
     machine.console = consoles.socket(End::Source).display().to_string();
     machine.lab_qmp = monitors[0].socket().display().to_string();
     let folder = settings::qmp_folder(directory, End::Source);
     machine.qmp = folder.join("web.qmp").display().to_string();
+    if args.vars {
+        let store = settings::disk(directory, End::Source, 1);
+        fs::write(&store, vars())?;
+        machine.vars = Some(store.display().to_string());
+    }
     machine.ram_mib = args.ram_mib();
     machine.core = args.core;
     if let Some(qemu) = &args.qemu {

@@ -172,8 +172,8 @@ fn a_wrong_key_or_value_is_named() {
         ),
         (
             Role::Agent,
-            agent.clone() + "[hooks]\narrived = \"relative\"\n",
-            &["hooks.arrived", "relative"],
+            agent.clone() + "[hooks]\nafter = \"relative\"\n",
+            &["hooks.after", "relative"],
         ),
     ];
     for (role, text, words) in cases {

@@ -107,6 +107,7 @@ async fn perform(play: usize, link: &Link, open: &SourceOpen, send: &mut SendStr
         &FromSource::Opened {
             disks: vec![opened(size)],
             definition: None,
+            live: None,
         },
     )
     .await;

@@ -34,6 +34,7 @@ mod qcow2_server;
 mod qcow2_store;
 mod record;
 mod replay;
+mod scratch;
 mod space;
 mod store;
 mod target;
@@ -52,6 +53,7 @@ pub(crate) use open::is_device;
 pub use place::partial_name;
 pub use placed::{Placed, link_early, promote_after_crash, unlink_after_crash};
 pub use replay::{Durable, Have};
+pub use scratch::Scratch;
 pub use space::check_space;
 pub use target::{Applied, Flushed, Target, Ticket};
 

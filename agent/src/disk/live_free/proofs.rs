@@ -6,7 +6,8 @@
 //!
 //! - **journal**: let C be the newest commit of a complete scan after T0. At T0, C+1 may have been committing and C+2 running, and
 //!   an allocation precedes the write of its data: so it belongs to C+2 at the latest. A state of C+3 or later knows it.
-//! - **frozen**: nothing was under way at T0, and all of it was on the disk.
+//! - **frozen**: at some time since T0 nothing was under way and all of it was on the disk; the state is that one, or, with a
+//!   journal, a later one.
 //! - **age**: as long a time after T0 as the setting says, a journaling file system has committed what was running at T0.
 //! - **free extents**: LVM writes its metadata before it lets anybody write to a new volume; two equal readings are not torn.
 //!
@@ -35,13 +36,15 @@ pub struct Rules {
     pub started: Instant,
     /// How long after that the age proof holds; `None` forbids it.
     pub age: Option<Duration>,
-    /// The mounts of this disk that were frozen when the dirty bitmaps were switched on, and surely until then.
+    /// The mounts of this disk that were frozen at some time when the dirty bitmaps were on, before the first look that is added.
     pub frozen: Vec<Mount>,
 }
 
 /// The proofs of one disk, growing with every look.
 pub struct Proofs {
     rules: Rules,
+    /// Since when the guest has run without a stop: the age proof counts from here; `None` while it stands.
+    aged_from: Option<Instant>,
     free: FreeMap,
     parts: Vec<Known>,
 }
@@ -59,9 +62,27 @@ impl Proofs {
     /// For a disk of `size` bytes, nothing proven.
     pub fn new(size: u64, rules: Rules) -> Self {
         Self {
+            aged_from: Some(rules.started),
             rules,
             free: FreeMap::new(size),
             parts: Vec::new(),
+        }
+    }
+
+    /// The age proof counts from here on: a dirty bitmap that was on before the job began makes it earlier, a guest that stood
+    /// and committed nothing makes it later. It never holds with `None`.
+    pub fn age_from(&mut self, from: Option<Instant>) {
+        self.aged_from = from;
+    }
+
+    /// Some of the disk's file systems were frozen, and thawed only after that, while the dirty bitmaps were on: `mounts`. The look
+    /// that was taken meanwhile, if it could be had, proves what it saw; looks before the freeze do not count any more.
+    pub fn froze(&mut self, mounts: Vec<Mount>, look: Option<&Look>, size: u64) {
+        self.rules.frozen = mounts;
+        self.free = FreeMap::new(size);
+        self.parts.clear();
+        if let Some(look) = look {
+            self.add(look);
         }
     }
 
@@ -139,9 +160,11 @@ impl Proofs {
         if was_frozen {
             return Ok(Proof::Frozen);
         }
-        let age = look.taken.saturating_duration_since(self.rules.started);
-        by_commits(&base, &now).or_else(|why| match self.rules.age {
-            Some(least) if now.journal.is_some() && age >= least => Ok(Proof::Age),
+        let age = self
+            .aged_from
+            .map(|from| look.taken.saturating_duration_since(from));
+        by_commits(&base, &now).or_else(|why| match (self.rules.age, age) {
+            (Some(least), Some(age)) if now.journal.is_some() && age >= least => Ok(Proof::Age),
             _ => Err(why),
         })
     }

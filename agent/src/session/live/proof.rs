@@ -7,14 +7,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use longhaul_common::extent::Extent;
-use longhaul_common::wire::session::{LivePolicy, PartReport};
+use longhaul_common::wire::session::{LivePolicy, PartReport, Refusal};
 
+use super::disks;
+use super::freeze::Frozen;
 use crate::disk::free_map::FreeMap;
 use crate::disk::image::LiveImage;
-use crate::disk::live_free::{Look, Proofs, Rules};
+use crate::disk::live_free::{Look, Mount, Proofs, Rules};
 use crate::disk::scan::Part;
 use crate::session::threads::on_thread;
 
+/// More than any disk has.
+const ALL: u64 = 1 << 62;
 /// Between two looks.
 const LOOK_EVERY: Duration = Duration::from_secs(3);
 
@@ -26,8 +30,45 @@ struct DiskProof {
     proofs: Proofs,
 }
 
+impl DiskProof {
+    fn first(image: LiveImage, started: Instant, age: Option<Duration>, filter: bool) -> Self {
+        let rules = Rules {
+            started,
+            age,
+            frozen: Vec::new(),
+        };
+        let mut proofs = Proofs::new(image.size(), rules);
+        let mut deferred = FreeMap::new(image.size());
+        if filter {
+            let look = Look::running(&image, Instant::now());
+            proofs.add(&look);
+            deferred = look.free;
+        }
+        Self {
+            image,
+            deferred,
+            proofs,
+        }
+    }
+
+    fn froze(&mut self, mounts: Vec<Mount>, look: Option<&Look>) {
+        let size = self.image.size();
+        self.proofs.froze(mounts, look, size);
+        let mut at = 0;
+        while let Some(look) = look.filter(|_| at < size) {
+            let (free, run) = look.free.run(at, size);
+            if free {
+                self.deferred.mark(&run);
+            }
+            at = run.end();
+        }
+    }
+}
+
 /// The free blocks of all disks of a VM.
 pub(super) struct FreeProof {
+    /// Whether any may stay behind.
+    filter: bool,
     disks: Mutex<Vec<DiskProof>>,
     next: Mutex<Instant>,
 }
@@ -35,26 +76,12 @@ pub(super) struct FreeProof {
 impl FreeProof {
     /// Takes the first look at each disk. `started`: when the first dirty bitmaps were on. Blocks.
     pub(super) fn first(images: Vec<LiveImage>, started: Instant, policy: &LivePolicy, filter: bool) -> Self {
-        let disks = images.into_iter().map(|image| {
-            let rules = Rules {
-                started,
-                age: policy.free_proof_age_ms.map(Duration::from_millis),
-                frozen: Vec::new(),
-            };
-            let mut proofs = Proofs::new(image.size(), rules);
-            let mut deferred = FreeMap::new(image.size());
-            if filter {
-                let look = Look::running(&image, Instant::now());
-                proofs.add(&look);
-                deferred = look.free;
-            }
-            DiskProof {
-                image,
-                deferred,
-                proofs,
-            }
-        });
+        let age = policy.free_proof_age_ms.map(Duration::from_millis);
+        let disks = images
+            .into_iter()
+            .map(|image| DiskProof::first(image, started, age, filter));
         Self {
+            filter,
             disks: Mutex::new(disks.collect()),
             next: Mutex::new(Instant::now() + LOOK_EVERY),
         }
@@ -70,8 +97,34 @@ impl FreeProof {
     /// Of a session that reads nothing any more.
     pub(super) fn none() -> Self {
         Self {
+            filter: false,
             disks: Mutex::default(),
             next: Mutex::new(Instant::now()),
+        }
+    }
+
+    /// Whether any free block may stay behind.
+    pub(super) const fn is_wanted(&self) -> bool {
+        self.filter
+    }
+
+    /// Forgets what was seen: the dirty bitmaps were emptied at `started`, when nothing had been sent yet. Blocks.
+    pub(super) fn again(&self, started: Instant, policy: &LivePolicy) {
+        let age = policy.free_proof_age_ms.map(Duration::from_millis);
+        let mut disks = self.disks();
+        let old = std::mem::take(&mut *disks).into_iter();
+        *disks = old
+            .map(|disk| DiskProof::first(disk.image, started, age, self.filter))
+            .collect();
+    }
+
+    /// Takes in a freeze, before anything was sent.
+    pub(super) fn froze(&self, frozen: Frozen) {
+        let all = frozen.mounts.into_iter().zip(frozen.looks);
+        for (disk, (mounts, look)) in self.disks().iter_mut().zip(all) {
+            if !mounts.is_empty() {
+                disk.froze(mounts, look.as_ref());
+            }
         }
     }
 
@@ -84,8 +137,13 @@ impl FreeProof {
         self.disks().get(disk).map(|disk| disk.deferred.clone())
     }
 
-    /// Looks again where it is time to.
-    pub(super) async fn look(self: &Arc<Self>) {
+    /// Has the next look come at once: something may be proven by now.
+    pub(super) fn hurry(&self) {
+        *self.next.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// Looks again where it is time to. `runs_since`: since when the VM has run without a stop.
+    pub(super) async fn look(self: &Arc<Self>, runs_since: Option<Instant>) {
         {
             let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
             if Instant::now() < *next {
@@ -97,6 +155,7 @@ impl FreeProof {
         // A look that cannot be had proves nothing.
         let _ = on_thread("free-look", move || {
             for disk in with.disks().iter_mut() {
+                disk.proofs.age_from(runs_since);
                 if disk.proofs.missing(&disk.deferred, disk.image.size()) > 0 {
                     let look = Look::running(&disk.image, Instant::now());
                     disk.proofs.add(&look);
@@ -138,6 +197,20 @@ impl FreeProof {
     /// Reads what is put off and unproven. Blocks.
     pub(super) fn with_image<T>(&self, disk: usize, read: impl FnOnce(&LiveImage) -> T) -> Option<T> {
         self.disks().get(disk).map(|disk| read(&disk.image))
+    }
+
+    /// Of each disk: bytes that its image stores and that are left behind. Blocks.
+    pub(super) fn skipped(&self) -> Result<Vec<u64>, Refusal> {
+        let count = self.disks().len();
+        let skipped = (0..count).map(|disk| {
+            let mut left = self.deferred(disk).unwrap_or_else(|| FreeMap::new(0));
+            for extent in self.unproven(disk, 0, ALL) {
+                left.clear(&extent);
+            }
+            let counted = self.with_image(disk, |image| disks::stored_and_free(image, &left));
+            counted.unwrap_or(Ok(0))
+        });
+        skipped.collect()
     }
 
     /// Of each disk its parts, with what was left behind and by which proof, or why nothing was.

@@ -1,6 +1,6 @@
 //! The first act of an agent: settling what a former life of it left open.
 //!
-//! Owns going through the records of both roles before the first link. Leaves the decision to `vm::handover`, whose journals say who may
+//! Owns going through all records before the first link; what may be frozen is thawed before anything else. Leaves the decision to `vm::handover`, whose journals say who may
 //! run each VM. Promises that a VM which was not handed over runs on here, without anything of ours in its QEMU, before anything else
 //! is done; that a handover in doubt stays so until the other side answers; and that a VM which belongs here is run here.
 
@@ -8,12 +8,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use longhaul_common::ids::JobId;
+use longhaul_common::wire::session::{Refusal, RefusalKind};
 
 use super::arrive::{self, Machine};
 use super::record::{Arriving, Leaving};
 use super::source::LiveSource;
 use super::target::LiveTarget;
-use crate::disk::apply::unlink_after_crash;
+use super::{prepared, thaw, trial};
 use crate::session::threads::on_thread;
 use crate::session::{Agent, target_disks};
 use crate::vm::qmp::Qmp;
@@ -24,6 +25,7 @@ const SEE: Duration = Duration::from_secs(2);
 
 /// Settles every open session of both roles.
 pub(in crate::session) async fn all(agent: &Arc<Agent>) {
+    thaw::after_crash(&agent.thaws).await;
     let state = agent.settings.paths.state.clone();
     let read = on_thread("records", move || (Leaving::all(&state), Arriving::all(&state))).await;
     let Ok((leaving, arriving)) = read else { return };
@@ -32,6 +34,7 @@ pub(in crate::session) async fn all(agent: &Arc<Agent>) {
         .into_iter()
         .map(|(job, record)| leave(Arc::clone(agent), job, record));
     let leaving: Vec<_> = leaving.map(tokio::spawn).collect();
+    trial::settle(agent).await;
     let arriving = arriving
         .into_iter()
         .map(|(job, record)| arrive(Arc::clone(agent), job, record));
@@ -40,6 +43,8 @@ pub(in crate::session) async fn all(agent: &Arc<Agent>) {
         // A task that died has said why in the log.
         let _ = settled.await;
     }
+    // They want the monitors that were needed until here.
+    prepared::after_crash(agent).await;
 }
 
 /// A VM that was on its way out.
@@ -53,11 +58,10 @@ async fn leave(agent: Arc<Agent>, job: JobId, record: Leaving) {
         }
     };
     let nbd = record.nbd.clone();
-    let session = LiveSource::settle(&agent, job, record, qmp.clone()).await;
-    match session {
+    match LiveSource::settle(&agent, job, record, qmp.clone()).await {
         // In doubt, or moved: whoever asks is answered.
-        Some(session) => *agent.live_sources.slot(job).lock().await = Some(session),
-        None => {
+        (session, true) => *agent.live_sources.slot(job).lock().await = Some(session),
+        (session, false) => {
             if let Some(qmp) = qmp {
                 let prefix = format!("{}{}-", crate::vm::PREFIX, job.short());
                 match rounds::sweep(&qmp, &nbd, |name| !name.starts_with(&prefix)).await {
@@ -69,8 +73,14 @@ async fn leave(agent: Arc<Agent>, job: JobId, record: Leaving) {
                     }
                 }
             }
-            let state = agent.settings.paths.state.clone();
-            let _ = on_thread("record", move || Leaving::remove(&state, job)).await;
+            session.forget().await;
+            tokio::spawn(async move {
+                let refusal = Refusal::new(
+                    RefusalKind::Lost,
+                    "the agent was restarted; the VM runs on at the source",
+                );
+                session.stayed(refusal).await
+            });
         }
     }
 }
@@ -94,17 +104,12 @@ async fn arrive(agent: Arc<Agent>, job: JobId, record: Arriving) {
     if arrive::is_given_up(&session) {
         session.over.send_replace(true);
         // The copy stays for the next attempt; its final name does not lead to it any more.
-        let _ = on_thread("unlink", move || {
-            for options in target_disks::all_options(&open, &agent.settings)
-                .into_iter()
-                .flatten()
-            {
-                if let Err(error) = unlink_after_crash(&options) {
-                    tracing::warn!(%job, "{error}");
-                }
-            }
-        })
-        .await;
+        let unlinked = on_thread("unlink", move || target_disks::unlink_all(&open, &agent.settings)).await;
+        if let Ok(Err(why)) = unlinked {
+            tracing::warn!(%job, "{why}");
+        }
+        // Whatever hooks of a former life did is undone, beside everything else.
+        tokio::spawn(async move { session.hook_failure("the agent was restarted").await });
         return;
     }
     *agent.live_targets.slot(job).lock().await = Some(session);

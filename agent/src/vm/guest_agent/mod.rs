@@ -8,6 +8,7 @@
 //! Source: <https://www.qemu.org/docs/master/interop/qemu-ga-ref.html>.
 
 mod fsinfo;
+mod place;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,7 @@ use tokio::net::UnixStream;
 use crate::vm::qmp::wire::{self, Lines, Message, WireError};
 
 pub use self::fsinfo::{FsDisk, FsInfo, PciPlace};
+pub use self::place::{DiskPlace, Pci, places};
 
 /// Before a synchronising answer; no byte of any JSON text.
 const DELIMITER: u8 = 0xff;

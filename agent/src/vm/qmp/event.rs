@@ -132,6 +132,16 @@ pub enum Heard {
 }
 
 impl Events {
+    /// The next event, if it is here already.
+    pub fn try_next(&mut self) -> Option<Heard> {
+        match self.0.try_recv() {
+            Ok(event) => Some(Heard::Event(event)),
+            Err(broadcast::error::TryRecvError::Empty) => None,
+            Err(broadcast::error::TryRecvError::Lagged(_)) => Some(Heard::Missed),
+            Err(broadcast::error::TryRecvError::Closed) => Some(Heard::Lost),
+        }
+    }
+
     /// Waits for the next event. May be dropped at any time without losing one.
     pub async fn next(&mut self) -> Heard {
         match self.0.recv().await {

@@ -112,6 +112,14 @@ pub(super) async fn merge(qmp: &Qmp, nodes: &[String], from: &str, into: &str) -
     remove_bitmaps(qmp, nodes, from).await
 }
 
+/// Empties the bitmap `name` of each node, all at the same moment.
+pub(super) async fn clear(qmp: &Qmp, nodes: &[String], name: &str) -> Result<(), RoundsError> {
+    let clears = nodes
+        .iter()
+        .map(|node| action("clear", &json!({ "node": node, "name": name })));
+    transact(qmp, clears.collect()).await
+}
+
 fn add(node: &str, name: &str, granularity: u32) -> Value {
     let data = json!({ "node": node, "name": name, "granularity": granularity, "persistent": false });
     action("add", &data)

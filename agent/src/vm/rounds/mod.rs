@@ -202,6 +202,20 @@ impl Rounds {
         self.open_round(None).await
     }
 
+    /// Takes over a bitmap that has recorded the writes to these disks for longer: what it holds counts to the next round, and it is
+    /// gone. In round 0 only.
+    ///
+    /// # Errors
+    /// After one the bitmap is there still, in whole or in part.
+    pub async fn take_over(&self, bitmap: &str) -> Result<(), RoundsError> {
+        self.merge(bitmap).await
+    }
+
+    /// Forgets what was written until now: only where nothing was read yet that is relied on.
+    pub async fn forget_writes(&self) -> Result<(), RoundsError> {
+        bitmaps::clear(&self.qmp, &self.options.nodes, &self.bitmap(self.recording)).await
+    }
+
     /// Bytes that were written since the last swap, for each disk, in steps of the granularity.
     pub async fn dirty_bytes(&self) -> Result<Vec<u64>, RoundsError> {
         let name = self.bitmap(self.recording);

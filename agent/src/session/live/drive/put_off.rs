@@ -32,7 +32,7 @@ impl Drive {
         for disk in (0..self.s.disks.len() as u16).map(longhaul_common::ids::DiskIndex) {
             let mut from = 0;
             loop {
-                self.s.free.look().await;
+                self.s.free.look(self.clock.since()).await;
                 self.check_cancel()?;
                 let Some((batches, end)) = copy::put_off(&self.s, disk, from).await? else {
                     break;
@@ -46,6 +46,11 @@ impl Drive {
         }
         uplink.settle().await?;
         self.outcome.parts = self.s.free.report();
+        let free = Arc::clone(&self.s.free);
+        // Only a figure of the report: without it the gateway has an estimate.
+        if let Ok(Ok(skipped)) = on_thread("live-count", move || free.skipped()).await {
+            self.outcome.skipped_bytes = skipped;
+        }
         Ok(())
     }
 }

@@ -13,7 +13,7 @@ use crate::session::Agent;
 use crate::session::live::disks::{self, Reach, VmDisk};
 use crate::session::live::proof::FreeProof;
 use crate::session::threads::on_thread;
-use crate::vm::facts;
+use crate::vm::facts::{self, VmFacts};
 use crate::vm::qmp::Qmp;
 
 /// The monitor's socket, where this agent may use it.
@@ -25,6 +25,20 @@ pub(in crate::session::live) fn allowed_socket(
         let text = format!("source.qmp: {error} (the agent's setting is paths.qmp)");
         Refusal::new(RefusalKind::Refused, text)
     })
+}
+
+/// The guest agent's socket, where the job names one and this agent may use it.
+pub(in crate::session::live) fn allowed_guest_agent(
+    agent: &Agent,
+    vm: &SourceVm,
+) -> Result<Option<std::path::PathBuf>, Refusal> {
+    let allowed = |path: &std::path::PathBuf| {
+        roots::resolve_inside(&agent.settings.paths.qmp, path).map_err(|error| {
+            let text = format!("source.guest_agent: {error} (the agent's setting is paths.qmp)");
+            Refusal::new(RefusalKind::Refused, text)
+        })
+    };
+    vm.guest_agent.as_ref().map(allowed).transpose()
 }
 
 /// Looks at the disks for the first time: what is stored, and what of it may be free.
@@ -58,20 +72,18 @@ pub(in crate::session::live) async fn survey(
     surveyed.await.map_err(failed)?
 }
 
-/// Everything that would make QEMU or the guest fail later, before anything is touched.
-pub(in crate::session::live) async fn refuse_unmovable(qmp: &Qmp) -> Result<(), Refusal> {
+/// Everything that would make QEMU or the guest fail later, before anything is touched. Gives what the VM is, and what people should know.
+pub(in crate::session::live) async fn refuse_unmovable(qmp: &Qmp) -> Result<(VmFacts, Vec<String>), Refusal> {
     let facts = facts::gather(qmp, facts::HostCpu::read()).await;
     let facts = facts.map_err(|error| Refusal::because(RefusalKind::Refused, &error))?;
     refuse_iothreads(qmp).await?;
     let findings = facts::refusals(&facts);
-    let refused: Vec<_> = findings
-        .iter()
-        .filter(|finding| finding.severity == facts::Severity::Refuse)
-        .map(ToString::to_string)
-        .collect();
+    let (refused, noted): (Vec<_>, Vec<_>) = findings.into_iter().partition(facts::Finding::is_refusal);
+    let words =
+        |findings: Vec<facts::Finding>| -> Vec<String> { findings.iter().map(ToString::to_string).collect() };
     match refused.is_empty() {
-        true => Ok(()),
-        false => Err(Refusal::new(RefusalKind::Refused, refused.join("; "))),
+        true => Ok((facts, words(noted))),
+        false => Err(Refusal::new(RefusalKind::Refused, words(refused).join("; "))),
     }
 }
 

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use longhaul_common::ids::Round;
-use longhaul_common::wire::session::LiveOutcome;
+use longhaul_common::wire::session::{LiveOutcome, Refusal, RefusalKind};
 
 use super::{CANCEL_LIMIT, LOOK, REMIND, SourceVm};
 use crate::session::live::copy::Batch;
 use crate::session::live::drive::Stop;
+use crate::session::live::hooks;
 use crate::session::live::ram_out::RamOut;
 use crate::session::live::uplink::Uplink;
 use crate::session::live::word::ToTarget;
@@ -27,6 +28,7 @@ impl SourceVm {
         last: Vec<Batch>,
         round: u32,
         stopped: Instant,
+        hook: Option<hooks::Running>,
         outcome: &mut LiveOutcome,
     ) -> Result<bool, Stop> {
         let mut step = |name: &str| {
@@ -41,6 +43,16 @@ impl SourceVm {
         };
         let stream = self.take_tail(&ram, uplink).await;
         step("stream ended");
+        let generation = ram.generation;
+        if let Some(stream) = stream {
+            // Only what it is: the target may load it while a hook of ours still runs.
+            self.s.tell(&ToTarget::StreamEnd { generation, stream }).await;
+        }
+        let hooked = hook.is_some();
+        let stream = self.allowed(stream, hook).await?;
+        if hooked {
+            step("hook ended");
+        }
         if let Some(stream) = stream {
             (outcome.stream_bytes, outcome.stream_digest) = (stream.len, stream.hash);
             let counts = ram.view().counts;
@@ -48,16 +60,12 @@ impl SourceVm {
                 "RAM: {} pages with content ({} of them sent again), {} zero pages",
                 counts.pages, counts.resent_pages, counts.zeros
             ));
-            let end = ToTarget::StreamEnd {
-                generation: ram.generation,
-                stream,
-            };
-            self.s.tell(&end).await;
             let disk_batches = last.len() as u64;
             self.on(SourceEvent::StreamEnded(Facts { disk_batches, stream }))
                 .await;
             self.wait_completed().await;
             step("handed over");
+            let end = ToTarget::StreamEnd { generation, stream };
             self.wait_answer(uplink, &last, round, end).await;
             step("target's answer");
         }
@@ -73,9 +81,36 @@ impl SourceVm {
             }
             _ => {
                 self.let_go().await;
-                Ok(false)
+                self.resolved().map_or(Ok(false), |refusal| Err(refusal.into()))
             }
         }
+    }
+
+    /// What a hook of a handover that was called off did is undone by the one on failure, which must come after it.
+    pub(in crate::session::live) async fn hook_ended(&mut self) {
+        if let Some(hook) = self.hook.take() {
+            let _ = hooks::ended(hook).await;
+        }
+    }
+
+    /// The stream, where the operator's hook succeeded. Nothing is handed over yet: where it fails, the VM is taken back and the job ends.
+    async fn allowed(
+        &mut self,
+        stream: Option<Stream>,
+        hook: Option<hooks::Running>,
+    ) -> Result<Option<Stream>, Stop> {
+        let Some(hook) = hook else { return Ok(stream) };
+        let Some(stream) = stream else {
+            self.hook = Some(hook);
+            return Ok(None);
+        };
+        let Err(why) = hooks::ended(hook).await else {
+            let waits = matches!(self.owner.state(), SourceState::Continuing { .. });
+            return Ok(waits.then_some(stream));
+        };
+        self.give_up(Reason::HookFailed).await?;
+        let text = format!("{why}; the handover was taken back, the VM runs on at the source");
+        Err(Refusal::new(RefusalKind::Refused, text).into())
     }
 
     /// Waits for the stream's end, or for a reason to call the VM back.
@@ -137,7 +172,7 @@ impl SourceVm {
             }
             tokio::select! {
                 word = self.words.recv() => match word {
-                    Some(word) => self.on(SourceEvent::Heard(word)).await,
+                    Some(told) => self.hear(told).await,
                     None => return,
                 },
                 _ = uplinks.changed() => {}

@@ -30,6 +30,7 @@ use serde_json::{Value, json};
 static PLACES: [Mutex<()>; 2] = [const { Mutex::new(()) }; 2];
 
 #[derive(Debug, Parser)]
+#[command(args_override_self = true)]
 #[command(no_binary_name = true)]
 struct Words {
     #[command(flatten)]

@@ -40,9 +40,11 @@
 
 pub mod batch;
 pub mod frame;
+mod live;
 pub mod operator;
 pub mod prepare;
 pub mod ram;
+mod refusal;
 pub mod sequences;
 pub mod session;
 pub mod window;

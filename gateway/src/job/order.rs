@@ -3,7 +3,7 @@
 //! Owns the question to the agent and which one is asked. Leaves the decision to the agent, whose journal knows. Promises that it needs
 //! neither the peer nor the other agent, for those are what is missing when it is needed.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use longhaul_common::wire::frame;
 use longhaul_common::wire::operator::{OperatorAnswer, OperatorTask, OperatorWord, RunAt};
@@ -17,6 +17,9 @@ use crate::store::JobRecord;
 
 /// An agent may have to wait for its QEMU.
 const ANSWER: Duration = Duration::from_secs(90);
+/// For so long an agent that is not there is waited for: its supervisor starts it again.
+const RETURN: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(500);
 
 /// Which side is to run a VM whose handover is in doubt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -78,37 +81,54 @@ pub(super) fn agent_for(record: Option<&JobRecord>, named: Option<String>) -> Re
     }
 }
 
-/// Asks it.
+/// Asks it, again where its link is lost meanwhile: what was done before is not done twice.
 pub(super) async fn ask(
     agents: &Agents,
     agent: &str,
     job: &str,
     word: OperatorWord,
 ) -> Result<OrderDone, Refusal> {
+    let begun = Instant::now();
+    loop {
+        let asking = tokio::time::timeout(
+            ANSWER.saturating_sub(begun.elapsed()),
+            once(agents, agent, job, &word),
+        );
+        match asking.await {
+            Ok(Ok(OperatorAnswer::Done { lines, changed })) => return Ok(OrderDone { lines, changed }),
+            Ok(Ok(OperatorAnswer::Refused(refusal))) => return Err(refusal),
+            Ok(Err(refusal)) if begun.elapsed() >= RETURN => return Err(refusal),
+            Ok(Err(_)) => tokio::time::sleep(PAUSE).await,
+            Err(_) => {
+                let text = format!(
+                    "agent '{agent}' did not answer within {} s; say it again",
+                    ANSWER.as_secs()
+                );
+                return Err(Refusal::new(RefusalKind::Lost, text));
+            }
+        }
+    }
+}
+
+async fn once(
+    agents: &Agents,
+    agent: &str,
+    job: &str,
+    word: &OperatorWord,
+) -> Result<OperatorAnswer, Refusal> {
     let link = agents.link(agent)?;
     let lost = |error: &dyn std::fmt::Display| {
         let text = format!("agent '{agent}' was lost: {}", link.reason_or(error));
         Refusal::new(RefusalKind::Lost, text)
     };
-    let job = job.to_owned();
-    let asking = async {
-        let (mut send, mut recv) = link.open_bi().await.map_err(|error| lost(&error))?;
-        let task = AgentTask::Operator(OperatorTask { job, word });
-        frame::write(&mut send, &task)
-            .await
-            .map_err(|error| lost(&error))?;
-        let answer = frame::read(&mut recv).await.map_err(|error| lost(&error))?;
-        answer.ok_or_else(|| lost(&"it ended the stream without an answer"))
-    };
-    match tokio::time::timeout(ANSWER, asking).await {
-        Ok(Ok(OperatorAnswer::Done { lines, changed })) => Ok(OrderDone { lines, changed }),
-        Ok(Ok(OperatorAnswer::Refused(refusal)) | Err(refusal)) => Err(refusal),
-        Err(_) => {
-            let text = format!(
-                "agent '{agent}' did not answer within {} s; say it again",
-                ANSWER.as_secs()
-            );
-            Err(Refusal::new(RefusalKind::Lost, text))
-        }
-    }
+    let (mut send, mut recv) = link.open_bi().await.map_err(|error| lost(&error))?;
+    let task = AgentTask::Operator(OperatorTask {
+        job: job.to_owned(),
+        word: word.clone(),
+    });
+    frame::write(&mut send, &task)
+        .await
+        .map_err(|error| lost(&error))?;
+    let answer = frame::read(&mut recv).await.map_err(|error| lost(&error))?;
+    answer.ok_or_else(|| lost(&"it ended the stream without an answer"))
 }

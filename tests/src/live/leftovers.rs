@@ -72,8 +72,9 @@ pub fn find(stage: &Stage, report: &LiveReport, before: &QemuSettings) -> Vec<St
     }
     if report.owner == "target" {
         found.extend(in_qemu(stage.monitor(End::Target)));
-        let own = settings::disk(directory, End::Target, 0);
-        let is_own = |path: &Path| path == own && !path.is_symlink();
+        // The second is the store of firmware variables, where the guest has one.
+        let own = [0, 1].map(|disk| settings::disk(directory, End::Target, disk));
+        let is_own = |path: &Path| own.iter().any(|own| path == own) && !path.is_symlink();
         found.extend(entries(&disks(directory), |path| !is_own(path)));
         if stage.monitor(End::Source).is_connected() {
             found.push("the source's QEMU runs".to_owned());

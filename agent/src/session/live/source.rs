@@ -19,6 +19,7 @@ use longhaul_common::wire::session::{
     ToSource,
 };
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 
 use super::disks::{self, VmDisk};
 use super::drive::{self, Parts};
@@ -119,7 +120,9 @@ pub(crate) async fn run(
     let slot = agent.live_sources.slot(open.job);
     let found = {
         let mut slot = slot.lock().await;
-        match slot.as_ref().filter(|session| !session.has_failed()) {
+        // One that failed holds the VM's monitor, which serves one at a time.
+        slot.take_if(|session| session.has_failed());
+        match slot.as_ref() {
             Some(session) => Ok(Arc::clone(session)),
             None => LiveSource::open(agent, &open, vm).await.inspect(|session| {
                 *slot = Some(Arc::clone(session));
@@ -136,12 +139,15 @@ pub(crate) async fn run(
             return;
         }
     };
-    session.attach(link, send, recv, open.attempt).await;
+    let last_word = session.attach(link, send, recv, open.attempt).await;
     if session.is_unused() {
         session.discard().await;
         let mut slot = slot.lock().await;
         slot.take_if(|known| Arc::ptr_eq(known, &session));
     }
+    // The VM does not wait for a gateway that reads slowly.
+    drop(session);
+    let _ = tokio::time::timeout(LAST_WORD, last_word).await;
 }
 
 impl LiveSource {
@@ -257,8 +263,14 @@ impl LiveSource {
         self.ended.send_replace(Some(end));
     }
 
-    /// Speaks with the gateway for as long as the attempt lasts.
-    async fn attach(self: &Arc<Self>, link: Link, send: SendStream, recv: RecvStream, attempt: Attempt) {
+    /// Speaks with the gateway for as long as the attempt lasts. Gives what still writes the last words.
+    async fn attach(
+        self: &Arc<Self>,
+        link: Link,
+        send: SendStream,
+        recv: RecvStream,
+        attempt: Attempt,
+    ) -> JoinHandle<()> {
         let (say, outgoing) = mpsc::channel(QUEUE);
         let speaker = tokio::spawn(speak(send, outgoing));
         let (hear, mut heard) = mpsc::channel(QUEUE);
@@ -269,8 +281,7 @@ impl LiveSource {
         self.uplink
             .send_if_modified(|current| current.take_if(|current| Arc::ptr_eq(current, &uplink)).is_some());
         listener.abort();
-        drop((say, uplink));
-        let _ = tokio::time::timeout(LAST_WORD, speaker).await;
+        speaker
     }
 
     async fn converse(

@@ -239,12 +239,8 @@ impl Refusing {
         assert_eq!(files(), before);
         let good = plan["ready"] == true && plan["live"]["converges"] != false;
         assert_eq!(output.status.success(), good, "{plan}");
-        let monitor = self.stage.monitor(End::Source);
         let gone = wait_until(Duration::from_secs(5), || {
-            let nodes = monitor
-                .execute("query-named-block-nodes", json!({ "flat": true }))
-                .unwrap();
-            (!nodes.to_string().contains("longhaul-")).then_some(())
+            (bitmaps(&self.stage, "longhaul-") == 0).then_some(())
         });
         assert!(gone.is_some(), "a bitmap is left");
         assert_eq!(self.stage.owners(), [End::Source]);
@@ -439,11 +435,11 @@ fn a_vm_that_was_prepared_leaves_free_blocks_behind_by_their_age() {
     assert!(skipped > 150 << 20, "{skipped} bytes stayed behind");
 }
 
-/// The bitmaps of a prepared VM that its QEMU has.
-fn prepared_bitmaps(stage: &Stage) -> usize {
+/// How many bitmaps of that name's beginning the source's QEMU has.
+fn bitmaps(stage: &Stage, prefix: &str) -> usize {
     let nodes = stage
         .monitor(End::Source)
-        .execute("query-named-block-nodes", Value::Null)
+        .execute("query-named-block-nodes", json!({ "flat": true }))
         .unwrap();
     let nodes = nodes.as_array().cloned().unwrap_or_default();
     let bitmaps = nodes
@@ -451,9 +447,14 @@ fn prepared_bitmaps(stage: &Stage) -> usize {
         .flat_map(|node| node["dirty-bitmaps"].as_array().cloned().unwrap_or_default());
     let ours = |bitmap: &Value| {
         let name = bitmap["name"].as_str();
-        name.is_some_and(|name| name.starts_with("longhaul-prepared-"))
+        name.is_some_and(|name| name.starts_with(prefix))
     };
     bitmaps.filter(ours).count()
+}
+
+/// The bitmaps of a prepared VM that its QEMU has.
+fn prepared_bitmaps(stage: &Stage) -> usize {
+    bitmaps(stage, "longhaul-prepared-")
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
-use longhaul_common::ids::{DiskIndex, Round, Sequence};
+use longhaul_common::ids::{Attempt, DiskIndex, Round, Sequence};
 use longhaul_common::wire::batch::{BatchHeader, Content};
 use longhaul_common::wire::sequences::Sequences;
 use longhaul_common::wire::session::{FromTarget, Refusal, RefusalKind};
@@ -38,14 +38,15 @@ pub(super) struct Written {
     tickets: Mutex<BTreeMap<Ticket, (Sequence, u64)>>,
     /// Bytes that are written or about to be, and not known to be durable.
     unflushed: Mutex<u64>,
-    /// Of urgent batches that are not durable yet: the round, and where on the disk each begins.
-    urgent: Mutex<BTreeMap<Ticket, (Round, u64)>>,
+    /// Of urgent batches that are not durable yet: the attempt and round, and where on the disk each begins.
+    urgent: Mutex<BTreeMap<Ticket, ((Attempt, Round), u64)>>,
 }
 
 /// What of a last round is durable: distinct batches, by disk and where they begin.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct LastRound {
-    pub round: Round,
+    /// A new attempt sends all of it once more, and may be of another life of the source, which counts rounds anew.
+    pub of: (Attempt, Round),
     pub batches: BTreeSet<(DiskIndex, u64)>,
 }
 
@@ -219,7 +220,7 @@ impl Shared {
         if header.urgent {
             let begins = header.pieces.first().map_or(0, |piece| piece.extent.offset());
             let mut urgent = disk.urgent.lock().unwrap_or_else(PoisonError::into_inner);
-            urgent.insert(applied.ticket, (header.round, begins));
+            urgent.insert(applied.ticket, ((header.attempt, header.round), begins));
             drop(urgent);
             // A VM stands and waits for it.
             let _ = self.flush_due.try_send(());
@@ -350,14 +351,12 @@ impl Shared {
             return;
         }
         self.last_round.send_modify(|last| {
-            for (round, begins) in durable.into_values() {
-                if round > last.round {
-                    *last = LastRound {
-                        round,
-                        batches: BTreeSet::new(),
-                    };
+            for (of, begins) in durable.into_values() {
+                if of > last.of {
+                    let batches = BTreeSet::new();
+                    *last = LastRound { of, batches };
                 }
-                if round == last.round {
+                if of == last.of {
                     last.batches.insert((index, begins));
                 }
             }

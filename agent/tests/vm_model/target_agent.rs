@@ -87,7 +87,7 @@ impl World {
                 format_args!("target <- DisksDurable({flushed})"),
                 |world| {
                     world.told_batches = flushed;
-                    world.target_event(TargetEvent::DisksDurable(flushed.into()));
+                    world.target_event(TargetEvent::DisksDurable(last_round(flushed)));
                 },
             );
         }

@@ -170,9 +170,17 @@ fn stream(generation: u32) -> Stream {
     }
 }
 
+/// Each generation's last round has its number.
+pub(super) fn last_round(generation: u8) -> DiskRound {
+    DiskRound {
+        round: generation.into(),
+        batches: 1,
+    }
+}
+
 fn facts(generation: u32) -> Facts {
     Facts {
-        disk_batches: u64::from(generation),
+        disks: last_round(generation as u8),
         stream: stream(generation),
     }
 }
@@ -237,7 +245,7 @@ impl World {
             Record::Loaded {
                 generation,
                 stream: stream(1),
-                disk_batches: 1,
+                disks: last_round(1),
             },
             Record::Aborted { generation, reason },
         ];

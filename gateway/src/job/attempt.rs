@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use longhaul_common::digest::Digest;
-use longhaul_common::ids::DiskIndex;
+use longhaul_common::ids::{Attempt, DiskIndex, JobId};
 use longhaul_common::wire::session::{
     DiskCounts, FromSource, FromTarget, Refusal, RefusalKind, ToSource, ToTarget,
 };

@@ -24,7 +24,8 @@ use crate::disk::apply::Placed;
 use crate::session::threads::on_thread;
 use crate::session::{outcome, target_disks};
 use crate::vm::handover::{
-    Effect, Generation, Limits, Note, Reason, Record, Resolve, TargetEvent, TargetOwner, TargetState,
+    DiskRound, Effect, Generation, Limits, Note, Reason, Record, Resolve, TargetEvent, TargetOwner,
+    TargetState,
 };
 use crate::vm::journal::Journal;
 
@@ -127,8 +128,11 @@ impl Arrive {
                     None => return,
                 },
                 _ = last_round.changed() => {
-                    let batches = last_round.borrow_and_update().batches.len() as u64;
-                    self.on(TargetEvent::DisksDurable(batches)).await;
+                    let durable = {
+                        let last = last_round.borrow_and_update();
+                        DiskRound { round: last.of.1.0, batches: last.batches.len() as u32 }
+                    };
+                    self.on(TargetEvent::DisksDurable(durable)).await;
                 }
                 state = ended(ram.as_mut()) => self.on_stream(state).await,
                 _ = feeds.changed() => {}

@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 
 use super::disks::{self, Reach};
 use super::drive::Stop;
+use super::proof::FreeProof;
 use super::source::LiveSource;
 use super::uplink::Uplink;
 use crate::disk::ReadAt;
@@ -34,7 +35,7 @@ const DIRTY_BATCH: usize = 256 << 10;
 #[derive(Clone, Debug)]
 pub(super) struct Batch {
     pub disk: DiskIndex,
-    pieces: Vec<Piece>,
+    pub(super) pieces: Vec<Piece>,
     pub data: Vec<u8>,
 }
 
@@ -161,10 +162,42 @@ pub(super) async fn put_off(
     disk: DiskIndex,
     from: u64,
 ) -> Result<Option<(Vec<Batch>, u64)>, Stop> {
+    let index = usize::from(disk.0);
+    some(session, disk, move |free| {
+        free.unproven(index, from, PUT_OFF_STEP)
+    })
+    .await
+}
+
+/// Reads the first of these extents of a disk, in disk order: the batches, and where to go on.
+pub(super) async fn left_out(
+    session: &Arc<LiveSource>,
+    disk: DiskIndex,
+    extents: &[Extent],
+    from: u64,
+) -> Result<Option<(Vec<Batch>, u64)>, Stop> {
+    let (mut some_of, mut room) = (Vec::new(), PUT_OFF_STEP);
+    for extent in extents.iter().filter(|extent| extent.end() > from) {
+        let start = extent.offset().max(from);
+        let part = Extent::between(start, extent.end().min(start + room));
+        room -= part.len();
+        some_of.push(part);
+        if room == 0 {
+            break;
+        }
+    }
+    some(session, disk, move |_| some_of).await
+}
+
+async fn some(
+    session: &Arc<LiveSource>,
+    disk: DiskIndex,
+    which: impl FnOnce(&FreeProof) -> Vec<Extent> + Send + 'static,
+) -> Result<Option<(Vec<Batch>, u64)>, Stop> {
     let free = Arc::clone(&session.free);
     let index = usize::from(disk.0);
     let read = on_thread("live-put-off", move || {
-        let extents = free.unproven(index, from, PUT_OFF_STEP);
+        let extents = which(&free);
         let end = extents.last().map(|extent| extent.end())?;
         let (batches, mut made) = mpsc::channel(PUT_OFF_BATCHES);
         let read = free.with_image(index, |image| {

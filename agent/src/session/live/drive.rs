@@ -9,19 +9,18 @@ mod begin;
 mod foretell;
 mod leave;
 mod put_off;
+mod round;
 mod switch;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use longhaul_common::ids::Round;
 use longhaul_common::wire::session::{FromSource, LiveOutcome, LiveStage, LiveState, Refusal, RefusalKind};
 use tokio::sync::mpsc;
 
 use self::foretell::Foretold;
 use super::clock::RunClock;
-use super::copy::{self, Batch};
-use super::disks::{self, Reach};
+use super::copy;
 use super::pace::Pace;
 use super::resolve::Told;
 use super::source::{End, LiveSource};
@@ -102,6 +101,8 @@ pub(super) struct Drive {
     /// The hook of this handover was begun.
     pub at_handover: bool,
     foretold: Foretold,
+    /// When what round 0 left out was looked at again.
+    looked: Option<Instant>,
 }
 
 /// Moves the VM.
@@ -131,6 +132,7 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
         clock: RunClock::stopped(),
         at_handover: false,
         foretold: Foretold::begin(session),
+        looked: None,
     };
     let mut heard = session.heard.subscribe();
     // A freeze goes on to its thaw by itself.
@@ -415,53 +417,6 @@ impl Drive {
         };
         self.state(stage, left, ram_left, verdict.why.clone()).await;
         Ok(verdict)
-    }
-
-    /// One pass over what the guest wrote. It ends when all of it is durable; until then its bitmap is kept.
-    async fn dirty_round(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
-        self.round += 1;
-        self.outcome.rounds += 1;
-        self.rounds.next().await?;
-        // Memory waits with its last part: once QEMU has sent all of it, it stops the VM.
-        if let Some(out) = self.vm.ram_out() {
-            out.allow(self.ram_left / 2);
-        }
-        let sent = self.send_round(uplink).await;
-        if let Some(out) = self.vm.ram_out() {
-            out.let_flow();
-        }
-        match sent {
-            Ok(()) => Ok(self.rounds.finish().await?),
-            Err(stop) => {
-                // In doubt it counts to the next one.
-                self.rounds.give_back().await?;
-                Err(stop)
-            }
-        }
-    }
-
-    async fn send_round(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
-        let reach = self.reach().await?;
-        let mut batches = copy::dirty(reach).await?;
-        while let Some(batch) = batches.recv().await {
-            let batch = batch?;
-            self.count(&batch);
-            let (header, data) = batch.addressed(uplink, Round(self.round), false)?;
-            uplink.send_disk(&header, data).await?;
-        }
-        Ok(uplink.settle().await?)
-    }
-
-    async fn reach(&mut self) -> Result<Reach, Stop> {
-        let connections = self.s.agent.settings.limits.read_threads;
-        Ok(disks::reach(&mut self.rounds, connections).await?)
-    }
-
-    fn count(&mut self, batch: &Batch) {
-        if let Some(bytes) = self.outcome.dirty_bytes.get_mut(usize::from(batch.disk.0)) {
-            *bytes += batch.data.len() as u64;
-        }
-        self.pace.sent(usize::from(batch.disk.0), batch.covered());
     }
 
     pub(super) fn note(&mut self, words: &str) {

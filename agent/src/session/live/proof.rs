@@ -1,7 +1,8 @@
 //! Which free blocks of a running guest stay behind.
 //!
 //! Owns the looks at the disks during round 0: what the first one calls free is put off, what is proven by the end is left out, the rest
-//! is sent. Leaves proofs to `disk::live_free`. Promises that a block which is put off is either proven free or sent before RAM flows.
+//! is sent; a second look shortly before the pause. Leaves proofs to `disk::live_free`. Promises that a block which is put off is either
+//! proven free or sent before RAM flows.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use super::disks;
 use super::freeze::Frozen;
 use crate::disk::free_map::FreeMap;
 use crate::disk::image::LiveImage;
-use crate::disk::live_free::{Look, Mount, Proofs, Rules};
+use crate::disk::live_free::{Look, Mount, Proofs, Rules, SecondLook, second_look};
 use crate::disk::scan::Part;
 use crate::session::threads::on_thread;
 
@@ -28,6 +29,8 @@ struct DiskProof {
     /// What the first look called free.
     deferred: FreeMap,
     proofs: Proofs,
+    /// What round 0 left out and no round has sent since; nothing before its end.
+    left_out: FreeMap,
 }
 
 impl DiskProof {
@@ -45,6 +48,7 @@ impl DiskProof {
             deferred = look.free;
         }
         Self {
+            left_out: FreeMap::new(image.size()),
             image,
             deferred,
             proofs,
@@ -199,18 +203,41 @@ impl FreeProof {
         self.disks().get(disk).map(|disk| read(&disk.image))
     }
 
-    /// Of each disk: bytes that its image stores and that are left behind. Blocks.
-    pub(super) fn skipped(&self) -> Result<Vec<u64>, Refusal> {
+    /// The end of round 0: what is left out from now on. Gives of each disk the bytes of it that its image stores. Blocks.
+    pub(super) fn leave_out(&self) -> Result<Vec<u64>, Refusal> {
         let count = self.disks().len();
-        let skipped = (0..count).map(|disk| {
+        let left_out = (0..count).map(|disk| {
             let mut left = self.deferred(disk).unwrap_or_else(|| FreeMap::new(0));
             for extent in self.unproven(disk, 0, ALL) {
                 left.clear(&extent);
             }
-            let counted = self.with_image(disk, |image| disks::stored_and_free(image, &left));
+            if let Some(of) = self.disks().get_mut(disk) {
+                of.left_out = left.clone();
+            }
+            left
+        });
+        let left_out: Vec<_> = left_out.collect();
+        let skipped = left_out.iter().enumerate().map(|(disk, left)| {
+            let counted = self.with_image(disk, |image| disks::stored_and_free(image, left));
             counted.unwrap_or(Ok(0))
         });
         skipped.collect()
+    }
+
+    /// A round has sent this of a disk.
+    pub(super) fn sent(&self, disk: usize, extents: impl Iterator<Item = Extent>) {
+        if let Some(disk) = self.disks().get_mut(disk) {
+            extents.for_each(|extent| disk.left_out.clear(&extent));
+        }
+    }
+
+    /// Of each disk, what was left out, not sent since, and is allocated now. Blocks.
+    pub(super) fn second_look(&self) -> Vec<SecondLook> {
+        let look = |disk: &DiskProof| match disk.left_out.free_bytes() {
+            0 => SecondLook::default(),
+            _ => second_look(&disk.left_out, &Look::running(&disk.image, Instant::now())),
+        };
+        self.disks().iter().map(look).collect()
     }
 
     /// Of each disk its parts, with what was left behind and by which proof, or why nothing was.

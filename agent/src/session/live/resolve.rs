@@ -126,7 +126,7 @@ mod tests {
     use longhaul_common::digest::Digest;
 
     use super::*;
-    use crate::vm::handover::{Facts, Stream};
+    use crate::vm::handover::{DiskRound, Facts, Stream};
 
     #[test]
     fn only_a_doubt_can_be_decided() {
@@ -135,7 +135,7 @@ mod tests {
             hash: Digest([0; 32]),
         };
         let facts = Facts {
-            disk_batches: 1,
+            disks: DiskRound { round: 1, batches: 1 },
             stream,
         };
         let doubt = SourceState::HandedOver {

@@ -34,8 +34,7 @@ const IO_MIN: f64 = 256.0 * 1024.0;
 pub struct Converge {
     /// Best predicted blackout of this try, and when it was last improved.
     best: Option<(Duration, Duration)>,
-    /// Since when memory is held back, and how long at least.
-    held: Option<(Duration, Duration)>,
+    held: Option<Held>,
     holds: u32,
     /// When it first became clear that it does not converge.
     stuck: Option<Duration>,
@@ -43,6 +42,15 @@ pub struct Converge {
     ram: bool,
     /// Residue of the disks when the last round began, reduced bytes.
     round: Option<f64>,
+}
+
+/// Memory is held back.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Held {
+    since: Duration,
+    /// How long at least.
+    least: Duration,
+    why: &'static str,
 }
 
 impl Converge {
@@ -108,8 +116,8 @@ impl Converge {
         if let Some(over) = self.over(now, policy) {
             return (Decision::GiveUp, over);
         }
-        if let Some((since, least)) = self.held {
-            return self.hold(now, since, least, view);
+        if let Some(held) = self.held {
+            return self.hold(now, held, view, policy);
         }
         match view.ram {
             None => self.disks(now, view, policy),
@@ -215,7 +223,7 @@ impl Converge {
         now: Duration,
         view: &View,
         policy: &Policy,
-        reason: &str,
+        reason: &'static str,
     ) -> Option<(Decision, String)> {
         let (best, since) = self.best?;
         let pass = transfer(blackout_bytes(view), &view.link) * 2;
@@ -234,22 +242,29 @@ impl Converge {
         })
     }
 
-    fn begin_hold(&mut self, now: Duration, reason: &str) -> (Decision, String) {
+    fn begin_hold(&mut self, now: Duration, why: &'static str) -> (Decision, String) {
         let least = HOLD_MIN.saturating_mul(1 << self.holds.min(5)).min(HOLD_MAX);
-        self.held = Some((now, least));
+        self.held = Some(Held {
+            since: now,
+            least,
+            why,
+        });
         self.holds = self.holds.saturating_add(1);
         self.stuck.get_or_insert(now);
         let seconds = least.as_secs();
         (
             Decision::HoldInSync,
-            format!("{reason}; only the disks are kept in sync for {seconds} s or until the guest is calmer"),
+            format!("{why}; only the disks are kept in sync for {seconds} s or until the guest is calmer"),
         )
     }
 
     /// Memory is held back: until the guest is calm, or long enough.
-    fn hold(&mut self, now: Duration, since: Duration, least: Duration, view: &View) -> (Decision, String) {
+    fn hold(&mut self, now: Duration, held: Held, view: &View, policy: &Policy) -> (Decision, String) {
+        let Held { since, least, why } = held;
         let held = now.saturating_sub(since);
-        let calm = view.ram_dirty_rate.is_some() && utilisation(view) < CALM;
+        // However calm a guest is, it does not shorten the way to the target.
+        let reachable = floor(view).total <= policy.blackout;
+        let calm = view.ram_dirty_rate.is_some() && utilisation(view) < CALM && reachable;
         if held >= least || calm && held >= STRETCH_MIN {
             self.held = None;
             self.best = None;
@@ -266,10 +281,7 @@ impl Converge {
         if due && !view.round_running && view.ram.is_none() {
             return (Decision::Round, "the disks are kept in sync meanwhile".to_owned());
         }
-        (
-            Decision::HoldInSync,
-            "the guest still changes too much".to_owned(),
-        )
+        (Decision::HoldInSync, format!("memory waits, for {why}"))
     }
 }
 

@@ -6,7 +6,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{By, Facts, Generation, Reason, Stream, Word};
+use super::{By, DiskRound, Facts, Generation, Reason, Stream, Word};
 
 /// One line of a handover journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -35,11 +35,11 @@ pub enum Record {
     // target
     /// A QEMU is about to be started; every lower generation is barred.
     Prepared { generation: Generation },
-    /// QEMU loaded this stream, and this many disk batches were durable then.
+    /// QEMU loaded this stream, and this much of the last round was durable then.
     Loaded {
         generation: Generation,
         stream: Stream,
-        disk_batches: u64,
+        disks: DiskRound,
     },
     /// The target owns the VM. `boot`: not from memory but from its disks.
     Running {

@@ -43,7 +43,7 @@ pub use reason::{By, Reason, Resolve};
 pub use source::{SourceEvent, SourceOwner, SourceQemu, SourceState};
 pub use target::{TargetEvent, TargetOwner, TargetQemu, TargetState};
 pub use watch::{Limits, Overdue, Wait};
-pub use word::{Facts, Generation, Stream, Word};
+pub use word::{DiskRound, Facts, Generation, Stream, Word};
 
 /// A journal whose records contradict each other, or belong to the other role.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

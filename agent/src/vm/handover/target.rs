@@ -6,7 +6,9 @@
 
 mod events;
 
-use super::{By, Contradiction, Effect, Facts, Generation, Note, Reason, Record, Resolve, Stream, Word};
+use super::{
+    By, Contradiction, DiskRound, Effect, Facts, Generation, Note, Reason, Record, Resolve, Stream, Word,
+};
 
 /// What the target's QEMU answers to `query-migrate` and `query-status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -28,8 +30,8 @@ pub enum TargetEvent {
     Qemu(TargetQemu),
     /// The source's stream ended, and all of it was written to QEMU.
     StreamWritten(Stream),
-    /// So many distinct disk batches and extents of the job are applied and flushed by now; counts as `Facts::disk_batches`.
-    DisksDurable(u64),
+    /// So much of the newest last round is applied and flushed by now.
+    DisksDurable(DiskRound),
     Heard(Word),
     /// Give it up if that can still be: the operator's cancel, a failed disk, a watchdog.
     Stop(Reason),
@@ -67,7 +69,8 @@ pub struct TargetOwner {
     /// QEMU was seen loaded by this process.
     loaded: bool,
     stream: Option<Stream>,
-    disk_batches: u64,
+    /// Of this generation's last round, or of an older one.
+    disks: DiskRound,
     commit: Option<Facts>,
     /// The agent restarted before the stream's hash was noted: this generation cannot be proven any more.
     lost: bool,
@@ -89,7 +92,7 @@ impl TargetOwner {
             unwritten: false,
             loaded: false,
             stream: None,
-            disk_batches: 0,
+            disks: DiskRound::default(),
             commit: None,
             lost: false,
             noted: false,
@@ -126,12 +129,12 @@ impl TargetOwner {
                 Record::Loaded {
                     generation,
                     stream,
-                    disk_batches,
+                    disks,
                 },
                 T::Waiting,
             ) if generation == self.generation => {
                 self.stream = Some(stream);
-                self.disk_batches = disk_batches;
+                self.disks = disks;
                 self.noted = true;
             }
             (Record::Running { generation, by, boot }, T::Waiting | T::Fresh) if self.fits(generation) => {
@@ -225,7 +228,7 @@ impl TargetOwner {
                 records.push(Record::Loaded {
                     generation,
                     stream,
-                    disk_batches: self.disk_batches,
+                    disks: self.disks,
                 });
             }
             (TargetState::Running { started: true, .. }, _) => records.push(Record::Started { generation }),

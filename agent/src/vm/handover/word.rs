@@ -31,12 +31,28 @@ pub struct Stream {
     pub hash: Digest,
 }
 
+/// How much of a VM's last round is durable at the target. What is of a later round is more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskRound {
+    pub round: u32,
+    /// Distinct batches of all disks.
+    pub batches: u32,
+}
+
+impl DiskRound {
+    /// Whether whoever holds this much lacks nothing of `all`; a round of nothing is not noticed at the target.
+    pub(super) fn covers(self, all: Self) -> bool {
+        self >= all || all.batches == 0
+    }
+}
+
 /// What the target must hold before it may run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Facts {
-    /// Distinct disk batches and extents that the source sent in this job up to the last one.
-    pub disk_batches: u64,
+    /// The last round, read while the VM stood.
+    pub disks: DiskRound,
     pub stream: Stream,
 }
 

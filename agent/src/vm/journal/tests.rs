@@ -4,7 +4,7 @@ use longhaul_common::digest::Digest;
 use proptest::prelude::*;
 
 use super::*;
-use crate::vm::handover::{By, Facts, Generation, Reason, Stream};
+use crate::vm::handover::{By, DiskRound, Facts, Generation, Reason, Stream};
 
 fn job() -> JobId {
     "0123456789abcdef0123456789abcdef".parse().unwrap()
@@ -15,8 +15,9 @@ fn any_record() -> impl Strategy<Value = Record> {
         len,
         hash: Digest(hash),
     });
-    (any::<u32>(), 0..8u8, stream, any::<u64>(), any::<bool>()).prop_map(
-        |(n, kind, stream, disk_batches, flag)| {
+    (any::<u32>(), 0..8u8, stream, any::<(u32, u32)>(), any::<bool>()).prop_map(
+        |(n, kind, stream, (round, batches), flag)| {
+            let disks = DiskRound { round, batches };
             let (generation, reason, by) = (Generation(n), Reason::LoadFailed, By::Operator);
             match kind {
                 0 => Record::Began { generation },
@@ -27,7 +28,7 @@ fn any_record() -> impl Strategy<Value = Record> {
                 },
                 2 => Record::HandedOver {
                     generation,
-                    facts: Facts { disk_batches, stream },
+                    facts: Facts { disks, stream },
                 },
                 3 => Record::TakenBack {
                     generation,
@@ -38,7 +39,7 @@ fn any_record() -> impl Strategy<Value = Record> {
                 5 => Record::Loaded {
                     generation,
                     stream,
-                    disk_batches,
+                    disks,
                 },
                 6 => Record::Running {
                     generation,

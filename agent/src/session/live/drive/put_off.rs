@@ -1,8 +1,10 @@
 //! The back of round 0: what may be free and was not proven so.
 //!
-//! Owns sending it, or dropping it as proofs come in. Leaves looks and proofs to `proof`.
+//! Owns sending it, or dropping it as proofs come in, and the second look at what was dropped, shortly before the pause. Leaves looks and
+//! proofs to `proof`.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use longhaul_common::ids::Round;
 use longhaul_common::wire::session::{Refusal, RefusalKind};
@@ -11,6 +13,9 @@ use super::{Drive, Stop};
 use crate::session::live::uplink::Uplink;
 use crate::session::live::{copy, disks};
 use crate::session::threads::on_thread;
+
+/// Between two second looks.
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
 
 impl Drive {
     /// Has the looks at what is free go through the exports that are open now.
@@ -48,8 +53,41 @@ impl Drive {
         self.outcome.parts = self.s.free.report();
         let free = Arc::clone(&self.s.free);
         // Only a figure of the report: without it the gateway has an estimate.
-        if let Ok(Ok(skipped)) = on_thread("live-count", move || free.skipped()).await {
+        if let Ok(Ok(skipped)) = on_thread("live-count", move || free.leave_out()).await {
             self.outcome.skipped_bytes = skipped;
+        }
+        Ok(())
+    }
+
+    /// Beside RAM, through a round's exports: what was proven free, and is allocated now though no round has sent it, is sent with the round.
+    /// No proof needs it.
+    pub(super) async fn second_look(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
+        let is_due = self.looked.is_none_or(|at| at.elapsed() >= LOOK_AGAIN);
+        if !self.vm.is_migrating() || !self.s.free.is_wanted() || !is_due {
+            return Ok(());
+        }
+        self.look_anew().await?;
+        let free = Arc::clone(&self.s.free);
+        let looked = on_thread("second-look", move || free.second_look()).await;
+        let looked = looked.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
+        self.looked = Some(Instant::now());
+        let bytes: u64 = looked.iter().map(|disk| disk.bytes).sum();
+        tracing::debug!(job = %self.s.job, bytes, "a second look at what was left out");
+        if bytes > 0 {
+            self.note(&format!(
+                "a second look: {bytes} bytes that were free are allocated now; they are sent"
+            ));
+        }
+        for (disk, found) in (0..).map(longhaul_common::ids::DiskIndex).zip(looked) {
+            let mut from = 0;
+            while let Some((batches, end)) = copy::left_out(&self.s, disk, &found.send, from).await? {
+                for batch in batches {
+                    self.count(&batch);
+                    let (header, data) = batch.addressed(uplink, Round(self.round), false)?;
+                    uplink.send_disk(&header, data).await?;
+                }
+                from = end;
+            }
         }
         Ok(())
     }

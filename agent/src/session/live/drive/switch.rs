@@ -26,6 +26,7 @@ impl Drive {
         let view = self.pace.view(now, &dirty, None, ram.as_ref(), uplink, rtt);
         let verdict = self.converge.unasked(now, &view, &self.policy);
         self.note(&verdict.why);
+        self.state(LiveStage::Ram, 0, 0, verdict.why.clone()).await;
         match verdict.decision {
             Decision::HandOver { predicted } => {
                 self.outcome.predicted_blackout_ms = predicted.as_millis() as u64;

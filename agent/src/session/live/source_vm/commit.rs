@@ -16,7 +16,7 @@ use crate::session::live::hooks;
 use crate::session::live::ram_out::RamOut;
 use crate::session::live::uplink::Uplink;
 use crate::session::live::word::ToTarget;
-use crate::vm::handover::{Facts, Reason, SourceEvent, SourceQemu, SourceState, Stream};
+use crate::vm::handover::{DiskRound, Facts, Reason, SourceEvent, SourceQemu, SourceState, Stream};
 use crate::vm::outgoing;
 use crate::vm::qmp::{MigrationStatus, Qmp};
 
@@ -60,9 +60,9 @@ impl SourceVm {
                 "RAM: {} pages with content ({} of them sent again), {} zero pages",
                 counts.pages, counts.resent_pages, counts.zeros
             ));
-            let disk_batches = last.len() as u64;
-            self.on(SourceEvent::StreamEnded(Facts { disk_batches, stream }))
-                .await;
+            let batches = last.len() as u32;
+            let disks = DiskRound { round, batches };
+            self.on(SourceEvent::StreamEnded(Facts { disks, stream })).await;
             self.wait_completed().await;
             step("handed over");
             let end = ToTarget::StreamEnd { generation, stream };

@@ -22,8 +22,8 @@ impl TargetOwner {
                 }
                 self.decide()
             }
-            TargetEvent::DisksDurable(batches) => {
-                self.disk_batches = self.disk_batches.max(batches);
+            TargetEvent::DisksDurable(disks) => {
+                self.disks = self.disks.max(disks);
                 self.decide()
             }
             TargetEvent::Heard(word) => self.heard(word),
@@ -40,7 +40,7 @@ impl TargetOwner {
     /// An agent whose journal fails is as good as dead: it says nothing and tries again.
     fn on_unwritten(&mut self, event: TargetEvent) -> Vec<Effect> {
         match event {
-            TargetEvent::DisksDurable(batches) => self.disk_batches = self.disk_batches.max(batches),
+            TargetEvent::DisksDurable(disks) => self.disks = self.disks.max(disks),
             TargetEvent::Remind => {
                 self.unwritten = false;
                 return self.enter();
@@ -79,10 +79,9 @@ impl TargetOwner {
         if let TargetState::Running { .. } = self.state {
             return refused("the VM belongs to this host already");
         }
-        let disk_batches = self.disk_batches;
+        // Its last round is yet to come, and counts anew: rounds of another life of the source may have had higher numbers.
         *self = Self {
             generation,
-            disk_batches,
             state: TargetState::Waiting,
             ..Self::new()
         };
@@ -159,10 +158,10 @@ impl TargetOwner {
         if stream != commit.stream {
             return self.abort(Reason::StreamDiffers);
         }
-        if self.disk_batches > commit.disk_batches {
+        if self.disks > commit.disks {
             return self.abort(Reason::DisksDiffer);
         }
-        if !self.loaded || self.disk_batches < commit.disk_batches {
+        if !self.loaded || !self.disks.covers(commit.disks) {
             return Vec::new();
         }
         self.run(By::Protocol, false)
@@ -173,11 +172,11 @@ impl TargetOwner {
         match self.stream {
             Some(stream) if self.loaded && !self.noted => {
                 self.noted = true;
-                let (generation, disk_batches) = (self.generation, self.disk_batches);
+                let (generation, disks) = (self.generation, self.disks);
                 vec![Effect::Journal(Record::Loaded {
                     generation,
                     stream,
-                    disk_batches,
+                    disks,
                 })]
             }
             _ => Vec::new(),
@@ -286,4 +285,65 @@ impl TargetOwner {
 
 fn refused(why: &'static str) -> Vec<Effect> {
     vec![Effect::Report(Note::Refused(why))]
+}
+
+#[cfg(test)]
+mod tests {
+    use longhaul_common::digest::Digest;
+
+    use super::*;
+    use crate::vm::handover::{DiskRound, Facts, Stream};
+
+    const fn disks(round: u32, batches: u32) -> DiskRound {
+        DiskRound { round, batches }
+    }
+
+    /// A target that has loaded the second try's stream, and the source's word for it; the first try's last round was the fifth.
+    fn asked_again(last: DiskRound) -> TargetOwner {
+        let mut owner = TargetOwner::new();
+        owner.on(TargetEvent::Prepare(Generation(1)));
+        owner.on(TargetEvent::DisksDurable(disks(5, 2)));
+        owner.on(TargetEvent::Stop(Reason::TooSlow));
+        owner.on(TargetEvent::Prepare(Generation(2)));
+        let stream = Stream {
+            len: 9,
+            hash: Digest([7; 32]),
+        };
+        owner.on(TargetEvent::StreamWritten(stream));
+        owner.on(TargetEvent::Qemu(TargetQemu::Loaded));
+        let (generation, facts) = (Generation(2), Facts { disks: last, stream });
+        owner.on(TargetEvent::Heard(Word::Commit { generation, facts }));
+        owner
+    }
+
+    #[test]
+    fn the_last_round_of_an_earlier_try_counts_for_none() {
+        // The source was another process at the first try, and counts its rounds anew.
+        for last in [disks(6, 2), disks(5, 3), disks(1, 3)] {
+            let mut owner = asked_again(last);
+            assert!(!owner.owns(), "{last:?}");
+            owner.on(TargetEvent::DisksDurable(disks(last.round, last.batches - 1)));
+            assert!(!owner.owns(), "{last:?}");
+            owner.on(TargetEvent::DisksDurable(last));
+            assert!(owner.owns(), "{last:?}");
+        }
+    }
+
+    #[test]
+    fn a_last_round_of_nothing_is_not_waited_for() {
+        assert!(asked_again(disks(1, 0)).owns());
+        assert!(asked_again(disks(6, 0)).owns());
+    }
+
+    #[test]
+    fn more_than_the_source_sent_is_an_end() {
+        let mut owner = asked_again(disks(6, 2));
+        owner.on(TargetEvent::DisksDurable(disks(6, 3)));
+        assert!(matches!(
+            owner.state(),
+            TargetState::Aborted {
+                reason: Reason::DisksDiffer
+            }
+        ));
+    }
 }

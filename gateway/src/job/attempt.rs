@@ -13,7 +13,7 @@ use longhaul_common::link::{Link, SendStream};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
     AgentTask, DISK_SIZE_MAX, DiskCounts, FromSource, FromTarget, LiveOutcome, OpenedDisk, PeerTask, Refusal,
-    RefusalKind, TargetDisk, TargetOpen, ToSource, ToTarget,
+    RefusalKind, ShadowId, TargetDisk, TargetOpen, ToSource, ToTarget,
 };
 
 use super::board::Board;
@@ -130,6 +130,11 @@ impl Source {
         })
     }
 
+    /// Of each disk the shadow since which the source agent knows all changes.
+    pub fn since(&self) -> Vec<Option<ShadowId>> {
+        self.disks.iter().map(|disk| disk.since).collect()
+    }
+
     /// Each disk's size, and the bytes its content takes at most.
     pub fn sizes(&self) -> Vec<(u64, u64)> {
         self.disks.iter().map(|disk| (disk.size, disk.used)).collect()
@@ -234,6 +239,8 @@ pub fn target_open(
         needed: *needed,
         preallocate: spec.target.preallocate,
         overwrite: spec.target.overwrite,
+        shadow: spec.kind == Kind::Live && spec.target.shadow,
+        since: None,
     };
     let disks = spec.disk.iter().zip(sizes).map(disk).collect();
     TargetOpen {

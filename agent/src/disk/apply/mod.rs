@@ -33,6 +33,7 @@ mod qcow2_server;
 mod qcow2_store;
 mod record;
 mod replay;
+mod shadow;
 mod space;
 mod store;
 mod target;
@@ -49,6 +50,7 @@ pub use hostile::{example_log, replay_log};
 pub use place::partial_name;
 pub use placed::{Placed, link_early, promote_after_crash, unlink_after_crash};
 pub use replay::{Durable, Have};
+pub use shadow::{Left, Returned, Seal, Shadow};
 pub use space::check_space;
 pub use target::{Applied, Flushed, Target, Ticket};
 

@@ -112,6 +112,7 @@ fn a_leaf_whose_content_changed_is_sent_again() {
             first: 0,
             count: 2,
             digests,
+            shadow: None,
         },
         2 * LEAF,
     )

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 
 use super::ram_in::RamState;
 use super::record::Arriving;
+use super::shadow;
 use super::target::{Arrived, LiveTarget};
 use super::target_vm::TargetQemuVm;
 use super::word::{ToSource, ToTarget};
@@ -380,6 +381,9 @@ impl Arrive {
         let (agent, open) = (Arc::clone(&self.s.agent), self.s.open.clone());
         let named = on_thread("promote", move || {
             let named = target_disks::promote_live(&open, &mut placed, &agent.settings);
+            if named.is_ok() {
+                shadow::used_up(open.job, &agent.settings.paths.state);
+            }
             (named, placed)
         });
         let paths = match named.await {
@@ -422,12 +426,9 @@ impl Arrive {
         } else {
             Vec::new()
         };
+        let (with, job) = (Arc::clone(&self.s.agent), self.s.job);
         let discarded = on_thread("discard", move || {
-            placed.iter_mut().try_for_each(Placed::discard)?;
-            targets.into_iter().try_for_each(|target| {
-                target.unlink()?;
-                target.discard()
-            })
+            shadow::give_up(job, targets, &mut placed, &with.settings.paths.state)
         });
         match discarded.await {
             Ok(Ok(())) => {}

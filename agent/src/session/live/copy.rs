@@ -63,6 +63,11 @@ impl Batch {
         Ok((header, self.data.clone()))
     }
 
+    /// What of the disk it stands for.
+    pub(super) fn extents(&self) -> impl Iterator<Item = Extent> + '_ {
+        self.pieces.iter().map(|piece| piece.extent)
+    }
+
     /// Bytes of the disk that it stands for.
     pub(super) fn covered(&self) -> u64 {
         self.pieces.iter().map(|piece| piece.extent.len()).sum()

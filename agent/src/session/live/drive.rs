@@ -6,13 +6,16 @@
 //! anything of ours in its QEMU.
 
 mod put_off;
+mod shadow;
 mod switch;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use longhaul_common::ids::Round;
-use longhaul_common::wire::session::{FromSource, LiveOutcome, LiveStage, LiveState, Refusal, RefusalKind};
+use longhaul_common::wire::session::{
+    FromSource, LiveOutcome, LiveStage, LiveState, Refusal, RefusalKind, ShadowId,
+};
 use tokio::sync::mpsc;
 
 use super::copy::{self, Batch};
@@ -89,6 +92,8 @@ pub(super) struct Drive {
     counted: bool,
     /// What QEMU had still to send of memory when it was asked last.
     ram_left: u64,
+    /// Of each disk: the shadow that the target's copy began with, where everything that was written since counts to the rounds.
+    taken_over: Vec<Option<ShadowId>>,
 }
 
 /// Moves the VM.
@@ -114,6 +119,7 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
         last: None,
         counted: false,
         ram_left: 0,
+        taken_over: vec![None; disks],
     };
     let end = drive.move_vm().await;
     drive.leave(end).await
@@ -137,6 +143,8 @@ pub(super) async fn settle(session: &Arc<LiveSource>, words: mpsc::Receiver<Word
         match &end {
             Ok(outcome) => {
                 let outcome = outcome.clone();
+                // How the images were left is not known: this agent was away.
+                vm.keep_shadows(outcome.generation, &[]).await;
                 if let Err(refusal) = session.remember(|record| record.outcome = Some(*outcome)).await {
                     tracing::warn!(job = %session.job, "{refusal}");
                 }
@@ -251,6 +259,7 @@ impl Drive {
             self.rounds.open_base().await?;
             self.look_anew().await?;
         }
+        let have = self.take_over(have).await;
         let reach = self.reach().await?;
         let session = Arc::clone(&self.s);
         let mut copying = Box::pin(copy::base(&session, uplink, reach, have));
@@ -268,6 +277,7 @@ impl Drive {
         if !self.counted {
             for (index, (digest, counts)) in (0..).map(longhaul_common::ids::DiskIndex).zip(counts) {
                 let disk = index;
+                self.note_kept(disk, counts.kept);
                 uplink.say(FromSource::DiskDone { disk, digest, counts }).await;
             }
             self.counted = true;
@@ -413,6 +423,7 @@ impl Drive {
             *bytes += batch.data.len() as u64;
         }
         self.pace.sent(usize::from(batch.disk.0), batch.covered());
+        self.s.free.sent(usize::from(batch.disk.0), batch.extents());
     }
 
     pub(super) fn note(&mut self, words: &str) {
@@ -454,6 +465,9 @@ impl Drive {
             }
         }
         self.vm.undo_slowing().await;
+        if end.is_ok() {
+            self.keep_shadows().await;
+        }
         let socket = self.rounds.socket().to_owned();
         if end.is_err()
             && let Err(error) = self.rounds.remove().await

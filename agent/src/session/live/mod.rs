@@ -15,6 +15,7 @@ mod ram_in;
 mod ram_out;
 mod record;
 pub(super) mod settle;
+mod shadow;
 pub(super) mod source;
 mod source_vm;
 pub(super) mod target;

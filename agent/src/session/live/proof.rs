@@ -84,6 +84,45 @@ impl FreeProof {
         self.disks().get(disk).map(|disk| disk.deferred.clone())
     }
 
+    /// These extents were sent: they are not left behind.
+    pub(super) fn sent(&self, disk: usize, extents: impl Iterator<Item = Extent>) {
+        if let Some(disk) = self.disks().get_mut(disk) {
+            extents.for_each(|extent| disk.deferred.clear(&extent));
+        }
+    }
+
+    /// Nothing of this disk is left behind: the target holds it already, free or not.
+    pub(super) fn drop_disk(&self, disk: usize) {
+        if let Some(disk) = self.disks().get_mut(disk) {
+            let size = disk.image.size();
+            let rules = Rules {
+                started: Instant::now(),
+                age: None,
+                frozen: Vec::new(),
+            };
+            disk.deferred = FreeMap::new(size);
+            disk.proofs = Proofs::new(size, rules);
+        }
+    }
+
+    /// What of a disk was never sent, as offset and length of each run; after the last round. None where there are more than `max` runs.
+    pub(super) fn left_behind(&self, disk: usize, max: usize) -> Option<Vec<(u64, u64)>> {
+        let disks = self.disks();
+        let deferred = &disks.get(disk)?.deferred;
+        let (size, mut runs, mut at) = (disks.get(disk)?.image.size(), Vec::new(), 0);
+        while at < size {
+            let (free, run) = deferred.run(at, size);
+            if free {
+                runs.push((run.offset(), run.len()));
+            }
+            if runs.len() > max {
+                return None;
+            }
+            at = run.end();
+        }
+        Some(runs)
+    }
+
     /// Looks again where it is time to.
     pub(super) async fn look(self: &Arc<Self>) {
         {

@@ -13,7 +13,8 @@ use longhaul_common::ids::{Attempt, JobId};
 use longhaul_common::link::{Link, RecvStream, SendStream};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
-    AgentWord, FromSource, LiveOutcome, OpenedDisk, Refusal, RefusalKind, SourceOpen, SourceVm, ToSource,
+    AgentWord, FromSource, LiveOutcome, OpenedDisk, Refusal, RefusalKind, ShadowId, SourceOpen, SourceVm,
+    ToSource,
 };
 use tokio::sync::{mpsc, watch};
 
@@ -73,6 +74,8 @@ pub(crate) struct LiveSource {
     pub(super) vm: SourceVm,
     pub(super) qmp: Qmp,
     pub(super) disks: Vec<VmDisk>,
+    /// Of each disk the shadow since which QEMU knows all writes.
+    pub(super) since: Vec<Option<ShadowId>>,
     reports: Vec<OpenedDisk>,
     pub(super) free: Arc<FreeProof>,
     definition: Option<Vec<u8>>,
@@ -146,6 +149,9 @@ impl LiveSource {
             socket: nbd,
             foreign_socket: None,
         };
+        let since = rounds::find_since(&qmp, &options.nodes)
+            .await
+            .map_err(|error| refused(&error))?;
         let record = Leaving {
             job: open.job.to_string(),
             vm: vm.clone(),
@@ -167,7 +173,7 @@ impl LiveSource {
             .definition
             .as_deref()
             .map(|path| read_definition(path, settings));
-        let ((reports, free), definition) =
+        let ((mut reports, free), definition) =
             match surveyed.and_then(|surveyed| Ok((surveyed, definition.transpose()?))) {
                 Ok(opened) => opened,
                 Err(refusal) => {
@@ -175,6 +181,9 @@ impl LiveSource {
                     return Err(refusal);
                 }
             };
+        for (report, since) in reports.iter_mut().zip(&since) {
+            report.since = *since;
+        }
         let (words, heard) = mpsc::channel(QUEUE);
         Ok(Arc::new(Self {
             agent: Arc::clone(agent),
@@ -182,6 +191,7 @@ impl LiveSource {
             vm,
             qmp,
             disks,
+            since,
             reports,
             free,
             definition,
@@ -253,6 +263,7 @@ impl LiveSource {
             vm: record.vm.clone(),
             qmp,
             disks: record.disks.clone(),
+            since: Vec::new(),
             reports: record.disks.iter().map(disks::unread).collect(),
             free: Arc::new(FreeProof::none()),
             definition: None,

@@ -1,4 +1,4 @@
-//! The VM stands: the rest of its RAM, the handover, and the wait for the target's word.
+//! The VM stands: the rest of its RAM, the handover, the wait for the target's word, and what stays behind.
 //!
 //! Owns these last steps and how the source's QEMU is asked. Leaves the decision to `vm::handover`. Promises that nothing but the target's
 //! answer ends the wait once the VM is handed over.
@@ -10,11 +10,14 @@ use longhaul_common::ids::Round;
 use longhaul_common::wire::session::LiveOutcome;
 
 use super::{CANCEL_LIMIT, LOOK, REMIND, SourceVm};
+use crate::disk::apply::Left;
 use crate::session::live::copy::Batch;
 use crate::session::live::drive::Stop;
 use crate::session::live::ram_out::RamOut;
+use crate::session::live::shadow::{ShadowDisk, Shadows};
 use crate::session::live::uplink::Uplink;
 use crate::session::live::word::ToTarget;
+use crate::session::threads::on_thread;
 use crate::vm::handover::{Facts, Reason, SourceEvent, SourceQemu, SourceState, Stream};
 use crate::vm::outgoing;
 use crate::vm::qmp::{MigrationStatus, Qmp};
@@ -177,6 +180,35 @@ impl SourceVm {
             ram.close();
         }
         self.outgoing = None;
+    }
+
+    /// Remembers the images as shadows. `free`: of each disk the runs that were left behind; nothing where that is not known.
+    pub(in crate::session::live) async fn keep_shadows(
+        &self,
+        generation: u32,
+        free: &[Option<Vec<(u64, u64)>>],
+    ) {
+        let seals = self.old_copy.seals();
+        let disks = self.s.disks.iter().enumerate().map(|(index, disk)| {
+            let seal = seals.get(index).cloned().flatten();
+            let free = free.get(index).cloned().flatten();
+            ShadowDisk {
+                file: disk.file.clone(),
+                format: disk.format.clone(),
+                size: disk.size,
+                left: seal.zip(free).map(|(seal, free)| Left { seal, free }),
+                lent: None,
+            }
+        });
+        let shadows = Shadows {
+            generation,
+            disks: disks.collect(),
+        };
+        let (state, job) = (self.s.agent.settings.paths.state.clone(), self.s.job);
+        let saved = on_thread("shadows", move || shadows.save(&state, job)).await;
+        if let Ok(Err(why)) = saved {
+            tracing::warn!(job = %self.s.job, "a way back would copy the disks whole: {why}");
+        }
     }
 }
 

@@ -144,6 +144,7 @@ fn resolve(args: &MoveArgs) -> io::Result<Job> {
         format,
         target_format,
         connections,
+        both_ways: false,
     })
 }
 

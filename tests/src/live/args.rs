@@ -82,6 +82,12 @@ pub struct LiveArgs {
     /// QUIC connections between the gateways
     #[arg(long)]
     pub connections: Option<u32>,
+    /// After the move, move the guest back through the same programs, and compare the disks
+    #[arg(long, conflicts_with = "by")]
+    pub back: bool,
+    /// Take from QEMU what it knows of the changes before the way back, as if it had been started anew
+    #[arg(long, requires = "back")]
+    pub forget_changes: bool,
     /// Keep the lab's directory: config files, logs, consoles, disks
     #[arg(long)]
     pub keep: bool,

@@ -20,7 +20,7 @@ use super::leftovers::{self, QemuSettings};
 use super::rival::Rival;
 use super::stage::Stage;
 use super::verdict::LiveReport;
-use super::{pause, proof};
+use super::{back, pause, proof};
 use crate::lab::End;
 use crate::move_disk::Moment;
 use crate::programs::{self, Line, Programs};
@@ -131,6 +131,14 @@ impl Run<'_> {
         if let Some(programs) = programs {
             self.report.reduced_bytes = programs.reduced(&self.stage.lab);
             self.report.leftovers = self.leftovers()?;
+        }
+        if let Some(programs) = programs.filter(|_| self.args.back && self.report.owner == "target") {
+            let back = back::go_back(self.args, &mut self.stage, programs, &self.job, watch)?;
+            self.report.back = Some(back);
+            self.settle()?;
+            self.report
+                .leftovers
+                .extend(back::leftovers(&self.stage, &self.report));
         }
         proof::prove(self.args, &self.stage, &mut self.report, watch)?;
         self.put_away(link_began.map_or(0.0, |stats| stats.seconds))?;

@@ -22,11 +22,12 @@ pub fn disk(directory: &Path, end: End, number: usize) -> PathBuf {
     folder.join(format!("disk{number}.img"))
 }
 
-/// Adds the folder of QMP sockets to both agents' files, and the command template to the target's.
+/// Adds the folder of QMP sockets to both agents' files, and the command template to the target's; to the source's the one for the way
+/// back.
 ///
 /// # Errors
 /// When a file cannot be read or written, or has no paths to add to.
-pub fn extend(directory: &Path, template: &Machine) -> io::Result<()> {
+pub fn extend(directory: &Path, template: &Machine, home: Option<&Machine>) -> io::Result<()> {
     for end in [End::Source, End::Target] {
         let file = directory.join(format!("{}-agent.toml", end.name()));
         let text = fs::read_to_string(&file)?;
@@ -35,7 +36,11 @@ pub fn extend(directory: &Path, template: &Machine) -> io::Result<()> {
         };
         let folder = qmp_folder(directory, end);
         let mut text = format!("{before}[paths]\nqmp = [\"{}\"]\n{after}", folder.display());
-        if end == End::Target {
+        let template = match end {
+            End::Source => home,
+            End::Target => Some(template),
+        };
+        if let Some(template) = template {
             let _ = writeln!(text, "[vm]\ncommand = {}", array(&template.words()));
         }
         fs::write(file, text)?;
@@ -53,23 +58,65 @@ pub fn write_job(
     target_format: &str,
     blackout: Option<&str>,
 ) -> io::Result<()> {
+    let text = job(
+        directory,
+        machine,
+        [End::Source, End::Target],
+        target_format,
+        blackout,
+    );
+    fs::write(directory.join("job.toml"), text)
+}
+
+/// Writes the job file for the way back of a machine that the job `arrived` has brought; gives the file's name.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write_job_back(
+    directory: &Path,
+    machine: &Machine,
+    arrived: &str,
+    format: &str,
+    blackout: Option<&str>,
+) -> io::Result<&'static str> {
+    let socket = format!("vm-{}.qmp", arrived.get(..8).unwrap_or_default());
+    let machine = Machine {
+        qmp: qmp_folder(directory, End::Target)
+            .join(socket)
+            .display()
+            .to_string(),
+        ..machine.clone()
+    };
+    let text = job(directory, &machine, [End::Target, End::Source], format, blackout);
+    fs::write(directory.join("back.toml"), text)?;
+    Ok("back.toml")
+}
+
+fn job(
+    directory: &Path,
+    machine: &Machine,
+    [from, to]: [End; 2],
+    format: &str,
+    blackout: Option<&str>,
+) -> String {
+    let (from, site) = (from.name(), to.name());
     let mut job = format!(
-        "kind = \"live\"\nname = \"{}\"\n[source]\nagent = \"source-agent\"\nqmp = \"{}\"\n\
-         [target]\nsite = \"target\"\nagent = \"target-agent\"\n",
+        "kind = \"live\"\nname = \"{}\"\n[source]\nagent = \"{from}-agent\"\nqmp = \"{}\"\n\
+         [target]\nsite = \"{site}\"\nagent = \"{site}-agent\"\n",
         machine.name, machine.qmp
     );
     if let Some(blackout) = blackout {
         let _ = writeln!(job, "[live]\nblackout = \"{blackout}\"");
     }
     for number in 0..machine.disks.len() {
-        let target = disk(directory, End::Target, number);
+        let target = disk(directory, to, number);
         let _ = write!(
             job,
-            "[[disk]]\nsource = \"disk{number}\"\ntarget = \"{}\"\ntarget_format = \"{target_format}\"\n",
+            "[[disk]]\nsource = \"disk{number}\"\ntarget = \"{}\"\ntarget_format = \"{format}\"\n",
             target.display(),
         );
     }
-    fs::write(directory.join("job.toml"), job)
+    job
 }
 
 /// A TOML array of strings.

@@ -63,6 +63,7 @@ impl Stage {
             format: args.format.clone(),
             target_format: args.target_format().to_owned(),
             connections: args.connections,
+            both_ways: args.back,
         };
         if let Some(programs) = programs {
             programs.prepare(&lab, &args.link, &job)?;
@@ -82,7 +83,9 @@ impl Stage {
             args.target_format().clone_into(&mut disk.format);
         }
         if programs.is_some() {
-            settings::extend(&directory, &template)?;
+            // The way back starts a QEMU where the guest came from.
+            let home = machine.template(&consoles.socket(End::Source), monitors[0].socket());
+            settings::extend(&directory, &template, args.back.then_some(&home))?;
             let blackout = args.blackout.map(|span| format!("{} ms", span.0.as_millis()));
             settings::write_job(&directory, &machine, args.target_format(), blackout.as_deref())?;
         }

@@ -123,6 +123,7 @@ impl World {
             format: "raw".to_owned(),
             target_format: "raw".to_owned(),
             connections: None,
+            both_ways: false,
         };
         programs.prepare(&lab, &link, &job).unwrap();
         let config = lab.directory().join("target-agent.toml");

@@ -111,8 +111,6 @@ impl Shadow {
         if !plain || !open::has_size(options, &file, size) {
             return Ok(None);
         }
-        let seal = Seal::of(&file).map_err(examined)?;
-        let left = self.left.as_ref().filter(|left| left.seal == seal);
         if options.format == TargetFormat::Raw
             && !image_lock::hold(&file).map_err(TargetError::during("lock", &path))?
         {
@@ -121,6 +119,8 @@ impl Shadow {
                 "a process holds the image lock of this shadow: end it, or set target.shadow = false",
             ));
         }
+        let seal = Seal::of(&file).map_err(examined)?;
+        let left = self.left.as_ref().filter(|left| left.seal == seal);
         let header = open::header_for(options, size, &file, &path)?;
         // In this order: a copy without a log that knows it would be thrown away.
         log.bind(&header)?;

@@ -149,9 +149,7 @@ impl LiveSource {
             socket: nbd,
             foreign_socket: None,
         };
-        let since = rounds::find_since(&qmp, &options.nodes)
-            .await
-            .map_err(|error| refused(&error))?;
+        let since = preflight::known_since(&qmp, &options.nodes).await?;
         let record = Leaving {
             job: open.job.to_string(),
             vm: vm.clone(),
@@ -181,9 +179,10 @@ impl LiveSource {
                     return Err(refusal);
                 }
             };
-        for (report, since) in reports.iter_mut().zip(&since) {
-            report.since = *since;
-        }
+        reports
+            .iter_mut()
+            .zip(&since)
+            .for_each(|(report, since)| report.since = *since);
         let (words, heard) = mpsc::channel(QUEUE);
         Ok(Arc::new(Self {
             agent: Arc::clone(agent),

@@ -248,3 +248,28 @@ async fn a_new_certificate_is_used_at_once_and_a_broken_one_never() {
     assert_eq!(expiry().await, 80);
     assert!(live.close_reason().is_none(), "a reload closed a good link");
 }
+
+#[tokio::test]
+async fn files_that_change_before_they_are_watched_are_noticed() {
+    let authority = Authority::new("a");
+    let first = Wish {
+        until: 60 * DAY,
+        ..Wish::of(&gateway("munich"))
+    };
+    let munich = TlsState::load(authority.issue("munich", &first), Some(Role::Gateway)).unwrap();
+    let before = munich.not_after();
+    let second = Wish {
+        until: 80 * DAY,
+        ..first
+    };
+    authority.issue("munich", &second);
+    let _reloader = Reloader::watch_every(&munich, Duration::from_millis(50));
+    let noticed = async {
+        while munich.not_after() == before {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), noticed)
+        .await
+        .unwrap();
+}

@@ -10,6 +10,7 @@
 //!
 //! Leaves alone when files are read again (`reload`) and what handshakes do with them (`tls`).
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -157,7 +158,33 @@ impl Material {
     }
 }
 
+/// What changes when one of the files is replaced or rewritten: of each its device, inode, length and modification time.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct FileMarks(Vec<Option<(u64, u64, u64, i64, i64)>>);
+
+fn mark(path: &Path) -> Option<(u64, u64, u64, i64, i64)> {
+    let meta = std::fs::metadata(path).ok()?;
+    Some((
+        meta.dev(),
+        meta.ino(),
+        meta.size(),
+        meta.mtime(),
+        meta.mtime_nsec(),
+    ))
+}
+
 impl Credentials {
+    /// How the files look now, without reading them.
+    pub(crate) fn marks(&self) -> FileMarks {
+        let files = [
+            Some(&self.cert),
+            Some(&self.key),
+            Some(&self.ca),
+            self.crl.as_ref(),
+        ];
+        FileMarks(files.into_iter().flatten().map(|path| mark(path)).collect())
+    }
+
     /// Reads and judges the files, for a program of the given role (`None`: any role, for tools).
     ///
     /// # Errors

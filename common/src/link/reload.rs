@@ -7,14 +7,12 @@
 //! Promises: files that cannot be used leave the old ones in use, with one error in the log per change; a link is closed
 //! within one tick after its peer's certificate expired. What new files mean for handshakes and links is `tls`.
 
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::task::JoinHandle;
 
-use super::credentials::{Credentials, CredentialsError};
+use super::credentials::{CredentialsError, FileMarks};
 use super::tls::TlsState;
 
 /// How often the files are looked at.
@@ -59,17 +57,16 @@ impl Drop for Reloader {
 async fn watch(state: Arc<TlsState>, tick: Duration) {
     let mut ticks = tokio::time::interval(tick);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut used = look(&state).await;
-    let mut last = used.clone();
+    let mut last = look(&state).await;
     loop {
         ticks.tick().await;
         state.close_expired(SystemTime::now());
         let now = look(&state).await;
-        // A change is acted upon when it stood still for one tick: certificate and key are two files.
+        // A change is acted upon when it stood still for one tick: certificate and key are two files. What counts is what was
+        // read, not what was looked at first: files may change between a program's start and the first look.
         let settled = now == last;
         last = now;
-        if settled && last != used {
-            used = last.clone();
+        if settled && !state.was_read_from(&last) {
             if let Err(error) = read_again(&state).await {
                 tracing::error!(
                     "the changed identity files are not used, the old ones stay: {}",
@@ -86,41 +83,11 @@ async fn read_again(state: &Arc<TlsState>) -> Result<(), CredentialsError> {
     read.unwrap_or(Ok(())) // a join error means that the runtime stops
 }
 
-async fn look(state: &Arc<TlsState>) -> Vec<Option<Mark>> {
+async fn look(state: &Arc<TlsState>) -> FileMarks {
     let paths = state.paths().clone();
-    tokio::task::spawn_blocking(move || marks(&paths))
+    tokio::task::spawn_blocking(move || paths.marks())
         .await
         .unwrap_or_default()
-}
-
-/// What changes when a file is replaced or rewritten.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Mark {
-    device: u64,
-    inode: u64,
-    length: u64,
-    modified: (i64, i64),
-}
-
-fn marks(paths: &Credentials) -> Vec<Option<Mark>> {
-    let files = [
-        Some(&paths.cert),
-        Some(&paths.key),
-        Some(&paths.ca),
-        paths.crl.as_ref(),
-    ];
-    files.into_iter().flatten().map(|path| mark(path)).collect()
-}
-
-fn mark(path: &Path) -> Option<Mark> {
-    let meta = std::fs::metadata(path).ok()?;
-    let modified = (meta.mtime(), meta.mtime_nsec());
-    Some(Mark {
-        device: meta.dev(),
-        inode: meta.ino(),
-        length: meta.size(),
-        modified,
-    })
 }
 
 fn chain(error: &dyn std::error::Error) -> String {

@@ -22,7 +22,7 @@ use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
 
-use super::credentials::{Credentials, CredentialsError, Material, provider, unix_time};
+use super::credentials::{Credentials, CredentialsError, FileMarks, Material, provider, unix_time};
 use super::endpoint::LinkInner;
 use super::identity::{Identity, Role, shown};
 use super::refusal::{LinkError, Refusal};
@@ -33,6 +33,8 @@ pub struct TlsState {
     paths: Credentials,
     role: Option<Role>,
     material: ArcSwap<Material>,
+    /// How the files looked before they were read last, with success or without.
+    read_from: Mutex<FileMarks>,
     links: Mutex<Vec<Weak<LinkInner>>>,
 }
 
@@ -42,6 +44,7 @@ impl TlsState {
     /// # Errors
     /// Files that are missing, malformed, do not fit together, or would be refused by peers.
     pub fn load(paths: Credentials, role: Option<Role>) -> Result<Arc<Self>, CredentialsError> {
+        let read_from = Mutex::new(paths.marks());
         let material = paths.load(role, SystemTime::now())?;
         for warning in &material.warnings {
             tracing::warn!("{warning}");
@@ -51,6 +54,7 @@ impl TlsState {
             paths,
             role,
             material,
+            read_from,
             links: Mutex::default(),
         }))
     }
@@ -85,6 +89,11 @@ impl TlsState {
         &self.paths
     }
 
+    /// Whether the files looked like this when they were read last.
+    pub(crate) fn was_read_from(&self, marks: &FileMarks) -> bool {
+        *self.read_from.lock().unwrap_or_else(PoisonError::into_inner) == *marks
+    }
+
     /// Reads the files again. New handshakes use them at once; links whose peer would be refused now are closed.
     /// Files that cannot be used change nothing.
     ///
@@ -92,6 +101,8 @@ impl TlsState {
     /// Why the new files cannot be used; the old ones stay in use.
     pub fn reload(&self) -> Result<(), CredentialsError> {
         let now = SystemTime::now();
+        let marks = self.paths.marks();
+        *self.read_from.lock().unwrap_or_else(PoisonError::into_inner) = marks;
         let material = self.paths.load(self.role, now)?;
         for warning in &material.warnings {
             tracing::warn!("{warning}");

@@ -193,6 +193,7 @@ fn yes() -> bool {
     true
 }
 
+/// Left out of a job where it is as by default.
 fn is_yes(value: &bool) -> bool {
     *value
 }

@@ -83,7 +83,7 @@ impl ShadowDisk {
 /// Opens every disk of a VM that arrives, with the shadows that it may begin with. Blocks.
 pub(super) fn open_disks(open: &TargetOpen, settings: &AgentSettings) -> Result<Vec<Opened>, Refusal> {
     let opened = target_disks::open_with(open, settings, |index, disk, options| {
-        open_disk(open.job, index, disk, options, settings)
+        open_disk(open.job, index, disk, options, &settings.paths.state)
     })?;
     let lent = lent_to(open.job, &settings.paths.state);
     let known = |index: u16| lent.iter().find(|(_, lent)| *lent == index).map(|(id, _)| *id);
@@ -98,9 +98,8 @@ fn open_disk(
     index: DiskIndex,
     disk: &TargetDisk,
     options: &TargetOptions,
-    settings: &AgentSettings,
+    state: &Path,
 ) -> Result<(Target, Have), TargetError> {
-    let state = &settings.paths.state;
     let name = options.path.file_name().and_then(|name| name.to_str());
     let partial = name.map(|name| options.path.with_file_name(partial_name(name, job)));
     let goes_on = partial.is_none_or(|partial| partial.exists());
@@ -289,3 +288,6 @@ pub(super) fn used_up(job: JobId, state: &Path) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,7 +12,7 @@ DESTDIR ?=
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: ## Move a running Linux VM over an emulated WAN, and let it prove itself there
@@ -30,6 +30,11 @@ demo-cold: ## Move a Linux VM's disk over an emulated WAN, prove it equal, boot 
 test: ## Run every test
 	@.ci/bootstrap test
 	@.ci/test
+
+.PHONY: test-qemu
+test-qemu: ## Run the tests of running VMs with the QEMU of Debian's backports, or QEMU=PROGRAM
+	@.ci/bootstrap test
+	@.ci/other-qemu
 
 .PHONY: lint
 lint: ## Check format, lints, structure, licences and bans
@@ -69,13 +74,23 @@ fuzz: ## Throw damage at every parser and decoder for longer (CASES, TIME)
 	@.ci/fuzz $(CASES) $(TIME)
 
 .PHONY: bench
-bench: ## Measure the whole path over the emulated WAN, and its parts
-	@.ci/bootstrap demo
+bench: ## Measure the parts, for benches/RESULTS.md
+	@.ci/bootstrap bench
 	@.ci/bench
 
-# Runs with faults drawn at random: programs killed, the link cut. The same SEED draws the same faults.
+# The side-by-side benchmark. What is in benches/results/runs.jsonl is not run again: after a stop it goes on. All of it takes
+# many hours. Lists are separated by commas; without a list it is all.
+PROFILES ?=
+WORKLOADS ?=
+CONTESTANTS ?=
+
+.PHONY: bench-wan
+bench-wan: ## Longhaul beside QEMU alone and others (PROFILES, WORKLOADS, CONTESTANTS, RUNS)
+	@.ci/bootstrap bench
+	@.ci/bench-wan "$(PROFILES)" "$(WORKLOADS)" "$(CONTESTANTS)" $(or $(RUNS),3)
+
+# Runs (10 by default) with faults drawn at random: programs killed, the link cut. The same SEED draws the same faults.
 # A campaign that was stopped goes on at run FIRST. WHICH is cold, live or all.
-RUNS ?= 10
 SEED ?= 1
 FIRST ?= 1
 WHICH ?= all
@@ -83,4 +98,4 @@ WHICH ?= all
 .PHONY: campaign
 campaign: ## Kill programs and cut the link at random moments, many times (RUNS, SEED, FIRST, WHICH)
 	@.ci/bootstrap demo
-	@.ci/campaign $(RUNS) $(SEED) $(FIRST) $(WHICH)
+	@.ci/campaign $(or $(RUNS),10) $(SEED) $(FIRST) $(WHICH)

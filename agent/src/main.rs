@@ -1,4 +1,4 @@
-//! The agent program: reads its config, checks everything that can be checked before the first connection, then serves.
+//! The agent program: what it serves with, once its config is read and checked.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -9,9 +9,9 @@ use longhaul_agent::disk::image::end_stale_servers;
 use longhaul_agent::metrics;
 use longhaul_agent::session::Agent;
 use longhaul_agent::settings::AgentSettings;
-use longhaul_common::link::{Reloader, Role, TlsState};
-use longhaul_common::wire::session::chain;
-use longhaul_common::{settings, telemetry};
+use longhaul_common::link::Role;
+use longhaul_common::startup::{self, Ready};
+use longhaul_common::telemetry;
 
 /// Longhaul's agent: one per hypervisor host.
 #[derive(Parser)]
@@ -20,35 +20,22 @@ struct Arguments {
     /// Config file.
     #[arg(long, default_value = "/etc/longhaul/agent.toml")]
     config: PathBuf,
-    /// Check the config and leave.
+    /// Check the config and the certificates it names, and leave.
     #[arg(long)]
     check: bool,
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    match run(&arguments) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(sentence) => {
-            eprintln!("longhaul-agent: {sentence}");
-            ExitCode::from(2)
-        }
-    }
+    let Arguments { config, check } = Arguments::parse();
+    startup::run("longhaul-agent", &config, check, Role::Agent, serve)
 }
 
-fn run(arguments: &Arguments) -> Result<(), String> {
-    let settings: AgentSettings = settings::load(&arguments.config).map_err(|error| chain(&error))?;
-    settings
-        .check()
-        .map_err(|text| format!("{}: {text}", arguments.config.display()))?;
-    let tls =
-        TlsState::load(settings.identity.credentials(), Some(Role::Agent)).map_err(|error| chain(&error))?;
-    if arguments.check {
-        println!("{} is good", arguments.config.display());
-        return Ok(());
-    }
-    telemetry::start_logs(&settings.log).map_err(|error| chain(&error))?;
-    let text = telemetry::start_metrics().map_err(|error| chain(&error))?;
+async fn serve(ready: Ready<AgentSettings>) -> Result<(), String> {
+    let Ready {
+        settings,
+        tls,
+        metrics: text,
+    } = ready;
     metrics::describe();
     for folder in [&settings.paths.run, &settings.paths.state] {
         std::fs::create_dir_all(folder)
@@ -58,25 +45,6 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     if stale > 0 {
         tracing::warn!("ended {stale} image servers that an earlier agent left behind");
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build();
-    runtime
-        .map_err(|error| format!("cannot start: {error}"))?
-        .block_on(serve(settings, tls, text))
-}
-
-async fn serve(
-    settings: AgentSettings,
-    tls: Arc<TlsState>,
-    text: telemetry::MetricsText,
-) -> Result<(), String> {
-    for warning in tls.warnings() {
-        tracing::warn!("{warning}");
-    }
-    tracing::info!(identity = %tls.identity(), "the agent starts");
-    let _watch = Reloader::watch(&tls);
     if let Some(address) = settings.metrics {
         telemetry::serve_metrics(address, text)
             .await

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use longhaul_common::link::check_name;
 use longhaul_common::settings::sections::{IdentitySection, LinkSection, check_address, check_count};
+use longhaul_common::startup::ProgramSettings;
 use longhaul_common::telemetry::LogSettings;
 use longhaul_common::units::{ByteSize, Span};
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,8 @@ const THREADS_MAX: usize = 256;
 const JOB_MEMORY_MIN: u64 = 4 << 20;
 const CHANGES_GRANULARITY: std::ops::RangeInclusive<u64> = 4096..=1 << 20;
 const FLUSH_TIME_MIN: Duration = Duration::from_millis(10);
+/// Well below the limits that the handover itself has for a VM that stands.
+const HANDOVER_HOOK_MAX: Duration = Duration::from_secs(5);
 
 /// The whole file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -119,22 +122,60 @@ pub struct TargetSection {
     pub label: Option<String>,
 }
 
-/// `[hooks]`: programs that the agent runs.
+/// `[hooks]`: programs that the agent runs at the moments of a move; no shell, no arguments.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct HooksSection {
-    /// Runs on the target host when a VM has arrived, with `LONGHAUL_JOB`, `LONGHAUL_NAME`, `LONGHAUL_DISKS` (one path per line)
-    /// and `LONGHAUL_DEFINITION` in its environment.
-    pub arrived: Option<PathBuf>,
+    /// A running VM is about to be moved. Its failure ends the job before anything moved.
+    pub before: Option<PathBuf>,
+    /// A running VM stands, and is about to change sides. Its failure takes the handover back.
+    pub at_handover: Option<PathBuf>,
+    /// The VM has arrived. Its failure is reported.
+    pub after: Option<PathBuf>,
+    /// A running VM stays, or comes back: undoes what `before` and `at_handover` did. Its failure is reported.
+    pub on_failure: Option<PathBuf>,
+    /// What each of them may take, but for `at_handover`.
     pub timeout: Span,
+    /// What `at_handover` may take: the VM stands meanwhile.
+    pub handover_timeout: Span,
 }
 
 impl Default for HooksSection {
     fn default() -> Self {
         Self {
-            arrived: None,
+            before: None,
+            at_handover: None,
+            after: None,
+            on_failure: None,
             timeout: Span(Duration::from_secs(60)),
+            handover_timeout: Span(Duration::from_secs(1)),
         }
+    }
+}
+
+impl HooksSection {
+    fn check(&self) -> Result<(), String> {
+        let hooks = [
+            ("before", &self.before),
+            ("at_handover", &self.at_handover),
+            ("after", &self.after),
+            ("on_failure", &self.on_failure),
+        ];
+        for (key, hook) in hooks {
+            if let Some(hook) = hook.as_ref().filter(|hook| !hook.is_absolute()) {
+                return Err(format!(
+                    "hooks.{key}: '{}' is relative; write the whole path",
+                    hook.display()
+                ));
+            }
+        }
+        if self.handover_timeout.0 > HANDOVER_HOOK_MAX {
+            return Err(format!(
+                "hooks.handover_timeout: the VM stands meanwhile, so it may be {} at most",
+                Span(HANDOVER_HOOK_MAX)
+            ));
+        }
+        Ok(())
     }
 }
 
@@ -181,6 +222,20 @@ impl Default for ProgramsSection {
     }
 }
 
+impl ProgramSettings for AgentSettings {
+    fn check(&self) -> Result<(), String> {
+        Self::check(self)
+    }
+
+    fn identity(&self) -> &IdentitySection {
+        &self.identity
+    }
+
+    fn log(&self) -> &LogSettings {
+        &self.log
+    }
+}
+
 impl AgentSettings {
     /// What no single value can show, and what no run could live with.
     ///
@@ -211,12 +266,7 @@ impl AgentSettings {
         if limits.flush_time.0 < FLUSH_TIME_MIN {
             return Err("limits.flush_time: disks cannot be flushed more often than every 10 ms".to_owned());
         }
-        if let Some(hook) = self.hooks.arrived.as_ref().filter(|hook| !hook.is_absolute()) {
-            return Err(format!(
-                "hooks.arrived: '{}' is relative; write the whole path",
-                hook.display()
-            ));
-        }
+        self.hooks.check()?;
         self.link.check("link")
     }
 }

@@ -5,6 +5,7 @@
 mod apply_model;
 
 use std::fs::OpenOptions;
+use std::ops::ControlFlow::Continue;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -311,7 +312,7 @@ fn a_full_disk_waits_for_room_and_loses_nothing() {
         assert_eq!(have.bytes(), next * LEAF);
         drop(have);
         model.send(&target, (2, 0), |leaf| leaf >= next);
-        assert_eq!(target.verify(2, &|_| ()).unwrap(), model.digest());
+        assert_eq!(target.verify(2, &|_| Continue(())).unwrap(), model.digest());
         target.promote().unwrap();
     }
 }

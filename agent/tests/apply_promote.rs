@@ -4,11 +4,12 @@
 
 mod apply_model;
 
+use std::ops::ControlFlow::{Break, Continue};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
 use apply_model::{Leaf, Model, ODD_SIZE, apply, log, options, partial};
 use longhaul_agent::disk::apply::{
-    Durable, LeafRecord, Piece, Target, TargetError, TargetFormat, TargetOptions,
+    Durable, LeafRecord, Piece, Target, TargetError, TargetFormat, TargetOptions, finish_promotion,
 };
 use longhaul_common::digest::{Digest, DiskDigest, LEAF};
 use longhaul_common::extent::Extent;
@@ -255,7 +256,7 @@ fn an_incomplete_copy_is_neither_verified_nor_promoted() {
     let model = Model::random(&mut StdRng::seed_from_u64(3), ODD_SIZE);
     model.send(&target, (1, 0), |leaf| leaf != 11);
     assert!(matches!(
-        target.verify(1, &|_| ()),
+        target.verify(1, &|_| Continue(())),
         Err(TargetError::Incomplete { leaf: 11 })
     ));
     assert!(matches!(
@@ -266,12 +267,78 @@ fn an_incomplete_copy_is_neither_verified_nor_promoted() {
 }
 
 #[test]
+fn reading_back_ends_when_nobody_waits_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path(), "disk.raw");
+    let target = complete(&options);
+    let told = std::cell::Cell::new(0);
+    let give_up = |bytes| {
+        told.set(bytes);
+        Break(())
+    };
+    assert!(matches!(
+        target.verify(1, &give_up),
+        Err(TargetError::Stopped { .. })
+    ));
+    assert_eq!(told.get(), LEAF, "it went on after it was told to end");
+    assert_eq!(
+        target.verify(2, &|_| Continue(())).unwrap(),
+        model().digest(),
+        "the copy is as good as before"
+    );
+}
+
+#[test]
+fn a_cut_commit_is_finished_once_and_believes_no_other_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut options = options(dir.path(), "disk.raw");
+    options.overwrite = true;
+    std::fs::write(&options.path, "the old image").unwrap();
+    let target = complete(&options);
+    target.flush().unwrap();
+    let known = target.identity();
+    drop(target);
+    // The crash came before the rename, then once more after it; the image is in use by then, and was written to.
+    finish_promotion(&options, SIZE, &known).unwrap();
+    assert_eq!(std::fs::read(&options.path).unwrap(), model().bytes());
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::File::options().write(true).open(&options.path);
+    file.unwrap().write_all_at(b"booted", 0).unwrap();
+    finish_promotion(&options, SIZE, &known).unwrap();
+    assert_eq!(&std::fs::read(&options.path).unwrap()[..6], b"booted");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_copy_that_vanished_during_the_commit_is_not_mistaken_for_the_old_image() {
+    for damage in ["partial", "log"] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut options = options(dir.path(), "disk.raw");
+        options.overwrite = true;
+        std::fs::write(&options.path, "the old image").unwrap();
+        let target = complete(&options);
+        target.flush().unwrap();
+        let known = target.identity();
+        drop(target);
+        match damage {
+            "partial" => std::fs::remove_file(partial(&options)).unwrap(),
+            _ => std::fs::write(log(&options), "").unwrap(),
+        }
+        assert!(matches!(
+            finish_promotion(&options, SIZE, &known),
+            Err(TargetError::Refused { .. })
+        ));
+        assert_eq!(std::fs::read(&options.path).unwrap(), b"the old image");
+    }
+}
+
+#[test]
 fn a_leaf_that_reads_otherwise_is_named() {
     use std::os::unix::fs::FileExt;
     let dir = tempfile::tempdir().unwrap();
     let options = options(dir.path(), "disk.raw");
     let target = complete(&options);
-    target.verify(2, &|_| ()).unwrap();
+    target.verify(2, &|_| Continue(())).unwrap();
     let file = std::fs::OpenOptions::new()
         .read(true)
         .write(true)
@@ -281,7 +348,7 @@ fn a_leaf_that_reads_otherwise_is_named() {
     file.read_exact_at(&mut byte, LEAF + 77).unwrap();
     file.write_all_at(&[byte[0] ^ 1], LEAF + 77).unwrap();
     assert!(matches!(
-        target.verify(2, &|_| ()),
+        target.verify(2, &|_| Continue(())),
         Err(TargetError::Differs { leaf: 1, .. })
     ));
 }
@@ -297,7 +364,7 @@ fn an_empty_disk_and_absurd_sizes() {
         leaves: Vec::new(),
     };
     assert!(apply(&target, (1, 0), 0, &[]).is_err());
-    assert_eq!(target.verify(1, &|_| ()).unwrap(), empty.digest());
+    assert_eq!(target.verify(1, &|_| Continue(())).unwrap(), empty.digest());
     assert_eq!(target.promote().unwrap().metadata().unwrap().len(), 0);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
 }
@@ -347,7 +414,10 @@ fn a_huge_sparse_disk_is_quick_and_small() {
             count: places[1] - 1
         }
     );
-    assert_eq!(target.verify(2, &|_| ()).unwrap(), digest.finish().unwrap());
+    assert_eq!(
+        target.verify(2, &|_| Continue(())).unwrap(),
+        digest.finish().unwrap()
+    );
     let path = target.promote().unwrap();
     assert_eq!(path.metadata().unwrap().len(), size);
     assert!(path.metadata().unwrap().blocks() * 512 < 8 * LEAF);

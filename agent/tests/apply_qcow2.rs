@@ -4,6 +4,7 @@
 
 mod apply_model;
 
+use std::ops::ControlFlow::Continue;
 use std::process::Command;
 
 use apply_model::{Leaf, Model, ODD_SIZE, log, options, partial};
@@ -51,7 +52,7 @@ fn it_equals_the_raw_copy() {
             // Over old content: zeros must be zeros.
             model.leaves[3] = Leaf::zeros(LEAF as usize);
             model.send(&target, (1, 1), |leaf| leaf == 3 || leaf == 7);
-            assert_eq!(target.verify(2, &|_| ()).unwrap(), model.digest());
+            assert_eq!(target.verify(2, &|_| Continue(())).unwrap(), model.digest());
             paths.push(target.promote().unwrap());
             assert!(!partial(&options).exists() && !log(&options).exists());
         }
@@ -82,7 +83,7 @@ fn it_is_resumed_where_it_was() {
     let (target, have) = Target::open(&options, ODD_SIZE).unwrap();
     assert_eq!(have.bytes(), 5 * LEAF);
     model.send(&target, (2, 0), |leaf| leaf >= 5);
-    assert_eq!(target.verify(2, &|_| ()).unwrap(), model.digest());
+    assert_eq!(target.verify(2, &|_| Continue(())).unwrap(), model.digest());
     let path = target.promote().unwrap();
     let (sound, said) = qemu_img(&["check", "-f", "qcow2", path.to_str().unwrap()]);
     assert!(sound, "{said}");
@@ -123,7 +124,7 @@ fn a_killed_server_costs_no_durable_leaf() {
     let (target, have) = Target::open(&options, ODD_SIZE).unwrap();
     assert_eq!(have.bytes(), 9 * LEAF);
     model.send(&target, (2, 0), |leaf| leaf >= 9);
-    assert_eq!(target.verify(2, &|_| ()).unwrap(), model.digest());
+    assert_eq!(target.verify(2, &|_| Continue(())).unwrap(), model.digest());
     let path = target.promote().unwrap();
     let (sound, said) = qemu_img(&["check", "-f", "qcow2", path.to_str().unwrap()]);
     assert!(sound, "{said}");

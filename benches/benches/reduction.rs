@@ -13,8 +13,8 @@ use longhaul_common::extent::Extent;
 use longhaul_common::ids::{Attempt, DiskIndex, JobId, Round, Sequence};
 use longhaul_common::wire::batch::{BatchHeader, Content, Leaves, Piece};
 use longhaul_gateway::reduction::{
-    DigestKey, Level, Method, Pair, Size, Vm, Windows, differing, is_noise, is_zero, reduce, reduce_plainly,
-    restore, xor,
+    DigestKey, Index, Level, Method, Pair, Size, Vm, Windows, differing, is_noise, is_zero, reduce,
+    reduce_plainly, restore, xor,
 };
 
 const LEN: usize = 1 << 20;
@@ -91,6 +91,33 @@ fn gateways() -> Option<[Arc<Pair>; 2]> {
     Some([a, b])
 }
 
+/// Look-ups in the index of a window of a GiB, each for one block: those that are there, and those that are not.
+fn look_ups(criterion: &mut Criterion) {
+    const SLOTS: u64 = 1 << 18;
+    let mut index = Index::new(SLOTS);
+    let key = |position: u64| position.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+    for position in 0..SLOTS {
+        index.insert(key(position), position, |slot| slot);
+    }
+    let mut group = criterion.benchmark_group("blocks of a MiB");
+    group.throughput(Throughput::Bytes(LEN as u64)).sample_size(20);
+    let blocks = (LEN / BLOCK) as u64;
+    for (name, first) in [("look up known", 0), ("look up unknown", SLOTS)] {
+        let mut at = 0;
+        group.bench_function(name, |bench| {
+            bench.iter(|| {
+                // Far apart, as digests are: each look-up is a cache line that was not near.
+                let start = at;
+                let found =
+                    |n: u64| index.find(key(first + (start + n * 4099) % SLOTS), |slot| slot, |_| true);
+                at += 1;
+                (0..blocks).filter_map(found).count()
+            });
+        });
+    }
+    group.finish();
+}
+
 /// The whole of it, with deduplication and XOR, at LZ4.
 fn whole(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("reduce and restore");
@@ -159,5 +186,5 @@ fn whole(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(reduction, blocks, whole);
+criterion_group!(reduction, blocks, look_ups, whole);
 criterion_main!(reduction);

@@ -1,6 +1,9 @@
-//! Content for the benchmarks: data of known kinds, the same in every run.
+//! Benchmarks: content of known kinds for the small ones, and the side-by-side benchmark over the emulated WAN.
 //!
-//! Owns the generators. Leaves measuring to the files in `benches/`.
+//! Owns the generators, the same in every run. Leaves measuring of parts to the files in `benches/`.
+
+pub mod micro;
+pub mod wan;
 
 /// `len` bytes that no compressor shrinks.
 pub fn noise(len: usize) -> Vec<u8> {

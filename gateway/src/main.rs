@@ -1,13 +1,14 @@
-//! The gateway program: reads its config, checks everything that can be checked before the first connection, then serves.
+//! The gateway program: what it serves with, once its config is read and checked.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
-use longhaul_common::link::{Reloader, Role, TlsState};
+use longhaul_common::link::Role;
+use longhaul_common::startup::{self, Ready};
+use longhaul_common::telemetry;
 use longhaul_common::wire::session::chain;
-use longhaul_common::{settings, telemetry};
 use longhaul_gateway::agents::{self, Agents};
 use longhaul_gateway::api::{self, Api};
 use longhaul_gateway::job::table::Jobs;
@@ -27,45 +28,14 @@ struct Arguments {
     /// Config file.
     #[arg(long, default_value = "/etc/longhaul/gateway.toml")]
     config: PathBuf,
-    /// Check the config and leave.
+    /// Check the config and the certificates it names, and leave.
     #[arg(long)]
     check: bool,
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    match run(&arguments) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(sentence) => {
-            eprintln!("longhaul-gateway: {sentence}");
-            ExitCode::from(2)
-        }
-    }
-}
-
-fn run(arguments: &Arguments) -> Result<(), String> {
-    let settings: GatewaySettings = settings::load(&arguments.config).map_err(|error| chain(&error))?;
-    settings
-        .check()
-        .map_err(|text| format!("{}: {text}", arguments.config.display()))?;
-    let tls = TlsState::load(settings.identity.credentials(), Some(Role::Gateway))
-        .map_err(|error| chain(&error))?;
-    if arguments.check {
-        println!("{} is good", arguments.config.display());
-        return Ok(());
-    }
-    telemetry::start_logs(&settings.log).map_err(|error| chain(&error))?;
-    let text = telemetry::start_metrics().map_err(|error| chain(&error))?;
-    metrics::describe();
-    std::fs::create_dir_all(&settings.state)
-        .map_err(|error| format!("cannot make {}: {error}", settings.state.display()))?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build();
-    runtime
-        .map_err(|error| format!("cannot start: {error}"))?
-        .block_on(serve(settings, tls, text))
+    let Arguments { config, check } = Arguments::parse();
+    startup::run("longhaul-gateway", &config, check, Role::Gateway, serve)
 }
 
 /// The windows, and how data is reduced: at a level of its own choice where there is none.
@@ -94,16 +64,15 @@ fn reduction(settings: &GatewaySettings) -> Result<(Arc<Windows>, Way), String> 
     Ok((windows, way))
 }
 
-async fn serve(
-    settings: GatewaySettings,
-    tls: Arc<TlsState>,
-    text: telemetry::MetricsText,
-) -> Result<(), String> {
-    for warning in tls.warnings() {
-        tracing::warn!("{warning}");
-    }
-    tracing::info!(identity = %tls.identity(), "the gateway starts");
-    let _watch = Reloader::watch(&tls);
+async fn serve(ready: Ready<GatewaySettings>) -> Result<(), String> {
+    let Ready {
+        settings,
+        tls,
+        metrics: text,
+    } = ready;
+    metrics::describe();
+    std::fs::create_dir_all(&settings.state)
+        .map_err(|error| format!("cannot make {}: {error}", settings.state.display()))?;
     let store = Store::open(&settings.state.join("journal.sqlite")).map_err(|error| chain(&error))?;
     let threads = match settings.limits.workers {
         0 => std::thread::available_parallelism().map_or(2, usize::from),

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use longhaul_common::link::check_name;
 use longhaul_common::settings::sections::{IdentitySection, LinkSection, check_address, check_count};
+use longhaul_common::startup::ProgramSettings;
 use longhaul_common::telemetry::LogSettings;
 use longhaul_common::units::ByteSize;
 use serde::{Deserialize, Serialize};
@@ -145,13 +146,28 @@ pub enum LevelSetting {
 impl Default for ReductionSection {
     fn default() -> Self {
         Self {
-            // With 112 MiB on their way and the program itself this stays below 256 MiB for one peer; ten seconds of 100 Mbit/s.
-            window: ByteSize(128 << 20),
-            window_file: ByteSize(0),
+            // With 112 MiB on their way, 32 MiB to find blocks in the file, and the program itself this stays below 256 MiB for one
+            // peer. The file holds what a VM's disk and memory have in common, and the next VM of its template.
+            window: ByteSize(48 << 20),
+            window_file: ByteSize(2 << 30),
             dedup: true,
             xor: true,
             level: LevelSetting::Adaptive,
         }
+    }
+}
+
+impl ProgramSettings for GatewaySettings {
+    fn check(&self) -> Result<(), String> {
+        Self::check(self)
+    }
+
+    fn identity(&self) -> &IdentitySection {
+        &self.identity
+    }
+
+    fn log(&self) -> &LogSettings {
+        &self.log
     }
 }
 

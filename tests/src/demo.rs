@@ -15,6 +15,7 @@ use longhaul_common::units::Span;
 use crate::guest::boot::{Booted, boot};
 use crate::guest::workload::Workload;
 use crate::guest::{self, Kind};
+use crate::ideas::Ideas;
 use crate::live::args::{By, LiveArgs, Ram};
 use crate::live::rival::RamMode;
 use crate::live::verdict::LiveReport;
@@ -101,13 +102,17 @@ fn job_of(args: &DemoArgs, link: LinkSpec) -> LiveArgs {
         cancel: None,
         target_format: None,
         blackout: None,
+        give_up: None,
+        vars: false,
         by: By::Longhaul,
         qemu_ram: RamMode::Plain,
+        after_template: false,
         before: seconds(4),
         after: seconds(3),
         connections: None,
         back: false,
         forget_changes: false,
+        ideas: Ideas::default(),
         keep: false,
         directory: None,
         limit: seconds(600),

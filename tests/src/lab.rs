@@ -23,6 +23,11 @@ const KEEP_MARK: &str = ".keep";
 /// A unix socket's path has at most 107 bytes, and `/source-gateway/run/api.sock` follows.
 const DIRECTORY_BYTES_MAX: usize = 75;
 
+/// Largest buffer of a TCP connection: four times the bandwidth-delay product of 100 Mbit/s and 300 ms.
+const TCP_BUFFER: u32 = 16 << 20;
+/// Of the network namespace that reads it.
+const TCP_CONTROL: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
+
 /// Which site.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum End {
@@ -99,7 +104,11 @@ impl Lab {
         let sites = Sites::create()?;
         self.janitor.namespace(&sites.source.namespace)?;
         self.janitor.namespace(&sites.target.namespace)?;
-        self.link = Some(Link::start(spec, &sites.source, &sites.target)?);
+        if spec.veth {
+            sites.join()?;
+        } else {
+            self.link = Some(Link::start(spec, &sites.source, &sites.target)?);
+        }
         self.sites = Some(sites);
         Ok(())
     }
@@ -112,6 +121,18 @@ impl Lab {
     /// The emulated link, if there is one.
     pub fn link(&mut self) -> Option<&mut Link> {
         self.link.as_mut()
+    }
+
+    /// Bytes that came through so far, towards the target and back; nothing over loopback.
+    ///
+    /// # Errors
+    /// When the emulator or the kernel does not say.
+    pub fn delivered(&mut self) -> io::Result<Option<(u64, u64)>> {
+        if let Some(link) = &mut self.link {
+            let stats = link.stats()?;
+            return Ok(Some((stats.forth.delivered_bytes, stats.back.delivered_bytes)));
+        }
+        self.sites.as_ref().map(Sites::carried).transpose()
     }
 
     /// Takes the link out, to end it and read its last count.
@@ -142,12 +163,39 @@ impl Lab {
         namespace::command(site.map(|site| site.namespace.as_str()), program)
     }
 
+    /// Gives TCP at both sites what serves it best on a long link: BBR where the kernel has it, and buffers of
+    /// [`TCP_BUFFER`] bytes. For rivals; Longhaul uses no TCP there. Gives the congestion control in force.
+    ///
+    /// # Errors
+    /// When the system's settings cannot be read.
+    pub fn favour_tcp(&self) -> io::Result<String> {
+        if let Some(sites) = &self.sites {
+            for site in [&sites.source, &sites.target] {
+                namespace::inside(&site.namespace, set_tcp)?;
+            }
+            return namespace::inside(&sites.source.namespace, || fs::read_to_string(TCP_CONTROL))?
+                .map(|name| name.trim().to_owned());
+        }
+        Ok(fs::read_to_string(TCP_CONTROL)?.trim().to_owned())
+    }
+
     /// Has the janitor end this process (the leader of its group) with the lab.
     ///
     /// # Errors
     /// When the janitor is gone.
     pub fn adopt(&mut self, pid: u32) -> io::Result<()> {
         self.janitor.process(pid)
+    }
+}
+
+/// What a kernel lacks or forbids stays as it is: a rival then has what everybody has on this machine.
+fn set_tcp() {
+    let _ = fs::write(TCP_CONTROL, "bbr");
+    for name in ["rmem", "wmem"] {
+        let _ = fs::write(
+            format!("/proc/sys/net/ipv4/tcp_{name}"),
+            format!("4096 131072 {TCP_BUFFER}"),
+        );
     }
 }
 

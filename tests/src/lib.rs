@@ -5,11 +5,13 @@
 //! their command lines, settings and printed events (all in `programs`). Promises that nothing it started
 //! outlives it.
 
+pub mod cold_rival;
 pub mod compare;
 pub mod demo;
 pub mod faults;
 pub mod guest;
 pub mod hostile;
+pub mod ideas;
 pub mod janitor;
 pub mod lab;
 pub mod live;

@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use longhaul_common::units::Span;
+use longhaul_lab::cold_rival::{self, CopyArgs};
 use longhaul_lab::demo::{self, BOOT_LIMIT, DemoArgs, Live};
 use longhaul_lab::guest::{self, Kind};
+use longhaul_lab::ideas::Ideas;
 use longhaul_lab::janitor;
 use longhaul_lab::live::args::LiveArgs;
 use longhaul_lab::move_disk::{self, Moment, MoveArgs};
@@ -33,6 +35,8 @@ enum Part {
     Demo(Box<Demo>),
     /// Migrate a running guest between two sites through real programs, prove it whole, and print the report
     Live(Box<LivePart>),
+    /// Copy a disk by a tool that people use for it, for comparison, and print the report
+    Copy(Box<Copy>),
     /// Make the disk of a guest that proves itself when booted
     Image(Image),
     /// Boot a disk made by `lab image` and let it prove itself
@@ -60,6 +64,15 @@ struct Wan {
 struct Move {
     #[command(flatten)]
     args: MoveArgs,
+    /// Print the report as one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args, Debug)]
+struct Copy {
+    #[command(flatten)]
+    args: CopyArgs,
     /// Print the report as one JSON object
     #[arg(long)]
     json: bool,
@@ -108,6 +121,7 @@ fn main() -> ExitCode {
         Part::Move(part) => move_disk(&part),
         Part::Demo(part) => demo::run(&part.demo, plain_job(part.link)).map(verdict),
         Part::Live(part) => migrate(&part),
+        Part::Copy(part) => copy_disk(&part),
         Part::Image(image) => make_image(&image).map(|()| ExitCode::SUCCESS),
         Part::Boot(boot) => boot_image(&boot),
         Part::Wan(wan) => emulate(wan).map(|()| ExitCode::SUCCESS),
@@ -160,6 +174,17 @@ fn move_disk(part: &Move) -> std::io::Result<ExitCode> {
     Ok(verdict(report.ok))
 }
 
+fn copy_disk(part: &Copy) -> std::io::Result<ExitCode> {
+    let mut live = Live::new();
+    let report = cold_rival::run(&part.args, &mut |moment| show(&mut live, part.json, moment))?;
+    if part.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        print!("{}", page(&report, None, Paint::detect()));
+    }
+    Ok(verdict(report.ok))
+}
+
 /// A job with nothing but a link; the demonstration fills in the disk.
 fn plain_job(link: LinkSpec) -> MoveArgs {
     MoveArgs {
@@ -170,6 +195,7 @@ fn plain_job(link: LinkSpec) -> MoveArgs {
         cut: Vec::new(),
         kill: Vec::new(),
         connections: None,
+        ideas: Ideas::default(),
         keep: false,
         directory: None,
         limit: Span(Duration::from_secs(7200)),

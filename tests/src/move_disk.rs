@@ -17,9 +17,10 @@ use longhaul_common::units::Span;
 
 use crate::compare;
 use crate::faults::{Faults, Kill};
+use crate::ideas::Ideas;
 use crate::lab::Lab;
 use crate::process::Process;
-use crate::programs::{self, Job, Line, Programs};
+use crate::programs::{self, JOB_FILE, Job, Line, Programs};
 use crate::report::{LinkReport, ProgramReport, Report};
 use crate::usage::usage;
 use crate::wan::spec::{CutWindow, LinkSpec};
@@ -50,6 +51,8 @@ pub struct MoveArgs {
     /// QUIC connections between the gateways
     #[arg(long)]
     pub connections: Option<u32>,
+    #[command(flatten)]
+    pub ideas: Ideas,
     /// Keep the lab's directory: config files, logs, the copy
     #[arg(long)]
     pub keep: bool,
@@ -145,6 +148,7 @@ fn resolve(args: &MoveArgs) -> io::Result<Job> {
         target_format,
         connections,
         both_ways: false,
+        ideas: args.ideas.clone(),
     })
 }
 
@@ -231,7 +235,7 @@ impl Stage<'_> {
                 .try_for_each(|window| link.cut_between(*window))?;
         }
         let log = File::create(self.lab.directory().join("longhaul.log"))?;
-        let mut command = programs.run_job(self.lab);
+        let mut command = programs.run_job(self.lab, JOB_FILE);
         let mut operator = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -16,6 +16,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+/// Each end of the pair, in its own namespace.
+const VETH: &str = "wan";
 /// Where `ip netns` keeps its names.
 const NAMES: &str = "/run/netns";
 
@@ -60,6 +62,38 @@ impl Sites {
         }
         Ok(sites)
     }
+}
+
+impl Sites {
+    /// Joins both by a pair of virtual Ethernet devices.
+    pub fn join(&self) -> io::Result<()> {
+        let (one, two) = (&self.source.namespace, &self.target.namespace);
+        ip(&[
+            "link", "add", VETH, "netns", one, "type", "veth", "peer", "name", VETH, "netns", two,
+        ])?;
+        for site in [&self.source, &self.target] {
+            let address = format!("{}/24", site.address);
+            ip(&["-n", &site.namespace, "address", "add", &address, "dev", VETH])?;
+            ip(&["-n", &site.namespace, "link", "set", VETH, "up"])?;
+        }
+        Ok(())
+    }
+
+    /// Bytes that the pair has carried, with Ethernet's headers: source to target, and back.
+    pub fn carried(&self) -> io::Result<(u64, u64)> {
+        // Of the thread that reads it: that of the process shows the lab's own devices.
+        let read = || std::fs::read_to_string("/proc/thread-self/net/dev");
+        let text = inside(&self.source.namespace, read)??;
+        carried(&text).ok_or_else(|| io::Error::other("the kernel does not count the pair's bytes"))
+    }
+}
+
+/// Bytes sent and received by the pair's device, from the kernel's table.
+fn carried(text: &str) -> Option<(u64, u64)> {
+    let mut lines = text.lines().filter_map(|line| line.trim_start().split_once(':'));
+    let (_, counts) = lines.find(|(name, _)| *name == VETH)?;
+    let counts: Vec<_> = counts.split_whitespace().collect();
+    Some((counts.get(8)?.parse().ok()?, counts.first()?.parse().ok()?))
 }
 
 impl Drop for Sites {
@@ -208,6 +242,14 @@ mod tests {
         ] {
             assert_eq!(owner(name), None, "{name}");
         }
+    }
+
+    #[test]
+    fn the_pairs_bytes_are_found_among_the_devices() {
+        let text = "Inter-|   Receive  |  Transmit\n face |bytes packets\n    lo:  5 1 0 0 0 0 0 0 5 1 0 0 0 0 0 0\n   \
+                    wan: 70 2 0 0 0 0 0 0 9000 3 0 0 0 0 0 0\n";
+        assert_eq!(carried(text), Some((9000, 70)));
+        assert_eq!(carried("    lo: 5 1\n   wan: 1 2"), None);
     }
 
     #[test]

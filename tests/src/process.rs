@@ -183,7 +183,8 @@ impl Drop for Process {
     }
 }
 
-fn end_group(child: &mut Child) -> io::Result<()> {
+/// Kills a process that leads its own group, with the group, and waits for its end.
+pub(crate) fn end_group(child: &mut Child) -> io::Result<()> {
     if let Some(pid) = Pid::from_raw(child.id().cast_signed()) {
         let _ = kill_process_group(pid, Signal::KILL);
     }

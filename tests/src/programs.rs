@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::ideas::Ideas;
 use crate::lab::{End, Lab};
 use crate::process::Launch;
 use crate::usage::wait_until;
@@ -31,6 +32,9 @@ const PORT_PEER: u16 = 7401;
 const PORT_AGENTS: u16 = 7402;
 /// How long programs may take until they are ready.
 const READY_LIMIT: Duration = Duration::from_secs(30);
+
+/// The job's file in the lab's directory.
+pub const JOB_FILE: &str = "job.toml";
 
 /// More metrics than any gateway has.
 const METRICS_MAX: u64 = 4 << 20;
@@ -51,6 +55,7 @@ pub struct Job {
     pub connections: Option<u32>,
     /// Whether the target's gateway runs jobs towards the source, too.
     pub both_ways: bool,
+    pub ideas: Ideas,
 }
 
 /// A line of the operator program.
@@ -127,7 +132,7 @@ impl Programs {
                 gateway_config(lab, end, link, job),
             )?;
         }
-        fs::write(directory.join("job.toml"), job_file(directory, job))
+        fs::write(directory.join(JOB_FILE), job_file(directory, job))
     }
 
     /// The four programs, in the order in which they are started.
@@ -164,12 +169,12 @@ impl Programs {
         Ok(())
     }
 
-    /// The operator's command that runs the job and prints its events.
-    pub fn run_job(&self, lab: &Lab) -> Command {
-        self.run_file(lab, End::Source, "job.toml")
+    /// The operator's command that runs the job in this file of the lab's directory and prints its events.
+    pub fn run_job(&self, lab: &Lab, file: &str) -> Command {
+        self.run_file(lab, End::Source, file)
     }
 
-    /// The same for a file in the lab's directory, at the gateway of an end.
+    /// The same at the gateway of an end.
     pub fn run_file(&self, lab: &Lab, end: End, file: &str) -> Command {
         let mut command = lab.command(end, &self.program("longhaul"));
         let socket = api_socket(lab.directory(), end);
@@ -183,11 +188,27 @@ impl Programs {
         command
     }
 
+    /// The operator's command that asks what the job would do.
+    pub fn plan_job(&self, lab: &Lab) -> Command {
+        let mut command = lab.command(End::Source, &self.program("longhaul"));
+        let (socket, job) = (
+            api_socket(lab.directory(), End::Source),
+            lab.directory().join("job.toml"),
+        );
+        command.args(["--api", &text(&socket), "plan", &text(job), "--json"]);
+        command
+    }
+
     /// The operator's command that cancels a job.
     pub fn cancel_job(&self, lab: &Lab, job: &str) -> Command {
-        let mut command = lab.command(End::Source, &self.program("longhaul"));
-        let socket = api_socket(lab.directory(), End::Source);
-        command.args(["--api", &text(&socket), "cancel", job]);
+        self.order(lab, End::Source, &["cancel", job])
+    }
+
+    /// Any command of the operator to the gateway of an end.
+    pub fn order(&self, lab: &Lab, end: End, words: &[&str]) -> Command {
+        let mut command = lab.command(end, &self.program("longhaul"));
+        let socket = api_socket(lab.directory(), end);
+        command.args(["--api", &text(&socket)]).args(words);
         command
     }
 
@@ -346,7 +367,7 @@ fn link_section(section: &str, rate: u64, link: &LinkSpec, job: &Job, emulated: 
     if let Some(connections) = job.connections {
         let _ = writeln!(text, "connections = {connections}");
     }
-    text
+    text + &job.ideas.link()
 }
 
 fn gateway_config(lab: &Lab, end: End, link: &LinkSpec, job: &Job) -> String {
@@ -384,14 +405,15 @@ fn gateway_config(lab: &Lab, end: End, link: &LinkSpec, job: &Job) -> String {
         );
         config += &link_section("peer.link", rate, link, job, emulated);
     }
-    config
+    config + &job.ideas.reduction()
 }
 
 fn job_file(directory: &Path, job: &Job) -> String {
     format!(
-        "kind = \"move\"\nname = \"lab\"\n[source]\nagent = \"source-agent\"\n\
+        "kind = \"move\"\nname = \"lab\"\n{}[source]\nagent = \"source-agent\"\n\
          [target]\nsite = \"target\"\nagent = \"target-agent\"\n\
          [[disk]]\nsource = \"{}\"\nformat = \"{}\"\ntarget = \"{}\"\ntarget_format = \"{}\"\n",
+        job.ideas.job(),
         text(&job.image),
         job.format,
         text(target_image(directory)),

@@ -51,6 +51,9 @@ pub struct Report {
     pub not_emulated: Vec<String>,
     /// What the emulator counted during the job.
     pub link: Option<LinkReport>,
+    /// The congestion control of TCP, where a rival used TCP.
+    #[serde(default)]
+    pub tcp: Option<String>,
     /// Memory and CPU of each program.
     pub programs: BTreeMap<String, ProgramReport>,
     /// Faults that were to happen and did not, because the job ended before.

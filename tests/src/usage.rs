@@ -3,6 +3,7 @@
 //! Owns the parsing of `/proc/PID/stat` and `/proc/PID/status`. Promises nothing for a process that has
 //! ended: its figures must be read before.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -44,6 +45,44 @@ pub fn usage(pid: u32) -> Option<Usage> {
         peak_rss_bytes: peak(&status)?,
         cpu_seconds,
     })
+}
+
+/// What the processes of one group have used, those that ended included as far as they were seen.
+#[derive(Clone, Debug, Default)]
+pub struct GroupUsage {
+    group: u32,
+    seen: BTreeMap<u32, Usage>,
+}
+
+impl GroupUsage {
+    /// Of the group that this process leads.
+    pub fn of(group: u32) -> Self {
+        Self {
+            group,
+            ..Self::default()
+        }
+    }
+
+    /// Takes a look at what they have used so far.
+    pub fn look(&mut self) {
+        let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        let group = self.group.to_string();
+        for pid in pids.filter(|pid| stat_fields(*pid).is_some_and(|fields| fields.get(2) == Some(&group))) {
+            if let Some(used) = usage(pid) {
+                let seen = self.seen.entry(pid).or_default();
+                *seen = seen.max(used);
+            }
+        }
+    }
+
+    /// All of them together: the sum of the times, and the sum of the peaks, for they run side by side.
+    pub fn sum(&self) -> Usage {
+        self.seen.values().fold(Usage::default(), |all, one| Usage {
+            peak_rss_bytes: all.peak_rss_bytes + one.peak_rss_bytes,
+            cpu_seconds: all.cpu_seconds + one.cpu_seconds,
+        })
+    }
 }
 
 /// When a process was started, in clock ticks since boot; with the number it names a process for ever.
@@ -98,6 +137,33 @@ mod tests {
         assert!(used.peak_rss_bytes > 1 << 20, "{used:?}");
         assert!(start_time(std::process::id()).unwrap() > 0);
         assert_eq!(usage(u32::MAX), None);
+    }
+
+    #[test]
+    fn a_group_is_its_leader_and_whatever_it_starts() {
+        use std::os::unix::process::CommandExt;
+        let mut shell = std::process::Command::new("sh");
+        let mut shell = shell
+            .args(["-c", "sleep 30 & wait"])
+            .process_group(0)
+            .spawn()
+            .unwrap();
+        let mut used = GroupUsage::of(shell.id());
+        let both = wait_until(Duration::from_secs(10), || {
+            used.look();
+            (used.seen.len() == 2).then_some(())
+        });
+        let pid = rustix::process::Pid::from_raw(shell.id().cast_signed()).unwrap();
+        rustix::process::kill_process_group(pid, rustix::process::Signal::KILL).unwrap();
+        shell.wait().unwrap();
+        assert!(both.is_some(), "{used:?}");
+        let parts: u64 = used.seen.values().map(|used| used.peak_rss_bytes).sum();
+        used.look();
+        assert_eq!(
+            used.sum().peak_rss_bytes,
+            parts,
+            "what has ended is still counted"
+        );
     }
 
     #[test]

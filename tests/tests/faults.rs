@@ -197,6 +197,40 @@ fn whatever_dies_the_job_arrives() {
 }
 
 #[test]
+fn the_end_of_a_cut_is_noticed_soon() {
+    if no_link() {
+        return;
+    }
+    let mut world = World::new(&Setup {
+        rtt: "40ms",
+        ..Setup::default()
+    });
+    images::random_disk(&world.images.path().join("disk"), 48, 11);
+    let job = world.submit("vm", "disk", "copy");
+    world.until("a third", |world| reached(world, &job, &Moment::Progress(33.0)));
+    // QUIC's own probes would come 2.5 and 5 s after the cut began, and then no sooner than after 10 s.
+    world.lab.link().unwrap().set_cut(true).unwrap();
+    std::thread::sleep(Duration::from_secs(6));
+    let done = |world: &World| world.record(&job)?["progress"]["done_bytes"].as_u64();
+    let before = world.until("a figure", |world| done(world));
+    world.lab.link().unwrap().set_cut(false).unwrap();
+    let healed = Instant::now();
+    world.until("progress", |world| {
+        done(world).filter(|done| *done > before + (2 << 20))
+    });
+    let waited = healed.elapsed();
+    eprintln!("{waited:?} after the cut it goes on");
+    assert!(
+        waited < Duration::from_millis(2500),
+        "{waited:?}\n{}",
+        world.story()
+    );
+    let record = world.until_state(&job, "completed");
+    world.assert_arrived(&record, &["copy"]);
+    assert_eq!(record["report"]["attempts"], 1, "{record:#}");
+}
+
+#[test]
 fn a_full_disk_holds_the_job_up_until_there_is_room() {
     if no_link() {
         return;

@@ -10,10 +10,12 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use longhaul_lab::guest::workload::{Workload, workload_kernel};
 use longhaul_lab::guest::{self, Kind};
+use longhaul_lab::janitor::Janitor;
 use longhaul_lab::lab::End;
 use longhaul_lab::live::check::{Ended, Records, check};
 use longhaul_lab::live::console::Consoles;
@@ -28,6 +30,8 @@ const ANSWER: Duration = Duration::from_secs(30);
 
 /// A directory with a tiny guest's disk and the ears for it.
 struct Bench {
+    /// Ends the guest and removes the directory even where the test is killed.
+    janitor: Mutex<Janitor>,
     directory: tempfile::TempDir,
     consoles: Consoles,
     machine: Machine,
@@ -36,6 +40,8 @@ struct Bench {
 fn bench(workload: Workload, seed: u64) -> Bench {
     let say = |step: &str| eprintln!("{step} ...");
     let directory = tempfile::tempdir().unwrap();
+    let mut janitor = Janitor::start().unwrap();
+    janitor.directory(directory.path()).unwrap();
     let kernel = workload_kernel(&say).unwrap();
     let image = directory.path().join("disk.raw");
     guest::copy(&guest::disk(Kind::Tiny, &say).unwrap(), &image).unwrap();
@@ -47,6 +53,7 @@ fn bench(workload: Workload, seed: u64) -> Bench {
     let mut machine = Machine::new(directory.path(), &kernel, disk, workload, seed);
     machine.console = consoles.socket(End::Source).display().to_string();
     Bench {
+        janitor: Mutex::new(janitor),
         directory,
         consoles,
         machine,
@@ -61,7 +68,9 @@ impl Bench {
     fn start(&self, machine: &Machine, end: End) -> Vm {
         let monitor = Monitor::listen(Path::new(&machine.lab_qmp)).unwrap();
         let log = self.path(&format!("{}-qemu.log", end.name()));
-        Vm::start(machine, &monitor, |program| Command::new(program), &log).unwrap()
+        let vm = Vm::start(machine, &monitor, |program| Command::new(program), &log).unwrap();
+        self.janitor.lock().unwrap().process(vm.pid()).unwrap();
+        vm
     }
 
     fn ready(&self) {

@@ -86,6 +86,7 @@ const DOORS: &[(&str, &[&str])] = &[
             "gateway/src/operator/",
             "gateway/src/pki/",
             "gateway/src/store/",
+            "benches/src/",
             "tests/src/",
         ],
     ),
@@ -153,6 +154,7 @@ const LAYERS: &[(&str, &[Layer])] = &[
     (
         "common",
         &[
+            ("startup", &["link", "settings", "telemetry", "wire"]),
             ("wire", &["digest", "extent", "ids", "link"]),
             ("settings", &["link", "units"]),
             ("digest", &["extent"]),
@@ -817,4 +819,42 @@ fn licences_and_bans_hold_for_every_crate_that_is_built() {
         }
     }
     none(&offences, "deny.toml");
+}
+
+/// What our packages in a lock file depend on, by name.
+fn locked(path: &str) -> BTreeMap<String, String> {
+    let text = read(path);
+    let packages = text.split("[[package]]").filter_map(|package| {
+        let name = package.split('"').nth(1)?.to_owned();
+        let needs = package
+            .split_once("dependencies = [")
+            .map_or("", |(_, needs)| needs);
+        name.starts_with("longhaul-").then(|| (name, needs.to_owned()))
+    });
+    packages.collect()
+}
+
+/// Else they cannot be built without a network, or are built with something else than what is shipped.
+#[test]
+fn the_fuzz_targets_lock_what_the_programs_need() {
+    let workspace: toml::Table = read("Cargo.toml").parse().unwrap();
+    let locked = locked("tests/fuzz/Cargo.lock");
+    for (folder, name) in [
+        ("common", "longhaul-common"),
+        ("agent", "longhaul-agent"),
+        ("gateway", "longhaul-gateway"),
+        ("tests", "longhaul-lab"),
+    ] {
+        let manifest: toml::Table = read(&format!("{folder}/Cargo.toml")).parse().unwrap();
+        for key in manifest["dependencies"].as_table().unwrap().keys() {
+            let package = workspace["workspace"]["dependencies"][key].get("package");
+            let package = package.and_then(|package| package.as_str()).unwrap_or(key);
+            // Where several versions are locked, the name is followed by one.
+            let found = ["\"", " "].map(|end| locked[name].contains(&format!("\"{package}{end}")));
+            assert!(
+                found.contains(&true),
+                "{name} needs {package}: run `cargo update --workspace` in tests/fuzz"
+            );
+        }
+    }
 }

@@ -61,6 +61,11 @@ impl Agent {
         })
     }
 
+    /// The site in this agent's certificate.
+    fn site(&self) -> String {
+        self.tls.identity().site().to_owned()
+    }
+
     /// Serves until the process ends.
     pub async fn run(self: Arc<Self>) {
         live::settle::all(&self).await;
@@ -148,6 +153,7 @@ impl Agent {
                     live::target::run(&self, send, recv, open, vm).await;
                 }
             }
+            Ok(Ok(Some(AgentTask::Operator(task)))) => live::operator::run(&self, send, task).await,
             Ok(Ok(Some(AgentTask::Source(open)))) => source::run(&self, link, send, recv, open).await,
             Ok(Ok(Some(AgentTask::Target(open)))) => target::run(&self, send, recv, open).await,
             Ok(Ok(None)) => {}

@@ -120,6 +120,7 @@ impl Attempt {
             &FromSource::Opened {
                 disks,
                 definition: self.source.definition.clone(),
+                live: None,
             },
         )
         .await?;

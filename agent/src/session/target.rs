@@ -4,22 +4,25 @@
 //! that nothing is promoted before the gateway said that all digests are equal, that an attempt whose stream ends flushes and
 //! keeps what it has, and that a commit which was cut is finished by the next attempt.
 
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use longhaul_common::digest::Digest;
 use longhaul_common::ids::DiskIndex;
 use longhaul_common::link::{RecvStream, SendStream};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
-    FromTarget, HAVE_MAX, Have, Refusal, RefusalKind, ShadowId, TargetOpen, ToTarget,
+    FromTarget, HAVE_MAX, Have, Place, Refusal, RefusalKind, ShadowId, TargetOpen, ToTarget,
 };
 use tokio::sync::{mpsc, watch};
 
+use super::hook::{End, Hooks, Moment};
 use super::target_disks::Arrival;
-use super::threads::on_thread;
+use super::threads::{ThreadFailed, on_thread};
 use super::writers::{Writers, Written};
-use super::{Agent, hook, outcome, target_disks};
+use super::{Agent, outcome, target_disks};
 use crate::disk::apply::{self, Durable, Target};
 
 /// Messages to the gateway that may wait.
@@ -121,16 +124,14 @@ impl Attempt {
         let last_round = watch::Sender::default();
         let writers = Writers::start(written, inbox, &agent.settings.limits, say, last_round);
         let writers = writers.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
-        let asked = tokio::select! {
-            asked = self.heard.recv() => asked,
-            _ = seat.stop.wait_for(|stop| *stop) => None,
-        };
+        let mut stop = seat.stop.clone();
+        let asked = self.asked(&mut stop).await;
         seat.close();
         let hurry = !matches!(asked, Some(ToTarget::Verify));
         let targets = on_thread("writers-stop", move || writers.stop(hurry)).await;
         let targets = targets.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??;
         match asked {
-            Some(ToTarget::Verify) => self.verify_and_commit(targets, seat.stop.clone()).await,
+            Some(ToTarget::Verify) => self.verify_and_commit(targets, stop).await,
             Some(ToTarget::Abort(why)) => self.abort(targets, &why).await,
             Some(ToTarget::Commit { .. }) => Err(Refusal::new(
                 RefusalKind::Protocol,
@@ -171,12 +172,7 @@ impl Attempt {
         targets: Vec<Target>,
         mut stop: watch::Receiver<bool>,
     ) -> Result<&'static str, Refusal> {
-        let targets = self.verify(targets).await?;
-        let asked = tokio::select! {
-            asked = self.heard.recv() => asked,
-            // A newer attempt: this one's gateway may be gone without a word.
-            _ = stop.wait_for(|stop| *stop) => None,
-        };
+        let (targets, asked) = self.verify(targets, &mut stop).await?;
         match asked {
             Some(ToTarget::Commit { digests }) => {
                 let arrival = self.blocking("commit", move |open, settings| {
@@ -196,24 +192,49 @@ impl Attempt {
         }
     }
 
-    /// Reads every disk back from its storage and states its digest.
-    async fn verify(&self, targets: Vec<Target>) -> Result<Vec<Target>, Refusal> {
+    /// Reads every disk back from its storage and states its digest; gives what the gateway says next. Ends early where nobody waits
+    /// for the digests any more.
+    async fn verify(
+        &mut self,
+        targets: Vec<Target>,
+        stop: &mut watch::Receiver<bool>,
+    ) -> Result<(Vec<Target>, Option<ToTarget>), Refusal> {
+        let given_up = Arc::new(AtomicBool::new(false));
         let (say, threads) = (self.say.clone(), self.agent.settings.limits.verify_threads);
-        let verified = on_thread("verify", move || {
-            for (disk, target) in (0..).map(DiskIndex).zip(&targets) {
-                let (digest, verify_ms, flush_ms) = verify_disk(disk, target, threads, &say)?;
-                let _ = say.blocking_send(FromTarget::Verified {
-                    disk,
-                    digest,
-                    verify_ms,
-                    flush_ms,
-                });
-            }
-            Ok(targets)
+        let flag = Arc::clone(&given_up);
+        let verifying = on_thread("verify", move || {
+            let verified = verify_disks(&targets, threads, &say, &flag);
+            (targets, verified)
         });
-        verified
-            .await
-            .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?
+        let ended = |_| Refusal::because(RefusalKind::Protocol, &ThreadFailed);
+        tokio::pin!(verifying);
+        let mut early = None;
+        let (targets, verified) = tokio::select! {
+            done = &mut verifying => done.map_err(ended)?,
+            asked = self.asked(stop) => {
+                // A commit is asked for when all digests are known: the thread is just about to say that it has ended.
+                let waits = matches!(asked, Some(ToTarget::Commit { .. }));
+                given_up.store(!waits, Ordering::Relaxed);
+                early = Some(asked);
+                verifying.await.map_err(ended)?
+            }
+        };
+        match early {
+            Some(asked @ (None | Some(ToTarget::Abort(_)))) => Ok((targets, asked)),
+            Some(asked) => verified.map(|()| (targets, asked)),
+            None => {
+                verified?;
+                Ok((targets, self.asked(stop).await))
+            }
+        }
+    }
+
+    /// What the gateway says next; nothing where it is gone, or a newer attempt has come: this one's gateway may be gone without a word.
+    async fn asked(&mut self, stop: &mut watch::Receiver<bool>) -> Option<ToTarget> {
+        tokio::select! {
+            asked = self.heard.recv() => asked,
+            _ = stop.wait_for(|stop| *stop) => None,
+        }
     }
 
     async fn abort(&self, targets: Vec<Target>, why: &Refusal) -> Result<&'static str, Refusal> {
@@ -254,18 +275,17 @@ impl Attempt {
             Ok(definition) => (definition, None),
             Err(refusal) => (None, Some(refusal.text)),
         };
-        let (job, name) = (self.open.job, self.open.name.as_str());
-        let arrival = hook::Arrival {
-            job,
-            name,
-            disks: paths,
-            definition: definition.as_deref(),
+        let hooks = Hooks {
+            job: self.open.job,
+            name: self.open.name.clone(),
+            end: End::Target,
+            site: self.agent.site(),
+            other: Place::default(),
+            disks: paths.to_vec(),
+            definition,
         };
-        let hook = hook::run(&self.agent.settings.hooks, &arrival).await.or(problem);
-        if let Some(problem) = &hook {
-            tracing::error!(job = %self.open.job, "{problem}");
-        }
-        hook
+        let hook = hooks.run_anyway(&self.agent.settings.hooks, Moment::After, None);
+        hook.await.or(problem)
     }
 
     async fn tell(&self, message: FromTarget) {
@@ -293,22 +313,45 @@ fn no_live() -> Refusal {
     )
 }
 
+fn verify_disks(
+    targets: &[Target],
+    threads: usize,
+    say: &mpsc::Sender<FromTarget>,
+    given_up: &AtomicBool,
+) -> Result<(), Refusal> {
+    for (disk, target) in (0..).map(DiskIndex).zip(targets) {
+        let (digest, verify_ms, flush_ms) = verify_disk(disk, target, threads, say, given_up)?;
+        let _ = say.blocking_send(FromTarget::Verified {
+            disk,
+            digest,
+            verify_ms,
+            flush_ms,
+        });
+    }
+    Ok(())
+}
+
 fn verify_disk(
     disk: DiskIndex,
     target: &Target,
     threads: usize,
     say: &mpsc::Sender<FromTarget>,
+    given_up: &AtomicBool,
 ) -> Result<(Digest, u64, u64), Refusal> {
     let started = std::time::Instant::now();
     target.flush().map_err(|error| outcome::target(&error))?;
     let flush_ms = started.elapsed().as_millis() as u64;
-    let told = std::sync::atomic::AtomicU64::new(0);
+    let told = AtomicU64::new(0);
     let progress = |bytes: u64| {
-        let before = told.load(std::sync::atomic::Ordering::Relaxed);
+        let before = told.load(Ordering::Relaxed);
         if bytes >= before + VERIFY_STEP {
-            told.store(bytes, std::sync::atomic::Ordering::Relaxed);
+            told.store(bytes, Ordering::Relaxed);
             // Only a hint for people: dropped where the gateway does not keep up.
             let _ = say.try_send(FromTarget::Verifying { disk, bytes });
+        }
+        match given_up.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
         }
     };
     let digest = target

@@ -13,7 +13,7 @@ use longhaul_common::wire::session::{DISKS_MAX, Refusal, RefusalKind, TargetDisk
 use serde::{Deserialize, Serialize};
 
 use super::outcome;
-use crate::disk::apply::{self, Have, Target, TargetError, TargetFormat, TargetOptions};
+use crate::disk::apply::{self, Have, Target, TargetError, TargetFormat, TargetOptions, is_device};
 use crate::disk::roots;
 use crate::settings::AgentSettings;
 
@@ -22,6 +22,8 @@ use crate::settings::AgentSettings;
 pub(super) struct Arrival {
     pub digests: Vec<String>,
     pub paths: Vec<PathBuf>,
+    /// What tells each copy from every other file, so that a cut commit knows what it has promoted.
+    pub copies: Vec<String>,
     pub complete: bool,
     /// The hook has run to its end.
     #[serde(default)]
@@ -46,11 +48,6 @@ pub(super) fn check(open: &TargetOpen, settings: &AgentSettings) -> Result<Vec<S
         notes.push(format!("{} is free to be written", options.path.display()));
     }
     Ok(notes)
-}
-
-fn is_device(path: &Path) -> bool {
-    use std::os::unix::fs::FileTypeExt;
-    std::fs::metadata(path).is_ok_and(|meta| meta.file_type().is_block_device())
 }
 
 /// Opens every disk, taking up what an earlier attempt of the job left.
@@ -177,6 +174,17 @@ pub(super) fn all_options(open: &TargetOpen, settings: &AgentSettings) -> Vec<Op
         .collect()
 }
 
+/// After a crash no final name leads to a partial copy any more; the copies stay.
+pub(super) fn unlink_all(open: &TargetOpen, settings: &AgentSettings) -> Result<(), String> {
+    let unlink = |options: TargetOptions| {
+        apply::unlink_after_crash(&options).map_err(|error| outcome::target(&error).text)
+    };
+    all_options(open, settings)
+        .into_iter()
+        .flatten()
+        .try_for_each(unlink)
+}
+
 /// Gives the disks of a VM that runs here already their names, after a crash of this agent, too. The record comes last: without it
 /// this is done again.
 pub(super) fn promote_live(
@@ -196,12 +204,31 @@ pub(super) fn promote_live(
     let arrival = Arrival {
         digests: Vec::new(),
         paths: paths.clone(),
+        copies: Vec::new(),
         complete: true,
-        told: true,
+        told: false,
         hook: None,
     };
     write_record(open.job, &arrival, settings)?;
     Ok(paths)
+}
+
+/// The hook of an arrived VM has run to its end.
+pub(super) fn note_told(
+    job: JobId,
+    paths: &[PathBuf],
+    hook: Option<String>,
+    settings: &AgentSettings,
+) -> Result<(), Refusal> {
+    let arrival = Arrival {
+        digests: Vec::new(),
+        paths: paths.to_vec(),
+        copies: Vec::new(),
+        complete: true,
+        told: true,
+        hook,
+    };
+    write_record(job, &arrival, settings)
 }
 
 /// The record of a job's commit, if there is one.
@@ -243,6 +270,7 @@ pub(super) fn commit(
     let mut arrival = Arrival {
         digests,
         paths,
+        copies: targets.iter().map(Target::identity).collect(),
         complete: false,
         told: false,
         hook: None,
@@ -263,25 +291,13 @@ pub(super) fn finish_commit(
     settings: &AgentSettings,
 ) -> Result<Arrival, Refusal> {
     if !arrival.complete {
-        for (index, disk) in (0..).map(DiskIndex).zip(&open.disks) {
+        if arrival.copies.len() != open.disks.len() {
+            let path = record_path(open.job, settings);
+            return Err(unusable(&path, &"it was made for another number of disks"));
+        }
+        for ((index, disk), copy) in (0..).map(DiskIndex).zip(&open.disks).zip(&arrival.copies) {
             let options = options(open.job, index, disk, settings)?;
-            match Target::open(&options, disk.size) {
-                Ok((target, have)) if have.bytes() >= disk.size => {
-                    target.promote().map_err(|error| outcome::target(&error))?;
-                }
-                // Promoted before the cut: nothing of it is left under its temporary name, or it had a place of its own.
-                Ok((target, _)) if options.path.exists() => {
-                    target.discard().map_err(|error| outcome::target(&error))?
-                }
-                Err(TargetError::AlreadyPromoted { .. } | TargetError::Exists { .. }) => {}
-                Ok(_) => {
-                    return Err(unusable(
-                        &options.path,
-                        &"its partial copy vanished during the commit",
-                    ));
-                }
-                Err(error) => return Err(outcome::target(&error)),
-            }
+            apply::finish_promotion(&options, disk.size, copy).map_err(|error| outcome::target(&error))?;
         }
         arrival.complete = true;
         write_record(open.job, &arrival, settings)?;

@@ -26,13 +26,18 @@ use crate::settings::LimitsSection;
 
 /// A copy whose flush failed for want of space is opened again when there is so much, in bytes.
 const SPACE_AGAIN: u64 = 16 << 20;
+/// Between two looks whether another thread has written its batch.
+const WRITING: Duration = Duration::from_millis(1);
 /// Between two tries on a full disk.
 const SPACE_RETRY: Duration = Duration::from_secs(1);
 
 /// One disk being written, and which batch each unflushed write was.
 pub(super) struct Written {
     pub target: Target,
-    tickets: Mutex<BTreeMap<Ticket, Sequence>>,
+    /// The batch, and its bytes of data.
+    tickets: Mutex<BTreeMap<Ticket, (Sequence, u64)>>,
+    /// Bytes that are written or about to be, and not known to be durable.
+    unflushed: Mutex<u64>,
     /// Of urgent batches that are not durable yet: the round, and where on the disk each begins.
     urgent: Mutex<BTreeMap<Ticket, (Round, u64)>>,
 }
@@ -49,6 +54,7 @@ impl Written {
         Self {
             target,
             tickets: Mutex::default(),
+            unflushed: Mutex::default(),
             urgent: Mutex::default(),
         }
     }
@@ -61,7 +67,7 @@ struct Shared {
     last_round: watch::Sender<LastRound>,
     stop: AtomicBool,
     flush_due: Sender<()>,
-    /// From so many bytes on a writer flushes by itself before it takes more: bounds what a crash costs.
+    /// A disk's writers never have more bytes than this on it that a crash could take: they flush first.
     unflushed_max: u64,
     /// How many threads find a disk full right now.
     full: Mutex<usize>,
@@ -201,13 +207,14 @@ impl Shared {
         let broken = |error| Refusal::because(RefusalKind::Protocol, &error);
         header.check(disk.target.size()).map_err(broken)?;
         header.verify(data).map_err(broken)?;
+        self.make_room(header.disk, disk, data.len() as u64);
         let Some(applied) = self.apply(disk, header, data)? else {
             return Ok(());
         };
         metrics::counter!(TARGET_BATCHES).increment(1);
         metrics::counter!(TARGET_RAW).increment(data.len() as u64);
         let mut tickets = disk.tickets.lock().unwrap_or_else(PoisonError::into_inner);
-        tickets.insert(applied.ticket, header.sequence);
+        tickets.insert(applied.ticket, (header.sequence, data.len() as u64));
         drop(tickets);
         if header.urgent {
             let begins = header.pieces.first().map_or(0, |piece| piece.extent.offset());
@@ -216,13 +223,34 @@ impl Shared {
             drop(urgent);
             // A VM stands and waits for it.
             let _ = self.flush_due.try_send(());
-        } else if applied.unflushed >= self.unflushed_max {
-            // An error stays: the flusher meets it, too, and knows what to do.
-            let _ = self.flush(header.disk, disk);
         } else if applied.flush_due {
             let _ = self.flush_due.try_send(());
         }
         Ok(())
+    }
+
+    /// Waits until `bytes` more may be written to a disk, and counts them. Whoever waits here keeps the credit for its batch.
+    fn make_room(&self, index: DiskIndex, disk: &Written, bytes: u64) {
+        let mut latest = u64::MAX;
+        loop {
+            let mut unflushed = disk.unflushed.lock().unwrap_or_else(PoisonError::into_inner);
+            if *unflushed == 0 || unflushed.saturating_add(bytes) <= self.unflushed_max {
+                *unflushed += bytes;
+                return;
+            }
+            let previous = std::mem::replace(&mut latest, *unflushed);
+            drop(unflushed);
+            if previous <= latest {
+                // What is counted is still being written by another thread.
+                std::thread::sleep(WRITING);
+            }
+            // An error stays: the flusher meets it, too, and knows what to do; and so does who writes next.
+            if self.stopping() || self.flush(index, disk).is_err() {
+                let mut unflushed = disk.unflushed.lock().unwrap_or_else(PoisonError::into_inner);
+                *unflushed = unflushed.saturating_add(bytes);
+                return;
+            }
+        }
     }
 
     /// Applies a batch, waiting out a full disk. `None` where the session ends meanwhile.
@@ -294,8 +322,13 @@ impl Shared {
         let flushed = disk.target.flush().map_err(|error| outcome::target(&error))?;
         let mut tickets = disk.tickets.lock().unwrap_or_else(PoisonError::into_inner);
         let later = tickets.split_off(&Ticket(flushed.through.0.saturating_add(1)));
-        let durable: Sequences = std::mem::replace(&mut *tickets, later).into_values().collect();
+        let durable = std::mem::replace(&mut *tickets, later);
         drop(tickets);
+        let bytes: u64 = durable.values().map(|(_, bytes)| bytes).sum();
+        let mut unflushed = disk.unflushed.lock().unwrap_or_else(PoisonError::into_inner);
+        *unflushed = unflushed.saturating_sub(bytes);
+        drop(unflushed);
+        let durable: Sequences = durable.into_values().map(|(sequence, _)| sequence).collect();
         self.note_last_round(index, disk, flushed.through);
         if !durable.is_empty() {
             tracing::trace!(disk = %index, batches = durable.len(), "durable");

@@ -20,7 +20,7 @@ impl World {
 
     pub(super) fn source_steps(&self, steps: &mut Steps) {
         let Some(machine) = &self.source.machine else {
-            if !self.source_lost {
+            if !self.source_lost && !self.source_off {
                 self.step(
                     steps,
                     format_args!("the source agent restarts"),

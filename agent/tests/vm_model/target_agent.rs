@@ -29,7 +29,7 @@ impl World {
 
     pub(super) fn target_steps(&self, steps: &mut Steps) {
         let Some(machine) = &self.target.machine else {
-            if !self.target_lost {
+            if !self.target_lost && !self.target_off {
                 self.step(
                     steps,
                     format_args!("the target agent restarts"),
@@ -88,6 +88,15 @@ impl World {
                 |world| {
                     world.told_batches = flushed;
                     world.target_event(TargetEvent::DisksDurable(flushed.into()));
+                },
+            );
+        }
+        if self.source_lost {
+            self.step(
+                steps,
+                format_args!("the operator has the target give up"),
+                |world| {
+                    world.target_event(TargetEvent::Resolve(Resolve::Source));
                 },
             );
         }
@@ -151,7 +160,12 @@ impl World {
                 }
             },
             Effect::BootFromDisks => {
-                if !self.target_runs() {
+                // An agent asks people to, and they know what was resolved; what they resolved in its favour they do.
+                let ours = matches!(
+                    self.target.machine.as_ref().map(|target| *target.state()),
+                    Some(TargetState::Running { by: By::Operator, .. })
+                );
+                if !self.target_runs() && (ours || !self.resolved) {
                     self.run_target(true);
                 }
                 true
@@ -170,7 +184,7 @@ impl World {
         let disks = self.durable == self.loads as u8;
         let sound = memory && disks && !self.resumed;
         self.break_if(
-            !sound && !self.source_lost,
+            !sound && !self.source_lost && !self.resolved,
             "a write is lost: the target runs something old or incomplete",
         );
     }

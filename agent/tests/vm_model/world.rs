@@ -143,6 +143,9 @@ pub(crate) struct World {
     target_ran: bool,
     source_lost: bool,
     target_lost: bool,
+    /// Its host is off, and may be switched on again.
+    source_off: bool,
+    target_off: bool,
     resolved: bool,
     said: Vec<Word>,
     broken: Option<&'static str>,
@@ -198,6 +201,8 @@ impl World {
             target_ran: false,
             source_lost: false,
             target_lost: false,
+            source_off: false,
+            target_off: false,
             resolved: false,
             said: Vec::new(),
             broken: None,
@@ -310,6 +315,7 @@ impl World {
         self.target_steps(&mut steps);
         self.qemu_steps(&mut steps);
         self.transport_steps(&mut steps);
+        self.host_steps(&mut steps);
         if self.mishaps > 0 {
             self.mishap_steps(&mut steps);
         }
@@ -376,7 +382,7 @@ impl World {
 
     fn qemu_steps(&self, steps: &mut Steps) {
         match self.source_qemu {
-            SourceQemu::Gone if !self.barred && !self.source_lost => {
+            SourceQemu::Gone if !self.barred && !self.source_lost && !self.source_off => {
                 self.step(
                     steps,
                     format_args!("somebody boots the VM at the source"),
@@ -407,7 +413,8 @@ impl World {
         }
         let target = self.target.machine.as_ref().map(|target| *target.state());
         let started = matches!(target, Some(TargetState::Running { started: true, .. }));
-        if self.target_qemu == TargetQemu::Gone && started {
+        // Who has resolved it knows that this side must not.
+        if self.target_qemu == TargetQemu::Gone && started && !self.resolved && !self.target_off {
             self.step(
                 steps,
                 format_args!("somebody boots the VM at the target"),
@@ -428,6 +435,45 @@ impl World {
                     },
                 );
             }
+        }
+    }
+
+    /// Hosts that are off, and what an operator may say while they are: where nothing is known without them.
+    fn host_steps(&self, steps: &mut Steps) {
+        if self.source_off {
+            self.step(steps, format_args!("the source's host is on again"), |world| {
+                world.source_off = false;
+            });
+        }
+        if self.target_off {
+            self.step(steps, format_args!("the target's host is on again"), |world| {
+                world.target_off = false;
+            });
+        }
+        let source = self.source.idle().map(|source| *source.state());
+        if self.target_off && matches!(source, Some(SourceState::HandedOver { .. })) {
+            self.step(
+                steps,
+                format_args!("the operator, who knows that the target is off, resolves source"),
+                |world| {
+                    world.resolved = true;
+                    // What it may have written is given up.
+                    world.target_ran = false;
+                    world.source_event(SourceEvent::Resolve(Resolve::Source));
+                },
+            );
+        }
+        let given = matches!(self.source.journal.last(), Some(Record::HandedOver { .. }));
+        let whole = self.target.idle().is_some_and(TargetOwner::may_be_run);
+        if self.source_off && given && whole {
+            self.step(
+                steps,
+                format_args!("the operator, who knows that the source is off, resolves target"),
+                |world| {
+                    world.resolved = true;
+                    world.target_event(TargetEvent::Resolve(Resolve::Target));
+                },
+            );
         }
     }
 
@@ -542,6 +588,18 @@ impl World {
     }
 
     fn mishap_sites(&self, steps: &mut Steps) {
+        if !self.target_lost && !self.source_lost && !self.source_off && !self.target_off {
+            self.mishap(steps, format_args!("the source's host goes off"), |world| {
+                world.kill_source();
+                world.source_qemu = SourceQemu::Gone;
+                world.source_off = true;
+            });
+            self.mishap(steps, format_args!("the target's host goes off"), |world| {
+                world.kill_target();
+                world.target_qemu = TargetQemu::Gone;
+                world.target_off = true;
+            });
+        }
         if !self.target_lost && !self.source_lost {
             self.mishap(steps, format_args!("the source's site burns down"), |world| {
                 world.kill_source();

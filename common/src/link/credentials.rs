@@ -134,6 +134,13 @@ pub enum CredentialsError {
     },
 }
 
+impl CredentialsError {
+    /// Whether a file is not there at all: on a host that a config was not made for, that is no mistake of the config.
+    pub fn is_absent(&self) -> bool {
+        matches!(self, Self::Unreadable { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
+    }
+}
+
 /// Identity files that were read, judged and found to work together.
 pub struct Material {
     pub(crate) identity: Identity,
@@ -158,11 +165,14 @@ impl Material {
     }
 }
 
-/// What changes when one of the files is replaced or rewritten: of each its device, inode, length and modification time.
+/// What changes when one of the files is replaced or rewritten.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct FileMarks(Vec<Option<(u64, u64, u64, i64, i64)>>);
+pub(crate) struct FileMarks(Vec<Option<Mark>>);
 
-fn mark(path: &Path) -> Option<(u64, u64, u64, i64, i64)> {
+/// A file's device, inode, length, and modification time in seconds and nanoseconds.
+type Mark = (u64, u64, u64, i64, i64);
+
+fn mark(path: &Path) -> Option<Mark> {
     let meta = std::fs::metadata(path).ok()?;
     Some((
         meta.dev(),

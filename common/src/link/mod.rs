@@ -1,9 +1,9 @@
 //! The link: authenticated QUIC connections between programs.
 //!
 //! Owns everything under the wire: who a program is (`identity`, `credentials`), TLS (`tls`, `reload`), UDP sockets and
-//! connections (`socket`, `listen`, `connect`, `endpoint`), their tuning (`tuning`, `transport`, `congestion`), the words for
-//! every way in which a link fails (`refusal`), and the test of a path to a peer (`probe`). quinn, rustls, webpki and x509-parser are used here and
-//! nowhere else.
+//! connections (`socket`, `listen`, `connect`, `endpoint`), their tuning (`tuning`, `transport`, `congestion`), when to knock at a
+//! silent peer (`knock`), the words for every way in which a link fails (`refusal`), and the test of a path to a peer (`probe`).
+//! quinn, rustls, webpki and x509-parser are used here and nowhere else.
 //!
 //! Leaves alone what is said over a link: messages, batches and their order belong to `wire` and the programs.
 //!
@@ -21,6 +21,7 @@ mod connect;
 mod credentials;
 mod endpoint;
 mod identity;
+mod knock;
 mod listen;
 pub mod probe;
 mod refusal;
@@ -38,6 +39,7 @@ pub use endpoint::{Link, LinkStats};
 pub use identity::{
     Identity, NAME_LENGTH_MAX, NotAnIdentity, Role, TRUST_DOMAIN_LENGTH_MAX, check_name, check_trust_domain,
 };
+pub use knock::{KNOCK_EVERY, Silence};
 pub use listen::{Listener, RefusedPeer};
 pub use quinn::{
     ClosedStream, ReadError, ReadExactError, ReadToEndError, RecvStream, SendStream, StoppedError, StreamId,

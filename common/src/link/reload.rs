@@ -66,13 +66,14 @@ async fn watch(state: Arc<TlsState>, tick: Duration) {
         // read, not what was looked at first: files may change between a program's start and the first look.
         let settled = now == last;
         last = now;
-        if settled && !state.was_read_from(&last) {
-            if let Err(error) = read_again(&state).await {
-                tracing::error!(
-                    "the changed identity files are not used, the old ones stay: {}",
-                    chain(&error)
-                );
-            }
+        if settled
+            && !state.was_read_from(&last)
+            && let Err(error) = read_again(&state).await
+        {
+            tracing::error!(
+                "the changed identity files are not used, the old ones stay: {}",
+                chain(&error)
+            );
         }
     }
 }

@@ -25,8 +25,11 @@
 //! Control messages are frames (`frame`): length as u32 LE, then postcard. They cross on one bidirectional stream for each job and
 //! hop; the stream's end is the end of the attempt on that hop. Batches (`batch`) cross on unidirectional streams.
 //!
+//! The operator's word about a handover or a shadow (`operator`) is one frame from a gateway to an agent of its site, and one back.
+//!
 //! Before its first payload each connection between gateways agrees on the window of blocks that payloads refer to (`window`): one
-//! bidirectional stream, `PeerTask::Window` and a `WindowAnswer`.
+//! bidirectional stream, `PeerTask::Window` and a `WindowAnswer`. One more, `PeerTask::Knock`, stays open: while the sender hears nothing
+//! it writes a byte now and then, which comes back, so that both ends notice soon that a cut is over.
 //!
 //! Versions: the ALPN carries the major version, one line each:
 //! - 1: cold disks and running VMs; (attempt, disk, round) order, RAM stream; payloads of references, differences, LZ4 and zstd.
@@ -35,6 +38,7 @@
 
 pub mod batch;
 pub mod frame;
+pub mod operator;
 pub mod ram;
 pub mod sequences;
 pub mod session;

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::operator::OperatorTask;
 use super::sequences::Sequences;
 use super::window::WindowHello;
 use super::words;
@@ -107,6 +108,8 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 pub enum AgentTask {
     Source(SourceOpen),
     Target(TargetOpen),
+    /// Answered by one `OperatorAnswer`, and that is all.
+    Operator(OperatorTask),
 }
 
 /// First frame of a stream from the source gateway to the target gateway.
@@ -120,6 +123,8 @@ pub enum PeerTask {
     },
     /// Answered by one `WindowAnswer`, and that is all.
     Window(WindowHello),
+    /// Bytes follow, one at a time, that mean nothing: each is sent back. See `link::Silence`.
+    Knock,
 }
 
 /// What the source agent is to read.
@@ -144,6 +149,45 @@ pub struct SourceVm {
     /// Socket of its guest agent, where it has one.
     pub guest_agent: Option<PathBuf>,
     pub policy: LivePolicy,
+    /// The job's name, for hooks.
+    #[serde(deserialize_with = "words::text")]
+    pub name: String,
+    /// The target, for hooks.
+    pub target: Place,
+    /// What becomes of read-only media that are not among the disks.
+    pub media: MediaRule,
+    /// Only look: sample how fast the VM changes, say `Opened` with the forecast for this link, and leave nothing behind.
+    pub plan: Option<LinkForecast>,
+}
+
+/// An agent at a site, as hooks are told of the other side.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    #[serde(deserialize_with = "words::text")]
+    pub site: String,
+    #[serde(deserialize_with = "words::text")]
+    pub agent: String,
+}
+
+/// What becomes of a read-only medium that is not copied as a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MediaRule {
+    /// The VM is not moved while one is there.
+    #[default]
+    Refuse,
+    /// Taken out of its drive before RAM moves; put back where the VM stays.
+    Eject,
+    /// The target's QEMU has the same medium in the same drive already.
+    Map,
+}
+
+/// What the way to the target is held to give.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkForecast {
+    /// Bytes of payload per second; `None`: nobody knows.
+    pub bytes_per_s: Option<u64>,
+    pub rtt_us: u64,
 }
 
 /// What a live migration may do to reach its end. Times in milliseconds.
@@ -251,6 +295,8 @@ pub enum FromSource {
     Opened {
         disks: Vec<OpenedDisk>,
         definition: Option<Vec<u8>>,
+        /// Of a running VM.
+        live: Option<Box<LiveSurvey>>,
     },
     /// Every batch of this disk was sent.
     DiskDone {
@@ -262,11 +308,48 @@ pub enum FromSource {
     Finished,
     /// For the target agent.
     Say(AgentWord),
-    /// Where a live migration stands.
+    /// Where a live migration stands. Before `Opened` only where its handover is in doubt.
     Live(LiveState),
     /// The VM runs at the target, and this end has settled everything.
     Moved(Box<LiveOutcome>),
     Failed(Refusal),
+}
+
+/// What the source agent found of a running VM, before a byte has moved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LiveSurvey {
+    /// For the target agent: what the VM is, to be compared with the QEMU that it would arrive in.
+    pub vm: AgentWord,
+    /// What a person should know.
+    #[serde(deserialize_with = "words::list")]
+    pub notes: Vec<String>,
+    /// For a plan.
+    pub forecast: Option<LiveForecast>,
+}
+
+/// What moving a running VM would take. Times in milliseconds, sizes in bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LiveForecast {
+    /// Of each disk, bytes per second that become dirty, as sampled.
+    pub disks_dirty: Vec<u64>,
+    pub ram: u64,
+    /// Bytes of RAM per second that become dirty, as sampled; `None`: QEMU cannot say.
+    pub ram_dirty: Option<u64>,
+    /// How long was sampled.
+    pub sampled_ms: u64,
+    /// Reduced bytes on the WAN, disks and RAM together.
+    pub wan_bytes: u64,
+    pub time_ms: u64,
+    /// Rounds of the disks, with round 0 and the last.
+    pub rounds: u32,
+    /// Passes over RAM.
+    pub passes: u32,
+    pub blackout_ms: u64,
+    /// Whether the blackout gets short enough; `None`: cannot be told.
+    pub converges: Option<bool>,
+    /// The verdict in one sentence.
+    #[serde(deserialize_with = "words::text")]
+    pub why: String,
 }
 
 /// From one agent to the other; gateways do not look into it.
@@ -413,6 +496,10 @@ pub struct TargetOpen {
 pub struct TargetVm {
     /// A QEMU that waits for it already (`-incoming defer`); started by the agent's template without it.
     pub qmp: Option<PathBuf>,
+    /// The source, for hooks. The target's gateway sets the site, from the peer's certificate.
+    pub source: Place,
+    /// What the source agent says of the VM, for a comparison before a byte moves; not known where the source has moved it already.
+    pub vm: Option<AgentWord>,
 }
 
 /// One disk to write.

@@ -7,6 +7,7 @@
 mod connections;
 mod events;
 mod listen;
+mod orders;
 mod words;
 
 use std::sync::Arc;
@@ -115,6 +116,8 @@ pub struct Problem {
         pause,
         resume,
         cancel,
+        orders::resolve,
+        orders::forget,
         make_plan,
         events::events,
         metrics_text,
@@ -138,6 +141,8 @@ pub fn router(api: Api) -> Router {
         .route("/v1/jobs/{id}/pause", post(pause))
         .route("/v1/jobs/{id}/resume", post(resume))
         .route("/v1/jobs/{id}/cancel", post(cancel))
+        .route("/v1/jobs/{id}/resolve", post(orders::resolve))
+        .route("/v1/jobs/{id}/forget", post(orders::forget))
         .route("/v1/plan", post(make_plan))
         .route("/metrics", get(metrics_text))
         .route("/openapi.json", get(openapi))
@@ -161,7 +166,9 @@ impl IntoResponse for JobError {
         let status = match &self {
             Self::Spec(_) | Self::NoSuchPeer { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             Self::NoSuchJob(_) => StatusCode::NOT_FOUND,
-            Self::Ambiguous(_) | Self::WrongState { .. } => StatusCode::CONFLICT,
+            Self::NotLive | Self::Ambiguous(_) | Self::WrongState { .. } => StatusCode::CONFLICT,
+            Self::Agent(refusal) if refusal.kind.is_transient() => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Agent(_) => StatusCode::CONFLICT,
             Self::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::TooManyWatchers => StatusCode::SERVICE_UNAVAILABLE,
         };
@@ -283,7 +290,10 @@ async fn make_plan(State(api): State<Api>, body: axum::body::Bytes) -> Response 
         .map_err(JobError::from)
         .and_then(|()| api.jobs.context(&spec));
     match context {
-        Ok(context) => Json(plan::plan(&context, &spec).await).into_response(),
+        Ok(context) => {
+            let measured = api.jobs.measured(&spec.target.site).await;
+            Json(plan::plan(&context, &spec, measured).await).into_response()
+        }
         Err(error) => error.into_response(),
     }
 }

@@ -12,8 +12,9 @@ use longhaul_common::ids::{Attempt, DiskIndex, JobId};
 use longhaul_common::link::{Link, SendStream};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
-    AgentTask, DISK_SIZE_MAX, DiskCounts, FromSource, FromTarget, LiveOutcome, OpenedDisk, PeerTask, Refusal,
-    RefusalKind, ShadowId, TargetDisk, TargetOpen, ToSource, ToTarget,
+    AgentTask, AgentWord, DISK_SIZE_MAX, DiskCounts, FromSource, FromTarget, LiveOutcome, LiveStage,
+    LiveState, LiveSurvey, OpenedDisk, PeerTask, Refusal, RefusalKind, ShadowId, SourceOpen, TargetDisk,
+    TargetOpen, ToSource, ToTarget,
 };
 
 use super::board::Board;
@@ -39,6 +40,10 @@ pub struct Context {
 pub struct Source {
     pub disks: Vec<OpenedDisk>,
     pub definition: Option<Vec<u8>>,
+    /// It said that the handover of a running VM is in doubt, in these words.
+    pub doubt: Option<String>,
+    /// Of a running VM.
+    pub survey: Option<Box<LiveSurvey>>,
     /// It said that the VM runs at the target already.
     pub moved: Option<Box<LiveOutcome>>,
     /// A running VM's source: once it has said its last word it hears no more, so what it does not hear ends nothing.
@@ -91,12 +96,7 @@ pub(super) fn out_of_turn(who: &str, message: &impl std::fmt::Debug) -> Refusal 
 
 impl Source {
     /// Has the source agent open and scan the disks.
-    pub async fn open(
-        context: &Context,
-        spec: &JobSpec,
-        job: JobId,
-        attempt: Attempt,
-    ) -> Result<Self, Refusal> {
+    pub async fn open(context: &Context, spec: &JobSpec, open: SourceOpen) -> Result<Self, Refusal> {
         let link = context.agents.link(&spec.source.agent)?;
         let lost = |error: &dyn std::fmt::Display| {
             Refusal::new(
@@ -105,23 +105,40 @@ impl Source {
             )
         };
         let (mut send, recv) = link.open_bi().await.map_err(|error| lost(&error))?;
-        let task = AgentTask::Source(spec.source_open(job, attempt));
+        let task = AgentTask::Source(open);
         frame::write(&mut send, &task)
             .await
             .map_err(|error| lost(&error))?;
         let mut heard = Hearing::start(recv, link.clone(), "the source agent");
-        let (disks, definition, moved) = match heard.next().await? {
-            FromSource::Opened { disks, definition } if disks.len() == spec.disk.len() => {
+        let mut first = heard.next().await?;
+        let mut doubt = None;
+        if let FromSource::Live(LiveState {
+            stage: LiveStage::InDoubt,
+            decision,
+            ..
+        }) = first
+        {
+            doubt = Some(decision);
+            first = heard.next().await?;
+        }
+        let (disks, definition, survey, moved) = match first {
+            FromSource::Opened {
+                disks,
+                definition,
+                live,
+            } if disks.len() == spec.disk.len() => {
                 check_disks(&disks)?;
-                (disks, definition, None)
+                (disks, definition, live, None)
             }
-            FromSource::Moved(outcome) if spec.kind == Kind::Live => (Vec::new(), None, Some(outcome)),
+            FromSource::Moved(outcome) if spec.kind == Kind::Live => (Vec::new(), None, None, Some(outcome)),
             FromSource::Failed(refusal) => return Err(refusal),
             other => return Err(out_of_turn("the source agent", &other)),
         };
         Ok(Self {
             disks,
             definition,
+            doubt,
+            survey,
             moved,
             live: spec.kind == Kind::Live,
             send,
@@ -133,6 +150,11 @@ impl Source {
     /// Of each disk the shadow since which the source agent knows all changes.
     pub fn since(&self) -> Vec<Option<ShadowId>> {
         self.disks.iter().map(|disk| disk.since).collect()
+    }
+
+    /// What the target agent is to compare its QEMU with.
+    pub fn vm(&self) -> Option<AgentWord> {
+        self.survey.as_ref().map(|survey| survey.vm.clone())
     }
 
     /// Each disk's size, and the bytes its content takes at most.
@@ -231,6 +253,7 @@ pub fn target_open(
     attempt: Attempt,
     sizes: &[(u64, u64)],
     definition: Option<Vec<u8>>,
+    vm: Option<AgentWord>,
 ) -> TargetOpen {
     let disk = |(disk, (size, needed)): (&super::spec::DiskSection, &(u64, u64))| TargetDisk {
         path: disk.target.clone(),
@@ -250,7 +273,7 @@ pub fn target_open(
         disks,
         definition,
         dry_run: false,
-        live: spec.target_vm(),
+        live: spec.target_vm(vm),
     }
 }
 
@@ -360,10 +383,13 @@ impl<'a> Transfer<'a> {
 
     pub(super) async fn on_target(&mut self, message: FromTarget) -> Result<(), Refusal> {
         match message {
-            FromTarget::Credit(bytes) => self.source.tell(&ToSource::Credit(bytes)).await,
+            FromTarget::Credit(bytes) => {
+                let passed = self.context.ingest.credit(&self.outflow, bytes);
+                self.pass_credit(passed).await
+            }
             FromTarget::Accepted(sequences) => {
-                self.context.peer.accepted(self.outflow.flow, &sequences);
-                Ok(())
+                let passed = self.context.ingest.accepted(&self.outflow, &sequences);
+                self.pass_credit(passed).await
             }
             FromTarget::Missing(sequences) => {
                 self.context.ingest.send_plainly(&self.outflow, &sequences).await;
@@ -372,7 +398,8 @@ impl<'a> Transfer<'a> {
             FromTarget::Durable(sequences) => {
                 self.outflow.ledger().durable(&sequences);
                 // The word that they were accepted may come later: what is durable is not sent again.
-                self.context.peer.accepted(self.outflow.flow, &sequences);
+                let passed = self.context.ingest.accepted(&self.outflow, &sequences);
+                self.pass_credit(passed).await?;
                 self.source.tell(&ToSource::Durable(sequences)).await
             }
             FromTarget::Waiting(refusal) => {
@@ -386,6 +413,13 @@ impl<'a> Transfer<'a> {
             }
             FromTarget::Failed(refusal) => Err(refusal),
             other => Err(out_of_turn("the target agent", &other)),
+        }
+    }
+
+    async fn pass_credit(&mut self, bytes: u64) -> Result<(), Refusal> {
+        match bytes {
+            0 => Ok(()),
+            bytes => self.source.tell(&ToSource::Credit(bytes)).await,
         }
     }
 

@@ -20,6 +20,8 @@ struct Inner {
     kept: Vec<u64>,
     /// Of each disk, what the journal is to keep.
     sent: Vec<Sent>,
+    /// A running VM's handover is in doubt, in these words.
+    doubt: Option<String>,
 }
 
 /// A job's notice board.
@@ -74,14 +76,41 @@ impl Board {
         let mut inner = self.inner();
         inner.state = JobState::Running;
         inner.progress.attempt = attempt;
-        inner.progress.phase = Phase::Connect;
-        inner.progress.message = None;
+        if inner.doubt.is_none() {
+            inner.progress.phase = Phase::Connect;
+        }
+        inner.progress.message = inner.doubt.clone();
         inner.pace = Pace::default();
     }
 
     /// The attempt enters a phase.
     pub fn phase(&self, phase: Phase) {
-        self.inner().progress.phase = phase;
+        let mut inner = self.inner();
+        // Nothing that an attempt does makes a doubt smaller; only the source ends it.
+        if inner.doubt.is_none() || phase == Phase::Done {
+            inner.progress.phase = phase;
+        }
+    }
+
+    /// The source says that its handover is in doubt, or that it is not any more.
+    pub fn doubt(&self, words: Option<String>) {
+        let mut inner = self.inner();
+        if words.is_none() && inner.doubt.is_none() {
+            return;
+        }
+        inner.doubt = words.map(|words| format!("in doubt: {words}"));
+        if inner.doubt.is_some() {
+            inner.progress.phase = Phase::InDoubt;
+        }
+        inner.progress.message = inner.doubt.clone();
+    }
+
+    /// `text`, behind the doubt where there is one.
+    pub fn in_words(&self, text: String) -> String {
+        match &self.inner().doubt {
+            Some(doubt) => format!("{doubt}; {text}"),
+            None => text,
+        }
     }
 
     /// The disks are scanned.
@@ -124,6 +153,9 @@ impl Board {
         (live.round, live.disk_left_bytes, live.ram_left_bytes) =
             (state.round, state.disk_left, state.ram_left);
         live.decision.clone_from(&state.decision);
+        drop(inner);
+        let doubt = state.stage == LiveStage::InDoubt;
+        self.doubt(doubt.then(|| state.decision.clone()));
     }
 
     /// The sums have changed.

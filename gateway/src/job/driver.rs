@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use super::attempt::{Context, Source, Target, Transfer, elapsed_ms, target_open};
 use super::board::Board;
 use super::finish;
+use super::kept::KeepLedger;
 use super::ledger::Ledger;
 use super::live::{self, Cancelled};
 use super::progress::{JobState, Phase};
@@ -37,6 +38,8 @@ pub enum Wish {
     Run,
     Pause,
     Cancel,
+    /// An operator decided that the VM stays at its source.
+    Resolved,
 }
 
 /// How an attempt ended.
@@ -106,6 +109,11 @@ impl Driver {
                     continue;
                 }
                 Wish::Pause => return self.rest(JobState::Paused, None).await,
+                Wish::Resolved => {
+                    self.record.finished = Some(now());
+                    let text = "the operator decided that the VM stays at its source; resume the job to move it again, or cancel it to remove the copy";
+                    return self.rest(JobState::Failed, Some(text.to_owned())).await;
+                }
                 Wish::Run => self.record.cancelling = false,
             }
             let began = Instant::now();
@@ -118,7 +126,8 @@ impl Driver {
                     } else {
                         failures
                     };
-                    self.rest(JobState::Waiting, Some(refusal.text)).await;
+                    let text = self.board.in_words(refusal.text);
+                    self.rest(JobState::Waiting, Some(text)).await;
                     self.wait_a_while(&mut failures).await;
                 }
                 Ended::Refused(refusal) => {
@@ -224,7 +233,9 @@ impl Driver {
             return Ok(report);
         }
         board.phase(Phase::Scan);
-        let mut source = Source::open(&self.context, &self.record.spec, self.job, attempt).await?;
+        let asked = self.record.spec.source_open(self.job, attempt);
+        let mut source = Source::open(&self.context, &self.record.spec, asked).await?;
+        board.doubt(source.doubt.take());
         self.stages = vec![("open_source", elapsed_ms(began))];
         let opening = Instant::now();
         // A VM that runs at the target already has no disks here any more.
@@ -239,6 +250,7 @@ impl Driver {
             attempt,
             &self.record.sizes,
             definition,
+            source.vm(),
         );
         for (disk, since) in open.disks.iter_mut().zip(source.since()) {
             disk.since = since;
@@ -304,8 +316,10 @@ impl Driver {
                 Err(_) => {
                     if let Some(problem) = self.context.peer.problem() {
                         let site = &self.record.spec.target.site;
-                        self.board
-                            .waiting(Some(format!("no link to site '{site}': {problem}")));
+                        let text = self
+                            .board
+                            .in_words(format!("no link to site '{site}': {problem}"));
+                        self.board.waiting(Some(text));
                     }
                 }
             }
@@ -317,7 +331,14 @@ impl Driver {
         if self.record.committing.is_none() {
             return Ok(None);
         }
-        let open = target_open(&self.record.spec, self.job, attempt, &self.record.sizes, None);
+        let open = target_open(
+            &self.record.spec,
+            self.job,
+            attempt,
+            &self.record.sizes,
+            None,
+            None,
+        );
         let target = Target::open(&self.context, &self.record.spec, open, None).await?;
         let Some(hook) = target.arrived else {
             self.record.committing = None;
@@ -411,12 +432,12 @@ impl Driver {
                 Cancelled::RunsOn => {}
                 Cancelled::Moved => return Ok(true),
                 Cancelled::InDoubt => {
-                    let text = "the VM was handed over and the target has not answered: it cannot be cancelled; bring the link to the target and its agent back, which know whether the VM runs there";
+                    let text = "the VM was handed over and the target has not answered: it cannot be cancelled; bring the link to the target and its agent back, which know whether the VM runs there, or decide without them: longhaul resolve";
                     return Err(Refusal::new(RefusalKind::Lost, text));
                 }
             }
         }
-        let mut open = target_open(spec, self.job, attempt, &self.record.sizes, None);
+        let mut open = target_open(spec, self.job, attempt, &self.record.sizes, None, None);
         // What is about to be removed needs no room.
         for disk in &mut open.disks {
             disk.preallocate = false;
@@ -436,7 +457,8 @@ impl Driver {
     }
 
     async fn cancel_live(&self, attempt: Attempt) -> Result<Cancelled, Refusal> {
-        let source = Source::open(&self.context, &self.record.spec, self.job, attempt).await?;
+        let asked = self.record.spec.source_open(self.job, attempt);
+        let source = Source::open(&self.context, &self.record.spec, asked).await?;
         let why = Refusal::new(RefusalKind::Cancelled, "the operator cancelled the job");
         live::cancel(source, &why).await
     }
@@ -473,19 +495,6 @@ impl Desk<'_> {
         let mut report = self.record.report.take().unwrap_or_default();
         report.hook = hook;
         Ok(report)
-    }
-}
-
-/// Gives the ledger back to the driver when the transfer ends, also when it is interrupted.
-struct KeepLedger<'a, 'b> {
-    ledger: &'a mut Ledger,
-    transfer: Transfer<'b>,
-}
-
-impl Drop for KeepLedger<'_, '_> {
-    fn drop(&mut self) {
-        self.transfer.context.ingest.close(&self.transfer.outflow);
-        *self.ledger = self.transfer.outflow.to_next();
     }
 }
 

@@ -91,7 +91,9 @@ pub(super) fn moved_live(record: &JobRecord, transfer: &Transfer<'_>, moved: Mov
     let sum = |of: fn(&DiskReport) -> u64| disks.iter().map(of).sum();
     let digest = moved.outcome.stream_digest.to_string();
     let notes = transfer.source.disks.iter().flat_map(|disk| &disk.notes);
-    let notes = notes.chain(&transfer.target.notes).chain(&moved.outcome.notes);
+    let surveyed = transfer.source.survey.iter().flat_map(|survey| &survey.notes);
+    let notes = notes.chain(surveyed).chain(&transfer.target.notes);
+    let notes = notes.chain(&moved.outcome.notes);
     Report {
         equal: true,
         raw_bytes: sum(|disk| disk.raw_bytes),

@@ -1,17 +1,18 @@
 //! What a run would do: both sides asked, nothing touched.
 //!
-//! Owns the dry run and its forecast. The forecast is pure: sizes, link and a guess at compression in, bytes and time out. Promises
-//! that a plan which says "ready" was checked by both agents with the same code that runs the job.
+//! Owns the dry run and the forecast for powered-off VMs, which is pure: sizes, link and a guess at compression in, bytes and time out.
+//! Leaves the forecast for running VMs to their agent, which samples them. Promises that a plan which says "ready" was checked by both
+//! agents with the same code that runs the job.
 
 use std::time::Duration;
 
 use longhaul_common::ids::{Attempt, JobId};
-use longhaul_common::wire::session::Refusal;
+use longhaul_common::wire::session::{LinkForecast, LiveForecast, Refusal};
 use serde::{Deserialize, Serialize};
 
 use super::attempt::{Context, Source, Target, target_open};
 use super::report::DiskReport;
-use super::spec::JobSpec;
+use super::spec::{JobSpec, Kind};
 
 /// How long both sides may take to answer.
 const ANSWER_TIME: Duration = Duration::from_secs(120);
@@ -34,13 +35,108 @@ pub struct Plan {
     /// At the configured rate; none where no rate is configured.
     pub seconds: Option<(u64, u64)>,
     pub disks: Vec<DiskReport>,
+    /// Of a running VM: what following its changes would take.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub live: Option<LivePlan>,
     pub notes: Vec<String>,
 }
 
-/// Asks both sides.
-pub async fn plan(context: &Context, spec: &JobSpec) -> Plan {
+/// What moving a running VM would take. Sizes in bytes, times in milliseconds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct LivePlan {
+    pub ram_bytes: u64,
+    /// Of each disk, bytes per second that the VM changes, as sampled.
+    pub disks_dirty_bytes_per_s: Vec<u64>,
+    /// The same of RAM; none where its QEMU cannot say.
+    pub ram_dirty_bytes_per_s: Option<u64>,
+    pub sampled_ms: u64,
+    /// What the link is held to carry; none where it has no configured rate and no job has measured it.
+    pub link_bit_per_s: Option<u64>,
+    /// "configured", or "measured" by earlier jobs.
+    pub link_known_by: Option<String>,
+    pub rtt_ms: f64,
+    /// Expected on the WAN, disks and RAM together.
+    pub wan_bytes: u64,
+    /// From the start until the VM runs at the target.
+    pub time_ms: u64,
+    /// Rounds of the disks, with the first and the last.
+    pub rounds: u32,
+    /// Passes over RAM.
+    pub passes: u32,
+    pub blackout_ms: u64,
+    pub blackout_allowed_ms: u64,
+    /// Whether the pause gets short enough; none where that cannot be told.
+    pub converges: Option<bool>,
+    /// The verdict in one sentence.
+    pub verdict: String,
+}
+
+impl LivePlan {
+    fn new(forecast: LiveForecast, link: &KnownLink, spec: &JobSpec) -> Self {
+        Self {
+            ram_bytes: forecast.ram,
+            disks_dirty_bytes_per_s: forecast.disks_dirty,
+            ram_dirty_bytes_per_s: forecast.ram_dirty,
+            sampled_ms: forecast.sampled_ms,
+            link_bit_per_s: link.rate,
+            link_known_by: link.rate.map(|_| link.known_by.to_owned()),
+            rtt_ms: link.rtt.as_secs_f64() * 1e3,
+            wan_bytes: forecast.wan_bytes,
+            time_ms: forecast.time_ms,
+            rounds: forecast.rounds,
+            passes: forecast.passes,
+            blackout_ms: forecast.blackout_ms,
+            blackout_allowed_ms: spec.live.blackout.0.as_millis() as u64,
+            converges: forecast.converges,
+            verdict: forecast.why,
+        }
+    }
+}
+
+/// What is known of the way to the target before anything is sent.
+struct KnownLink {
+    /// Bits per second.
+    rate: Option<u64>,
+    known_by: &'static str,
+    rtt: Duration,
+}
+
+impl KnownLink {
+    /// `measured`: what earlier jobs got, in bits per second.
+    fn of(context: &Context, measured: Option<u64>) -> Self {
+        let settings = &context.peer.settings.link;
+        let configured = settings.rate.map(|rate| rate.0);
+        let seen = Duration::from_millis(context.peer.stats().rtt_ms);
+        let rtt = settings.rtt.map_or(Duration::ZERO, |rtt| rtt.0);
+        Self {
+            rate: configured.or(measured),
+            known_by: if configured.is_some() {
+                "configured"
+            } else {
+                "measured"
+            },
+            rtt: if seen.is_zero() { rtt } else { seen },
+        }
+    }
+
+    fn forecast(&self) -> LinkForecast {
+        LinkForecast {
+            bytes_per_s: self.rate.map(payload_of),
+            rtt_us: u64::try_from(self.rtt.as_micros()).unwrap_or(u64::MAX),
+        }
+    }
+}
+
+/// Bytes of payload per second on a link of so many bits: QUIC's packets and headers take about 5 %.
+fn payload_of(rate: u64) -> u64 {
+    rate / 800 * 95
+}
+
+/// Asks both sides. `measured`: what earlier jobs got on this link, in bits per second.
+pub async fn plan(context: &Context, spec: &JobSpec, measured: Option<u64>) -> Plan {
     let mut plan = Plan::default();
-    let asked = tokio::time::timeout(ANSWER_TIME, ask(context, spec, &mut plan)).await;
+    let link = KnownLink::of(context, measured);
+    let asked = tokio::time::timeout(ANSWER_TIME, ask(context, spec, &link, &mut plan)).await;
     match asked {
         Ok(Ok(())) => plan.ready = true,
         Ok(Err(refusal)) => plan.problems.push(refusal.text),
@@ -55,9 +151,9 @@ pub async fn plan(context: &Context, spec: &JobSpec) -> Plan {
     plan
 }
 
-async fn ask(context: &Context, spec: &JobSpec, plan: &mut Plan) -> Result<(), Refusal> {
+async fn ask(context: &Context, spec: &JobSpec, link: &KnownLink, plan: &mut Plan) -> Result<(), Refusal> {
     let (job, attempt) = (JobId::random(), Attempt(1));
-    let source = Source::open(context, spec, job, attempt).await?;
+    let source = Source::open(context, spec, spec.source_plan(job, link.forecast())).await?;
     for (section, disk) in spec.disk.iter().zip(&source.disks) {
         let (from, to) = (
             section.source.display().to_string(),
@@ -70,6 +166,11 @@ async fn ask(context: &Context, spec: &JobSpec, plan: &mut Plan) -> Result<(), R
         plan.skipped_free_bytes += disk.free;
         plan.hole_bytes += disk.size.saturating_sub(disk.allocated);
     }
+    if let Some(survey) = source.survey.as_deref().filter(|_| spec.kind == Kind::Live) {
+        plan.notes.extend(survey.notes.iter().cloned());
+        let forecast = survey.forecast.clone();
+        plan.live = forecast.map(|forecast| LivePlan::new(forecast, link, spec));
+    }
     if let Some(problem) = context.peer.problem() {
         let text = format!("no link to site '{}': {problem}", spec.target.site);
         return Err(Refusal::new(
@@ -77,7 +178,7 @@ async fn ask(context: &Context, spec: &JobSpec, plan: &mut Plan) -> Result<(), R
             text,
         ));
     }
-    let mut open = target_open(spec, job, attempt, &source.sizes(), None);
+    let mut open = target_open(spec, job, attempt, &source.sizes(), None, source.vm());
     open.dry_run = true;
     let target = Target::open(context, spec, open, None).await?;
     plan.notes.extend(target.notes.iter().cloned());
@@ -87,8 +188,7 @@ async fn ask(context: &Context, spec: &JobSpec, plan: &mut Plan) -> Result<(), R
 /// Bytes on the WAN and seconds for them, each as (least, most).
 fn forecast(used: u64, rate: Option<u64>) -> ((u64, u64), Option<(u64, u64)>) {
     let bytes = (used / 100 * LZ4_PER_CENT, used);
-    // QUIC's packets and headers take about 5 % of what the link carries.
-    let seconds = |bytes: u64, rate: u64| bytes.saturating_mul(8) / (rate / 100 * 95).max(1) + 1;
+    let seconds = |bytes: u64, rate: u64| bytes / payload_of(rate).max(1) + 1;
     (
         bytes,
         rate.map(|rate| (seconds(bytes.0, rate), seconds(bytes.1, rate))),

@@ -9,7 +9,10 @@ use std::time::Duration;
 use longhaul_common::ids::Attempt;
 use longhaul_common::ids::JobId;
 use longhaul_common::units::{ByteSize, Span};
-use longhaul_common::wire::session::{DISKS_MAX, LivePolicy, SourceDisk, SourceOpen, SourceVm, TargetVm};
+use longhaul_common::wire::session::{
+    AgentWord, DISKS_MAX, LinkForecast, LivePolicy, MediaRule, Place, SourceDisk, SourceOpen, SourceVm,
+    TargetVm,
+};
 use longhaul_common::wire::words::{cleaned, is_plain};
 use serde::{Deserialize, Serialize};
 
@@ -97,6 +100,9 @@ pub struct LiveSection {
     pub auto_converge: bool,
     /// Slow the guest's disk writes down where they outrun the link.
     pub io_throttle: bool,
+    /// What becomes of read-only media (CD-ROMs, ISO images) that no `[[disk]]` names: the VM is refused, they are ejected, or the target's
+    /// QEMU has them already.
+    pub media: MediaSection,
     /// How long a VM that does not converge is kept in sync before the job gives up; for ever without it.
     #[schema(value_type = Option<String>)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -113,12 +119,32 @@ pub struct LiveSection {
     pub free_proof_age: Option<Span>,
 }
 
+/// Rules for read-only media.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MediaSection {
+    Refuse,
+    Eject,
+    Map,
+}
+
+impl From<MediaSection> for MediaRule {
+    fn from(section: MediaSection) -> Self {
+        match section {
+            MediaSection::Refuse => Self::Refuse,
+            MediaSection::Eject => Self::Eject,
+            MediaSection::Map => Self::Map,
+        }
+    }
+}
+
 impl Default for LiveSection {
     fn default() -> Self {
         Self {
             blackout: Span(Duration::from_millis(300)),
             auto_converge: false,
             io_throttle: false,
+            media: MediaSection::Refuse,
             give_up: None,
             hold: Span(Duration::from_secs(60)),
             granularity: ByteSize(64 << 10),
@@ -301,13 +327,23 @@ impl JobSpec {
             qmp,
             guest_agent: self.source.guest_agent.clone(),
             policy: self.live.policy(),
+            name: self.name.clone(),
+            target: Place {
+                site: self.target.site.clone(),
+                agent: self.target.agent.clone(),
+            },
+            media: self.live.media.into(),
+            plan: None,
         })
     }
 
     /// What is to arrive running, for kind "live".
-    pub fn target_vm(&self) -> Option<TargetVm> {
-        let qmp = self.target.qmp.clone();
-        (self.kind == Kind::Live).then_some(TargetVm { qmp })
+    pub fn target_vm(&self, vm: Option<AgentWord>) -> Option<TargetVm> {
+        let (qmp, agent) = (self.target.qmp.clone(), self.source.agent.clone());
+        // The site is filled in where it is proven: at the target's gateway.
+        let site = String::new();
+        let source = Place { site, agent };
+        (self.kind == Kind::Live).then_some(TargetVm { qmp, vm, source })
     }
 
     fn check_disk(&self, index: usize) -> Result<(), SpecError> {
@@ -369,6 +405,15 @@ impl JobSpec {
             filter: self.filter,
             live: self.source_vm(),
         }
+    }
+
+    /// The same, only to look: with what the way to the target is held to give.
+    pub fn source_plan(&self, job: JobId, link: LinkForecast) -> SourceOpen {
+        let mut open = self.source_open(job, Attempt(1));
+        if let Some(vm) = &mut open.live {
+            vm.plan = Some(link);
+        }
+        open
     }
 }
 

@@ -7,18 +7,24 @@ use std::sync::Arc;
 
 use dashmap::DashMap;
 use longhaul_common::ids::JobId;
+use longhaul_common::wire::operator::OperatorWord;
+use longhaul_common::wire::session::Refusal;
 use longhaul_common::wire::words::cleaned;
 use tokio::sync::{Semaphore, watch};
 
 use super::attempt::Context;
 use super::board::Board;
 use super::driver::{Driver, Wish, now};
+use super::order::{self, ForgetOrder, OrderDone, ResolveOrder, Side};
 use super::progress::{JobState, Progress};
 use super::spec::{JobSpec, SpecError};
 use crate::agents::Agents;
 use crate::send::ingest::Ingest;
 use crate::send::transmit::Peer;
 use crate::store::{JobRecord, Store, StoreError};
+
+/// So many jobs are looked at for what a link carries.
+const MEASURED_BY: u32 = 50;
 
 /// What the operator asked for and cannot have.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +39,12 @@ pub enum JobError {
     Ambiguous(String),
     #[error("the job is {state:?} and cannot be {wish}")]
     WrongState { state: JobState, wish: &'static str },
+    #[error(
+        "the job moves no running VM: nothing of it can be in doubt or left behind; or name the agent with --agent"
+    )]
+    NotLive,
+    #[error(transparent)]
+    Agent(#[from] Refusal),
     #[error("too many clients watch jobs; close some, or ask for /v1/jobs/ID now and then")]
     TooManyWatchers,
     #[error("the journal failed")]
@@ -157,6 +169,19 @@ impl Jobs {
         })
     }
 
+    /// What earlier jobs got on the WAN to a site, in bits per second: the best of the newest, since none could get more than there is.
+    pub async fn measured(&self, site: &str) -> Option<u64> {
+        let newest = self.store.newest(MEASURED_BY).await.ok()?;
+        let rate = |record: &JobRecord| {
+            let report = record.report.as_ref()?;
+            let ms = *report.stages_ms.get("transfer")?;
+            // Shorter ones say more of round trips than of the link.
+            (ms >= 1000).then(|| report.wan_bytes.saturating_mul(8000) / ms)
+        };
+        let there = newest.iter().filter(|record| record.spec.target.site == site);
+        there.filter_map(rate).max()
+    }
+
     fn start(self: &Arc<Self>, record: JobRecord, wish: Wish) -> Result<(), JobError> {
         let context = self.context(&record.spec)?;
         let job = record
@@ -238,6 +263,48 @@ impl Jobs {
         record
     }
 
+    /// The job, if it is known here; `named`: an agent was named, which may know it though this gateway does not.
+    async fn known(&self, id: &str, named: bool) -> Result<Option<JobRecord>, JobError> {
+        match self.find(id).await {
+            Ok(record) => Ok(Some(record)),
+            Err(JobError::NoSuchJob(_)) if named => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Has an agent decide a handover in doubt. A job whose VM goes back to its source ends as failed.
+    pub async fn resolve(self: &Arc<Self>, id: &str, order: ResolveOrder) -> Result<OrderDone, JobError> {
+        let record = self.known(id, order.agent.is_some()).await?;
+        let word = order.word();
+        let agent = order::agent_for(record.as_ref(), order.agent)?;
+        let number = record.as_ref().map_or(id, |record| record.id.as_str());
+        tracing::warn!(job = %cleaned(number), %agent, run_at = ?order.run_at, "the operator decides a handover");
+        let done = order::ask(&self.agents, &agent, number, word).await?;
+        let ends = |record: &&JobRecord| record.spec.source.agent == agent && !record.state.is_at_rest();
+        if let (Side::Source, true, Some(record)) = (order.run_at, done.changed, record.as_ref().filter(ends))
+        {
+            self.wish(&record.id, Wish::Resolved).await?;
+        }
+        Ok(done)
+    }
+
+    /// Has the source's agent remove what a completed move left there.
+    pub async fn forget(self: &Arc<Self>, id: &str, order: ForgetOrder) -> Result<OrderDone, JobError> {
+        let record = self.known(id, order.agent.is_some()).await?;
+        let agent = order::agent_for(record.as_ref(), order.agent)?;
+        if let Some(record) = record
+            .as_ref()
+            .filter(|record| record.state != JobState::Completed)
+        {
+            return Err(JobError::WrongState {
+                state: record.state,
+                wish: "forgotten",
+            });
+        }
+        let number = record.as_ref().map_or(id, |record| record.id.as_str());
+        Ok(order::ask(&self.agents, &agent, number, OperatorWord::Forget).await?)
+    }
+
     /// Tells a job's driver what is wished; a failed job is started again.
     pub async fn wish(self: &Arc<Self>, id: &str, wish: Wish) -> Result<JobRecord, JobError> {
         let record = self.find(id).await?;
@@ -245,6 +312,7 @@ impl Jobs {
             Wish::Run => "resumed",
             Wish::Pause => "paused",
             Wish::Cancel => "cancelled",
+            Wish::Resolved => "resolved",
         };
         if record.state.is_final() {
             return Err(JobError::WrongState {

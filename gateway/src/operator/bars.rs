@@ -87,12 +87,12 @@ fn live(what: &str, progress: &Progress) -> String {
         0 => format!("{disk} of disk left"),
         _ => format!("{disk} of disk and {ram} of RAM left"),
     };
-    let rate = Rate(progress.wan_bit_per_s / 100_000 * 100_000);
+    let rate = wan(progress);
     let why = match live.decision.as_str() {
         "" => String::new(),
         decision => format!("; {decision}"),
     };
-    format!("{what}: round {}, {left}, WAN {rate}{why}", live.round)
+    format!("{what}: round {}, {left}, {rate}{why}", live.round)
 }
 
 /// The line beside the bar.
@@ -113,18 +113,62 @@ fn words(state: JobState, progress: &Progress) -> String {
         (_, Phase::Commit) => return "commits".to_owned(),
         (_, Phase::Done) => return "done".to_owned(),
     };
-    let left = progress.eta_seconds.map_or_else(|| "?".to_owned(), show::span);
+    let left = progress
+        .eta_seconds
+        .map_or_else(String::new, |seconds| format!(", {} left", show::span(seconds)));
     let saved = match progress.sent_raw_bytes {
         0 => String::new(),
         raw => format!(
-            ", LZ4 saves {} %",
+            ", reduction saves {} %",
             100 - (progress.wan_bytes * 100 / raw).min(100)
         ),
     };
-    let (done, rate) = (
-        show::bytes(progress.done_bytes),
-        Rate(progress.wan_bit_per_s / 100_000 * 100_000),
-    );
-    let free = show::bytes(progress.skipped_free_bytes);
-    format!("{phase} {done}, {rate}, {left} left; free {free}{saved}")
+    let free = match progress.skipped_free_bytes {
+        0 => String::new(),
+        free => format!("; {} free and skipped", show::bytes(free)),
+    };
+    let done = show::bytes(progress.done_bytes);
+    let decided = progress.live.as_ref().map(|live| live.decision.as_str());
+    let decided = decided.filter(|said| !said.is_empty());
+    let decided = decided.map(|said| format!("; {said}")).unwrap_or_default();
+    format!("{phase} {done}, {}{left}{free}{saved}{decided}", wan(progress))
+}
+
+/// What the WAN carries.
+fn wan(progress: &Progress) -> String {
+    match progress.wan_bit_per_s {
+        // The last seconds belong to the target's disks.
+        0 if progress.sent_raw_bytes + progress.zero_bytes >= progress.used_bytes => "all is sent".to_owned(),
+        0 => "WAN idle".to_owned(),
+        rate @ ..100_000 => format!("WAN {}", Rate(rate / 1000 * 1000)),
+        rate => format!("WAN {}", Rate(rate / 100_000 * 100_000)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_transfer_is_not_shown_as_a_standstill() {
+        let mut progress = Progress {
+            phase: Phase::Transfer,
+            used_bytes: 64 << 20,
+            done_bytes: 48 << 20,
+            sent_raw_bytes: 64 << 20,
+            wan_bytes: 32 << 20,
+            ..Progress::default()
+        };
+        let line = words(JobState::Running, &progress);
+        assert!(
+            line.contains("all is sent") && line.contains("saves 50 %"),
+            "{line}"
+        );
+        progress.sent_raw_bytes = 48 << 20;
+        let line = words(JobState::Running, &progress);
+        assert!(line.contains("WAN idle") && !line.contains('?'), "{line}");
+        (progress.wan_bit_per_s, progress.eta_seconds) = (87_654_321, Some(3));
+        let line = words(JobState::Running, &progress);
+        assert!(line.contains("WAN 87.6 Mbit/s, 3 s left"), "{line}");
+    }
 }

@@ -5,7 +5,9 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use longhaul_common::link::Role;
 use longhaul_common::settings::{self, SettingsError};
+use longhaul_common::startup;
 
 use crate::job::spec::{JobSpec, SpecError};
 use crate::settings::GatewaySettings;
@@ -37,22 +39,18 @@ pub(super) fn check(path: &Path) -> Result<String, CheckError> {
             source,
         })?;
         return Ok(format!(
-            "{} is a good job: {} disks of {}",
+            "{} is a good job: {} of {}",
             path.display(),
-            spec.disk.len(),
+            counted(spec.disk.len(), "disk"),
             spec.name
         ));
     }
     if keys.contains_key("agents") {
-        let gateway: GatewaySettings = settings::load(path)?;
-        gateway
-            .check()
-            .map_err(|text| CheckError::Gateway(format!("{}: {text}", path.display())))?;
-        return Ok(format!(
-            "{} is a good gateway config with {} peers",
-            path.display(),
-            gateway.peer.len()
-        ));
+        let judged = startup::judge::<GatewaySettings>(path, Role::Gateway);
+        let (gateway, absent) = judged.map_err(CheckError::Gateway)?;
+        let peers = counted(gateway.peer.len(), "peer");
+        let good = format!("{} is a good gateway config with {peers}", path.display());
+        return Ok(with_absent(good, absent.as_deref()));
     }
     if keys.contains_key("gateway") {
         return check_agent(path);
@@ -75,11 +73,38 @@ fn check_agent(path: &Path) -> Result<String, CheckError> {
         .arg(path)
         .output();
     let output = output.map_err(CheckError::NoAgent)?;
+    let good = format!("{} is a good agent config", path.display());
     if output.status.success() {
-        return Ok(format!("{} is a good agent config", path.display()));
+        return Ok(good);
+    }
+    if output.status.code() == Some(i32::from(startup::ABSENT)) {
+        let said = String::from_utf8_lossy(&output.stdout);
+        let absent = said
+            .trim()
+            .split_once(startup::ABSENT_HERE)
+            .map(|(_, absent)| absent);
+        return Ok(with_absent(
+            good,
+            Some(absent.unwrap_or("its certificates are missing")),
+        ));
     }
     let said = String::from_utf8_lossy(&output.stderr);
     Err(CheckError::Agent(
         said.trim().trim_start_matches("longhaul-agent: ").to_owned(),
     ))
+}
+
+/// A file that was made for another host is no worse for it.
+fn with_absent(good: String, absent: Option<&str>) -> String {
+    match absent {
+        Some(absent) => format!("{good}; this host lacks its certificates: {absent}"),
+        None => good,
+    }
+}
+
+fn counted(count: usize, what: &str) -> String {
+    match count {
+        1 => format!("1 {what}"),
+        count => format!("{count} {what}s"),
+    }
 }

@@ -6,6 +6,7 @@
 mod bars;
 mod check;
 mod client;
+mod orders;
 mod path;
 mod show;
 
@@ -85,6 +86,28 @@ enum Command {
     Resume { job: String },
     /// End a job and remove its partial copy.
     Cancel { job: String },
+    /// Decide a handover in doubt without the other side. Says first what that risks.
+    Resolve {
+        /// The job, by its number or the start of it.
+        job: String,
+        /// Where the VM is to run.
+        #[arg(long, value_enum)]
+        run_at: orders::RunAt,
+        /// The other host is off, or its QEMU of this VM is gone: without this nothing is done.
+        #[arg(long)]
+        the_other_side_is_off: bool,
+        /// An agent of this gateway's site, for a job that this gateway does not know; default: the job's source.
+        #[arg(long)]
+        agent: Option<String>,
+    },
+    /// Remove the images that a completed move of a running VM left at its source.
+    Forget {
+        /// The job, by its number or the start of it.
+        job: String,
+        /// An agent of this gateway's site, for a job that this gateway does not know; default: the job's source.
+        #[arg(long)]
+        agent: Option<String>,
+    },
     /// Show the newest jobs.
     History {
         #[arg(long, default_value_t = 20)]
@@ -195,6 +218,13 @@ async fn run(arguments: Arguments) -> Result<Code, Failure> {
         Command::Pause { job } => tell(&client, &job, "pause").await?,
         Command::Resume { job } => tell(&client, &job, "resume").await?,
         Command::Cancel { job } => tell(&client, &job, "cancel").await?,
+        Command::Resolve {
+            job,
+            run_at,
+            the_other_side_is_off,
+            agent,
+        } => orders::resolve(&client, &job, run_at, the_other_side_is_off, agent).await?,
+        Command::Forget { job, agent } => orders::forget(&client, &job, agent).await?,
         Command::History { limit, json } => {
             let jobs: Vec<JobRecord> = client.get(&format!("/v1/jobs?limit={limit}")).await?;
             print(json, &jobs, |jobs| show::history(jobs));
@@ -235,7 +265,15 @@ fn body<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, Failure> {
 async fn plan(client: &Client, spec: &JobSpec, json: bool) -> Result<Code, Failure> {
     let plan: Plan = client.post("/v1/plan", body(spec)?).await?;
     print(json, &plan, show::plan);
-    Ok(if plan.ready { Code::Done } else { Code::NotGood })
+    let hopeless = plan
+        .live
+        .as_ref()
+        .is_some_and(|live| live.converges == Some(false));
+    Ok(if plan.ready && !hopeless {
+        Code::Done
+    } else {
+        Code::NotGood
+    })
 }
 
 async fn submit(client: &Client, spec: &JobSpec, json: bool, detach: bool) -> Result<Code, Failure> {

@@ -7,7 +7,7 @@ use std::fmt::Write;
 use longhaul_common::units::{ByteSize, Rate};
 
 use crate::api::Status;
-use crate::job::plan::Plan;
+use crate::job::plan::{LivePlan, Plan};
 use crate::job::progress::JobState;
 use crate::job::report::{DiskReport, Report};
 use crate::store::JobRecord;
@@ -63,6 +63,24 @@ pub(super) fn report(record: &JobRecord) -> String {
         record.spec.name, record.spec.target.site
     );
     sizes(&mut out, report);
+    if let Some(live) = &report.live {
+        let foretold = format!("{} ms were foretold", live.predicted_blackout_ms);
+        line(
+            &mut out,
+            "pause of the VM",
+            &format!("{} ms", live.blackout_ms),
+            &foretold,
+        );
+        let rounds = format!("{} rounds after the first", live.rounds);
+        line(&mut out, "written meanwhile", &bytes(live.dirty_bytes), &rounds);
+        let stream = bytes(live.ram_stream_bytes);
+        line(
+            &mut out,
+            "RAM, on the WAN",
+            &bytes(live.ram_wan_bytes),
+            &format!("of a stream of {stream}"),
+        );
+    }
     let _ = writeln!(out);
     for disk in &report.disks {
         disk_lines(&mut out, disk);
@@ -186,6 +204,9 @@ pub(super) fn plan(plan: &Plan) -> String {
             }
             None => out.push_str("  time: unknown, the link to the site has no configured rate\n"),
         }
+        if let Some(live) = &plan.live {
+            live_plan(&mut out, live);
+        }
         for disk in &plan.disks {
             disk_lines(&mut out, disk);
         }
@@ -196,12 +217,56 @@ pub(super) fn plan(plan: &Plan) -> String {
     for problem in &plan.problems {
         let _ = writeln!(out, "  Problem: {problem}");
     }
-    out.push_str(if plan.ready {
-        "Ready to run.\n"
-    } else {
-        "Not ready.\n"
+    let hopeless = plan
+        .live
+        .as_ref()
+        .is_some_and(|live| live.converges == Some(false));
+    out.push_str(match (plan.ready, hopeless) {
+        (true, false) => "Ready to run.\n",
+        (true, true) => "It would begin, but not come to its end.\n",
+        (false, _) => "Not ready.\n",
     });
     out
+}
+
+/// What following a running VM would take.
+fn live_plan(out: &mut String, live: &LivePlan) {
+    let rate = |per_s: u64| format!("{}/s", bytes(per_s));
+    let disks: u64 = live.disks_dirty_bytes_per_s.iter().sum();
+    let ram = live
+        .ram_dirty_bytes_per_s
+        .map_or_else(|| "unknown".to_owned(), rate);
+    let sampled = format!("sampled for {:.1} s", live.sampled_ms as f64 / 1e3);
+    let _ = writeln!(out, "  the VM while it runs");
+    line(out, "RAM", &bytes(live.ram_bytes), "");
+    line(out, "disks change", &rate(disks), &sampled);
+    line(out, "RAM changes", &ram, &sampled);
+    let rtt = format!("round trip {:.0} ms", live.rtt_ms);
+    match (live.link_bit_per_s, &live.link_known_by) {
+        (Some(rate), Some(by)) => {
+            line(out, "link", &Rate(rate).to_string(), &format!("{by}, {rtt}"));
+            let passes = format!(
+                "{} rounds of the disks, {} passes over RAM",
+                live.rounds, live.passes
+            );
+            line(
+                out,
+                "expected on the WAN",
+                &bytes(live.wan_bytes),
+                "disks and RAM",
+            );
+            line(out, "expected time", &span(live.time_ms.div_ceil(1000)), &passes);
+            let blackout = format!("{} ms", live.blackout_ms);
+            line(
+                out,
+                "expected pause",
+                &blackout,
+                &format!("{} ms allowed", live.blackout_allowed_ms),
+            );
+        }
+        _ => line(out, "link", "unknown", &rtt),
+    }
+    let _ = writeln!(out, "  Verdict: {}.", live.verdict);
 }
 
 /// Seconds as people say them.
@@ -273,4 +338,76 @@ pub(super) fn history(jobs: &[JobRecord]) -> String {
         );
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn planned() -> Plan {
+        Plan {
+            ready: true,
+            raw_bytes: 4 << 30,
+            used_bytes: 700 << 20,
+            disks: vec![DiskReport::default()],
+            live: Some(LivePlan {
+                ram_bytes: 512 << 20,
+                disks_dirty_bytes_per_s: vec![1 << 20, 1 << 20],
+                ram_dirty_bytes_per_s: Some(5 << 20),
+                sampled_ms: 3040,
+                link_bit_per_s: Some(100_000_000),
+                link_known_by: Some("measured".to_owned()),
+                rtt_ms: 80.0,
+                wan_bytes: 500 << 20,
+                time_ms: 44_100,
+                rounds: 4,
+                passes: 3,
+                blackout_ms: 240,
+                blackout_allowed_ms: 300,
+                converges: Some(true),
+                verdict: "will converge: it does".to_owned(),
+            }),
+            ..Plan::default()
+        }
+    }
+
+    #[test]
+    fn a_plan_of_a_running_vm_says_how_it_changes_and_whether_it_ends() {
+        let said = plan(&planned());
+        for words in [
+            "2 MiB/s",
+            "5 MiB/s",
+            "sampled for 3.0 s",
+            "100 Mbit/s",
+            "measured, round trip 80 ms",
+            "4 rounds of the disks, 3 passes over RAM",
+            "45 s",
+            "240 ms",
+            "300 ms allowed",
+            "Verdict: will converge: it does.",
+            "Ready to run.",
+        ] {
+            assert!(said.contains(words), "'{words}' is not in:\n{said}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_known_and_what_is_hopeless_are_said() {
+        let mut unknown = planned();
+        if let Some(live) = &mut unknown.live {
+            (live.link_bit_per_s, live.link_known_by) = (None, None);
+            (live.ram_dirty_bytes_per_s, live.converges) = (None, None);
+        }
+        let said = plan(&unknown);
+        assert!(said.contains("RAM changes") && said.contains("unknown"), "{said}");
+        assert!(
+            !said.contains("240 ms") && said.contains("Ready to run."),
+            "{said}"
+        );
+        let mut hopeless = planned();
+        if let Some(live) = &mut hopeless.live {
+            live.converges = Some(false);
+        }
+        assert!(plan(&hopeless).ends_with("It would begin, but not come to its end.\n"));
+    }
 }

@@ -41,6 +41,7 @@ pub(super) async fn run(
         Ok(Ok(Some(PeerTask::Window(hello)))) => {
             return agree(&receiving, peer.peer(), hello, &mut send).await;
         }
+        Ok(Ok(Some(PeerTask::Knock))) => return answer_knocks(send, recv).await,
         Ok(Ok(None)) => return,
         Ok(Err(error)) => {
             tracing::warn!(peer = %peer.peer(), "a peer's task was refused: {error}");
@@ -63,6 +64,17 @@ pub(super) async fn run(
         return last_word(&mut send, &FromTarget::Failed(refusal)).await;
     }
     close(&mut send).await;
+}
+
+/// Sends back what comes, until the peer has enough or is gone.
+async fn answer_knocks(mut send: SendStream, mut recv: RecvStream) {
+    // What came too late to be told apart is answered once.
+    let mut heard = [0; 64];
+    while let Ok(Some(_)) = recv.read(&mut heard).await {
+        if send.write_all(&heard[..1]).await.is_err() {
+            return;
+        }
+    }
 }
 
 /// Answers a peer that says with which window it goes on. One that is to have none gets no answer.
@@ -93,11 +105,14 @@ async fn connect(
     receiving: &Receiving,
     peer: &Identity,
     agent: &str,
-    open: TargetOpen,
+    mut open: TargetOpen,
     send: &mut SendStream,
     recv: RecvStream,
 ) -> Result<(), Refusal> {
     let link = receiving.agents.link(agent)?;
+    if let Some(vm) = &mut open.live {
+        vm.source.site = peer.site().to_owned();
+    }
     let (job, attempt, vm) = (open.job, open.attempt, Vm::named(&open.name));
     if let Some(newer) = receiving
         .deliveries

@@ -10,7 +10,7 @@ const WAYS: usize = 8;
 const SPREAD: u64 = 2;
 
 /// The table. All zeros is empty: lap and slot of an entry count from one together, see [`pack`].
-pub(super) struct Index {
+pub struct Index {
     buckets: Vec<[u64; WAYS]>,
     /// Slots of the ring.
     slots: u64,
@@ -18,7 +18,7 @@ pub(super) struct Index {
 
 impl Index {
     /// For a ring of `slots` slots, at most 2^32 - 2.
-    pub(super) fn new(slots: u64) -> Self {
+    pub fn new(slots: u64) -> Self {
         let buckets = (slots * SPREAD).div_ceil(WAYS as u64).max(1);
         Self {
             buckets: vec![[0; WAYS]; buckets as usize],
@@ -42,12 +42,7 @@ impl Index {
     }
 
     /// The newest position that may belong to `key`, of those for which `fits` holds; `filled` gives the position that a slot holds now.
-    pub(super) fn find(
-        &self,
-        key: u64,
-        filled: impl Fn(u64) -> u64,
-        fits: impl Fn(u64) -> bool,
-    ) -> Option<u64> {
+    pub fn find(&self, key: u64, filled: impl Fn(u64) -> u64, fits: impl Fn(u64) -> bool) -> Option<u64> {
         let bucket = self.buckets.get(self.bucket(key))?;
         let mut best = None;
         for entry in bucket.iter().filter(|entry| **entry != 0) {
@@ -64,7 +59,7 @@ impl Index {
     }
 
     /// From now on `key` leads to `position`. Where the bucket is full, what leads nowhere any more gives way, or else the oldest.
-    pub(super) fn insert(&mut self, key: u64, position: u64, filled: impl Fn(u64) -> u64) {
+    pub fn insert(&mut self, key: u64, position: u64, filled: impl Fn(u64) -> u64) {
         let new = self.pack(key, position);
         let (at, slots) = (self.bucket(key), self.slots);
         let Some(bucket) = self.buckets.get_mut(at) else {

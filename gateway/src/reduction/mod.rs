@@ -32,6 +32,7 @@ pub use block::{BlockDigest, DigestKey, differing, is_noise, is_zero, xor};
 pub use codec::Level;
 pub use decode::{RestoreError, restore};
 pub use encode::{reduce, reduce_plainly};
+pub use index::Index;
 pub use ladder::{CHOOSE_EVERY, Ladder, Seen};
 pub use layout::Vm;
 pub use pair::{Pair, Windows};

@@ -17,6 +17,7 @@ use longhaul_common::wire::sequences::Sequences;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::outbox::{Flow, Lane, Ready};
+use super::shares::Shares;
 use super::transmit::{Peer, Pending};
 use crate::job::ledger::{DiskSums, Ledger, Sent};
 use crate::metrics::{REDUCED, SENT_RAW, SENT_WAN};
@@ -154,6 +155,7 @@ pub struct Ingest {
     way: Way,
     /// Batches that are being reduced or wait for it.
     reducing: AtomicUsize,
+    shares: Mutex<Shares>,
     memory: Arc<Semaphore>,
     /// What `memory` has when nothing is held.
     units: usize,
@@ -171,6 +173,8 @@ impl Ingest {
             workers,
             way,
             reducing: AtomicUsize::new(0),
+            // A batch may be held twice, reduced and plain; most are much smaller reduced.
+            shares: Mutex::new(Shares::new((units * UNIT) as u64 / 4 * 3)),
             memory: Arc::new(Semaphore::new(units)),
             units,
             share: (units / 4 * 3).max(STREAM_MAX.div_ceil(UNIT)),
@@ -184,16 +188,35 @@ impl Ingest {
 
     /// Takes batches for this flow from now on; an older attempt's flow of the same job ends.
     pub fn open(&self, outflow: Arc<Outflow>) {
-        if let Some(older) = self.flows.insert(outflow.flow.0, outflow) {
+        let flow = outflow.flow;
+        if let Some(older) = self.flows.insert(flow.0, outflow) {
+            self.shares().close(older.flow);
             settle(&older);
         }
+        self.shares().open(flow);
     }
 
     /// Takes no more batches for this flow, and forgets what waits.
     pub fn close(&self, outflow: &Outflow) {
         self.flows
             .remove_if(&outflow.flow.0, |_, known| known.flow == outflow.flow);
+        self.shares().close(outflow.flow);
         settle(outflow);
+    }
+
+    fn shares(&self) -> MutexGuard<'_, Shares> {
+        self.shares.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The target gave `credit`: how much its source is to have now.
+    pub fn credit(&self, outflow: &Outflow, credit: u64) -> u64 {
+        self.shares().credit(outflow.flow, credit)
+    }
+
+    /// The peer has these: they are forgotten. Gives the credit that the source is to have now.
+    pub fn accepted(&self, outflow: &Outflow, sequences: &Sequences) -> u64 {
+        let taken = outflow.peer.accepted(outflow.flow, sequences);
+        self.shares().taken(outflow.flow, taken)
     }
 
     /// Takes batches off an agent's link until it ends; gives the reason.
@@ -269,6 +292,7 @@ impl Ingest {
             kept,
             plain,
             len,
+            credit: if header.ram.is_some() { 0 } else { header.credit() },
             hold,
         };
         // While this entry is held nobody closes the flow: what is pushed behind its end would stay for ever.

@@ -1,7 +1,9 @@
 //! The sending side: from a source agent's batch to a stream on the WAN.
 //!
-//! `ingest` takes batches in and has them reduced, `outbox` decides what goes next, `transmit` writes it.
+//! `ingest` takes batches in and has them reduced, `shares` divides its memory among jobs, `outbox` decides what goes next, `transmit` writes it; `knock` notices the end of a cut.
 
 pub mod ingest;
+mod knock;
 pub mod outbox;
+mod shares;
 pub mod transmit;

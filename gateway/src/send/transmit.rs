@@ -20,6 +20,7 @@ use longhaul_common::wire::session::{PeerTask, Refusal, RefusalKind, chain};
 use longhaul_common::wire::window::WindowAnswer;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 
+use super::knock;
 use super::outbox::{ConnectionId, Flow, Lane, Outbox, Ready, SentAgain, window};
 use crate::metrics::SENT_AGAIN;
 use crate::reduction::{CHOOSE_EVERY, Kept, Ladder, Level, Pair, Seen, Windows};
@@ -61,6 +62,8 @@ pub struct Pending {
     pub plain: Option<[Bytes; 2]>,
     /// Bytes on the stream.
     pub len: u64,
+    /// Of the target's credit for disks, what it takes.
+    pub credit: u64,
     /// Memory of all.
     pub hold: Option<Arc<OwnedSemaphorePermit>>,
 }
@@ -155,13 +158,15 @@ impl Peer {
         self.changed.notify_waiters();
     }
 
-    /// The peer accepted these.
-    pub fn accepted(&self, flow: Flow, sequences: &Sequences) {
+    /// The peer accepted these; gives the credit that they took.
+    pub fn accepted(&self, flow: Flow, sequences: &Sequences) -> u64 {
         self.outbox().accepted_all(flow, sequences);
         self.changed.notify_waiters();
         let accepted: Vec<_> = {
             let mut flows = self.pending();
-            let Some(known) = flows.get_mut(&flow) else { return };
+            let Some(known) = flows.get_mut(&flow) else {
+                return 0;
+            };
             let named = sequences.among(known.keys().copied());
             named
                 .iter()
@@ -173,6 +178,7 @@ impl Peer {
         if let Some(pair) = &self.pair {
             accepted.iter().for_each(|pending| pair.accepted(&pending.kept));
         }
+        accepted.iter().map(|pending| pending.credit).sum()
     }
 
     fn ladders(&self) -> MutexGuard<'_, Ladders> {
@@ -365,6 +371,7 @@ impl Peer {
         let reason = tokio::select! {
             reason = self.transmit(id, &link) => reason,
             error = link.closed() => error.to_string(),
+            reason = knock::knock(&link) => reason,
         };
         let stats = link.stats();
         {

@@ -9,6 +9,7 @@ use longhaul_common::extent::Extent;
 use longhaul_common::ids::{Attempt, DiskIndex, JobId, Round, Sequence};
 use longhaul_common::wire::batch::{BatchHeader, Content, Leaves, Piece, RAW_MAX};
 use longhaul_common::wire::frame;
+use longhaul_common::wire::operator::{OperatorAnswer, OperatorTask, OperatorWord};
 use longhaul_common::wire::sequences::Sequences;
 use longhaul_common::wire::session::{
     AgentTask, DiskCounts, FromSource, FromTarget, Have, OpenedDisk, PartReport, PeerTask, Refusal,
@@ -23,13 +24,14 @@ pub(super) fn frame(bytes: &[u8]) {
     let Some((kind, body)) = bytes.split_first() else {
         return;
     };
-    match kind % 6 {
+    match kind % 7 {
         0 => again::<AgentTask>(body),
         1 => again::<PeerTask>(body),
         2 => again::<FromSource>(body),
         3 => again::<ToSource>(body),
         4 => again::<FromTarget>(body),
-        _ => again::<ToTarget>(body),
+        5 => again::<ToTarget>(body),
+        _ => again::<OperatorAnswer>(body),
     }
 }
 
@@ -123,6 +125,20 @@ pub(super) fn frames() -> io::Result<Vec<Vec<u8>>> {
         body(0, &AgentTask::Source(source)),
         body(0, &AgentTask::Target(target.clone())),
         body(
+            0,
+            &AgentTask::Operator(OperatorTask {
+                job: job.short(),
+                word: OperatorWord::Forget,
+            }),
+        ),
+        body(
+            6,
+            &OperatorAnswer::Done {
+                lines: vec!["line".to_owned()],
+                changed: true,
+            },
+        ),
+        body(
             1,
             &PeerTask::Target {
                 agent: "agent".to_owned(),
@@ -134,6 +150,7 @@ pub(super) fn frames() -> io::Result<Vec<Vec<u8>>> {
             &FromSource::Opened {
                 disks: vec![opened],
                 definition: Some(vec![7]),
+                live: None,
             },
         ),
         body(

@@ -12,6 +12,7 @@ use super::faults::{Cut, Fault, Kill, When};
 use super::rival::RamMode;
 use crate::guest::Kind;
 use crate::guest::workload::Workload;
+use crate::ideas::Ideas;
 use crate::wan::spec::LinkSpec;
 
 /// Who migrates.
@@ -67,12 +68,21 @@ pub struct LiveArgs {
     /// The pause that the job may cost, as "300ms"; default: the programs' own
     #[arg(long)]
     pub blackout: Option<Span>,
+    /// How long a guest that does not converge is kept in sync before the job gives up, as "20s"; default: for ever
+    #[arg(long)]
+    pub give_up: Option<Span>,
+    /// Give the machine a flash with a store of firmware variables, which moves as its second disk
+    #[arg(long)]
+    pub vars: bool,
     /// Who migrates
     #[arg(long, value_enum, default_value = "longhaul")]
     pub by: By,
     /// How QEMU sends RAM when it migrates alone
     #[arg(long, value_enum, default_value = "plain")]
     pub qemu_ram: RamMode,
+    /// Move the disk of the guest's template, powered off, through the same programs before
+    #[arg(long)]
+    pub after_template: bool,
     /// How long the guest is watched before the job
     #[arg(long, default_value = "6s")]
     pub before: Span,
@@ -88,6 +98,8 @@ pub struct LiveArgs {
     /// Take from QEMU what it knows of the changes before the way back, as if it had been started anew
     #[arg(long, requires = "back")]
     pub forget_changes: bool,
+    #[command(flatten)]
+    pub ideas: Ideas,
     /// Keep the lab's directory: config files, logs, consoles, disks
     #[arg(long)]
     pub keep: bool,

@@ -101,15 +101,8 @@ pub fn go_back(
         monitor.execute("block-dirty-bitmap-remove", since(monitor)?)?;
     }
     watch(Moment::Step("moving the guest back".to_owned()));
-    let blackout = args.blackout.map(|span| format!("{} ms", span.0.as_millis()));
     let directory = stage.lab.directory().to_owned();
-    let file = settings::write_job_back(
-        &directory,
-        &stage.machine,
-        arrived,
-        &args.format,
-        blackout.as_deref(),
-    )?;
+    let file = settings::write_job_back(&directory, &stage.machine, arrived, args)?;
     let delivered = |stage: &mut Stage| -> io::Result<Option<u64>> {
         let stats = stage.lab.link().map(|link| link.stats()).transpose()?;
         Ok(stats.map(|stats| stats.back.delivered_bytes))

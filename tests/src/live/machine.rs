@@ -12,6 +12,9 @@ use crate::guest::workload::{Workload, command_line};
 /// Known by QEMU 7.2 and all later versions of this machine type.
 pub const MACHINE_TYPE: &str = "pc-q35-7.2";
 
+/// The firmware of a machine with a flash: QEMU's own BIOS, which knows no variables, so that the store stays as it was made.
+const BIOS: &str = "/usr/share/seabios/bios-256k.bin";
+
 /// Added to every guest's memory, so that it is no multiple of 256 KiB. QEMU 7.2 (until 9.0) forgets under
 /// software emulation to watch pages again that its fast scan of such memory found dirty: after the second
 /// pass writes are missed, and the guest dies at the target. Memory of another size takes the slow scan,
@@ -35,6 +38,8 @@ pub struct Machine {
     pub ram_mib: u64,
     pub cpus: u32,
     pub disks: Vec<Disk>,
+    /// A store of firmware variables: a path, or a placeholder of a template.
+    pub vars: Option<String>,
     pub vmlinuz: String,
     pub initrd: String,
     /// The kernel's command line.
@@ -65,6 +70,7 @@ impl Machine {
             ram_mib: 128,
             cpus: 1,
             disks: vec![disk],
+            vars: None,
             vmlinuz: kernel.vmlinuz.display().to_string(),
             initrd: kernel.initrd.display().to_string(),
             append: command_line("/dev/vda", workload, seed),
@@ -88,6 +94,10 @@ impl Machine {
         Self {
             name: "{name}".to_owned(),
             disks: disks.collect(),
+            vars: self
+                .vars
+                .as_ref()
+                .map(|_| format!("{{disk{}}}", self.disks.len())),
             console: console.display().to_string(),
             lab_qmp: lab_qmp.display().to_string(),
             qmp: "{qmp}".to_owned(),
@@ -107,6 +117,14 @@ impl Machine {
         words.extend(self.base());
         for (number, disk) in self.disks.iter().enumerate() {
             words.extend(disk.words(number));
+        }
+        if let Some(vars) = &self.vars {
+            words.extend([
+                "-drive".to_owned(),
+                format!("if=pflash,unit=0,format=raw,readonly=on,file={BIOS}"),
+                "-drive".to_owned(),
+                format!("if=pflash,unit=1,format=raw,file={}", quoted(vars)),
+            ]);
         }
         if let Some(socket) = &self.guest_agent {
             words.extend([

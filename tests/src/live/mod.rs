@@ -23,5 +23,6 @@ pub mod rival;
 pub mod run;
 pub mod settings;
 pub mod stage;
+pub mod template;
 pub mod verdict;
 pub mod vm;

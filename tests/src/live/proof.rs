@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use super::args::LiveArgs;
 use super::check::{Ended, check};
-use super::stage::Stage;
+use super::settings;
+use super::stage::{self, Stage};
 use super::verdict::LiveReport;
 use crate::compare;
 use crate::lab::End;
@@ -72,9 +73,15 @@ pub(super) fn prove(
     };
     let seed = args.link.seed;
     let records = check(&raw, work.path(), seed, &acknowledged, ended);
+    let vars = settings::disk(stage.lab.directory(), end, 1);
+    let spoilt = args.vars && std::fs::read(&vars)? != stage::vars();
     match records {
         Ok(records) => report.records = records,
         Err(error) => report.records.problems.push(error.to_string()),
+    }
+    if spoilt {
+        let problem = "the store of firmware variables is not what it was".to_owned();
+        report.records.problems.push(problem);
     }
     Ok(())
 }

@@ -5,6 +5,7 @@
 //! Promises a report in every case in which the lab itself worked, also when the job fails, a program dies or
 //! the guest is lost.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::os::unix::process::CommandExt;
@@ -20,10 +21,10 @@ use super::leftovers::{self, QemuSettings};
 use super::rival::Rival;
 use super::stage::Stage;
 use super::verdict::LiveReport;
-use super::{back, pause, proof};
+use super::{back, pause, proof, template};
 use crate::lab::End;
 use crate::move_disk::Moment;
-use crate::programs::{self, Line, Programs};
+use crate::programs::{self, JOB_FILE, Line, Programs};
 use crate::report::{LinkReport, ProgramReport};
 use crate::usage::usage;
 use crate::wan::spec::CutWindow;
@@ -61,6 +62,7 @@ pub fn run(args: &LiveArgs, watch: &mut dyn FnMut(Moment)) -> io::Result<LiveRep
     };
     report.report.emulated = stage.lab.not_emulated().is_empty();
     report.report.not_emulated = stage.lab.not_emulated().to_vec();
+    report.report.tcp.clone_from(&stage.tcp);
     let mut run = Run {
         args,
         stage,
@@ -107,29 +109,27 @@ impl Run<'_> {
             "the guest is up; watching it for {}",
             self.args.before
         )));
+        let before = self.move_template(programs, watch)?;
         let up = self.stage.consoles.now();
         self.idle(self.args.before.0)?;
         self.settings = QemuSettings::of(self.stage.monitor(End::Source));
         let began = self.stage.consoles.now();
         self.clock = unix_now();
-        let link_began = self.link_stats()?;
+        let (link_began, delivered) = (self.link_stats()?, self.stage.lab.delivered()?);
         watch(Moment::Step("migrating".to_owned()));
         if let Err(error) = self.migrate(programs, watch) {
             self.report.report.cause = Some(error.to_string());
         }
         let ended = self.stage.consoles.now();
         self.report.report.seconds = (ended - began).as_secs_f64();
-        let link_ended = self.link_stats()?;
-        if let (Some(one), Some(two)) = (&link_began, &link_ended) {
-            let forth = two.forth.delivered_bytes - one.forth.delivered_bytes;
-            self.report.link_bytes = Some((forth, two.back.delivered_bytes - one.back.delivered_bytes));
-        }
+        let both = delivered.zip(self.stage.lab.delivered()?);
+        self.report.link_bytes = both.map(|(one, two)| (two.0 - one.0, two.1 - one.1));
         watch(Moment::Step("looking who runs the guest".to_owned()));
         self.settle()?;
         self.idle(self.args.after.0)?;
         self.measure(up, began, ended);
         if let Some(programs) = programs {
-            self.report.reduced_bytes = programs.reduced(&self.stage.lab);
+            self.report.reduced_bytes = since(programs.reduced(&self.stage.lab), &before);
             self.report.leftovers = self.leftovers()?;
         }
         if let Some(programs) = programs.filter(|_| self.args.back && self.report.owner == "target") {
@@ -144,6 +144,22 @@ impl Run<'_> {
         self.put_away(link_began.map_or(0.0, |stats| stats.seconds))?;
         self.report.conclude();
         Ok(())
+    }
+
+    /// Moves the template first, where that is asked for; gives what the gateway made of data until now.
+    fn move_template(
+        &mut self,
+        programs: Option<&Programs>,
+        watch: &mut dyn FnMut(Moment),
+    ) -> io::Result<BTreeMap<String, u64>> {
+        let Some(programs) = programs else {
+            return Ok(BTreeMap::new());
+        };
+        if self.args.after_template {
+            watch(Moment::Step("moving the template's disk first".to_owned()));
+            self.report.template_wan_bytes = Some(template::move_it(&self.stage.lab, programs)?);
+        }
+        Ok(programs.reduced(&self.stage.lab))
     }
 
     fn link_stats(&mut self) -> io::Result<Option<crate::wan::control::Stats>> {
@@ -183,7 +199,7 @@ impl Run<'_> {
     fn operator(&mut self, programs: &Programs) -> io::Result<(Receiver<String>, Mover)> {
         let log = File::create(self.stage.lab.directory().join("longhaul.log"))?;
         let mut operator = programs
-            .run_job(&self.stage.lab)
+            .run_job(&self.stage.lab, JOB_FILE)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
@@ -280,9 +296,15 @@ impl Run<'_> {
             }
             self.phases.see(phase, self.stage.consoles.now());
         }
+        self.hear_decision(value["progress"]["live"]["decision"].as_str().unwrap_or_default());
         match programs::read_line(line) {
             Line::Report(job) => {
+                let heard = std::mem::take(&mut self.report.decisions);
                 self.report.read_job(job);
+                // A job that failed says no more than why.
+                if self.report.decisions.is_empty() {
+                    self.report.decisions = heard;
+                }
                 return true;
             }
             Line::Progress(percent) => {
@@ -292,6 +314,15 @@ impl Run<'_> {
             Line::Other => {}
         }
         false
+    }
+
+    /// Keeps what the job decides on its way, each reason once in a row; the figures behind it change all the time.
+    fn hear_decision(&mut self, said: &str) {
+        let reason = |text: &str| text.split(": a stop now").next().unwrap_or_default().to_owned();
+        let last = self.report.decisions.last().map(|last| reason(last));
+        if !said.is_empty() && last != Some(reason(said)) {
+            self.report.decisions.push(said.to_owned());
+        }
     }
 
     /// Phases that QEMU itself names: states of the migration at the source, and the guest's stop and start.
@@ -469,6 +500,14 @@ fn phase_words(phase: &str) -> Option<&'static str> {
         "in_doubt" => "handed over; waiting for word from the other site",
         _ => return None,
     })
+}
+
+/// What was counted since `before`.
+fn since(mut now: BTreeMap<String, u64>, before: &BTreeMap<String, u64>) -> BTreeMap<String, u64> {
+    for (kind, bytes) in &mut now {
+        *bytes -= before.get(kind).copied().unwrap_or_default().min(*bytes);
+    }
+    now
 }
 
 fn unix_now() -> f64 {

@@ -8,8 +8,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::args::LiveArgs;
 use super::machine::Machine;
 use crate::lab::End;
+use crate::programs::JOB_FILE;
 
 /// Folder of an agent for the QMP sockets of its machines.
 pub fn qmp_folder(directory: &Path, end: End) -> PathBuf {
@@ -52,20 +54,9 @@ pub fn extend(directory: &Path, template: &Machine, home: Option<&Machine>) -> i
 ///
 /// # Errors
 /// When it cannot be written.
-pub fn write_job(
-    directory: &Path,
-    machine: &Machine,
-    target_format: &str,
-    blackout: Option<&str>,
-) -> io::Result<()> {
-    let text = job(
-        directory,
-        machine,
-        [End::Source, End::Target],
-        target_format,
-        blackout,
-    );
-    fs::write(directory.join("job.toml"), text)
+pub fn write_job(directory: &Path, machine: &Machine, args: &LiveArgs) -> io::Result<()> {
+    let text = job(directory, machine, [End::Source, End::Target], args);
+    fs::write(directory.join(JOB_FILE), text)
 }
 
 /// Writes the job file for the way back of a machine that the job `arrived` has brought; gives the file's name.
@@ -76,37 +67,38 @@ pub fn write_job_back(
     directory: &Path,
     machine: &Machine,
     arrived: &str,
-    format: &str,
-    blackout: Option<&str>,
+    args: &LiveArgs,
 ) -> io::Result<&'static str> {
     let socket = format!("vm-{}.qmp", arrived.get(..8).unwrap_or_default());
+    let socket = qmp_folder(directory, End::Target).join(socket);
     let machine = Machine {
-        qmp: qmp_folder(directory, End::Target)
-            .join(socket)
-            .display()
-            .to_string(),
+        qmp: socket.display().to_string(),
         ..machine.clone()
     };
-    let text = job(directory, &machine, [End::Target, End::Source], format, blackout);
+    let text = job(directory, &machine, [End::Target, End::Source], args);
     fs::write(directory.join("back.toml"), text)?;
     Ok("back.toml")
 }
 
-fn job(
-    directory: &Path,
-    machine: &Machine,
-    [from, to]: [End; 2],
-    format: &str,
-    blackout: Option<&str>,
-) -> String {
+fn job(directory: &Path, machine: &Machine, [from, to]: [End; 2], args: &LiveArgs) -> String {
     let (from, site) = (from.name(), to.name());
+    let format = match to {
+        End::Source => args.format.as_str(),
+        End::Target => args.target_format(),
+    };
     let mut job = format!(
-        "kind = \"live\"\nname = \"{}\"\n[source]\nagent = \"{from}-agent\"\nqmp = \"{}\"\n\
+        "kind = \"live\"\nname = \"{}\"\n{}[source]\nagent = \"{from}-agent\"\nqmp = \"{}\"\n\
          [target]\nsite = \"{site}\"\nagent = \"{site}-agent\"\n",
-        machine.name, machine.qmp
+        machine.name,
+        args.ideas.job(),
+        machine.qmp
     );
-    if let Some(blackout) = blackout {
-        let _ = writeln!(job, "[live]\nblackout = \"{blackout}\"");
+    let spans = [("blackout", args.blackout), ("give_up", args.give_up)];
+    job.push_str("[live]\n");
+    for (key, span) in spans {
+        if let Some(span) = span {
+            let _ = writeln!(job, "{key} = \"{} ms\"", span.0.as_millis());
+        }
     }
     for number in 0..machine.disks.len() {
         let target = disk(directory, to, number);
@@ -114,6 +106,14 @@ fn job(
             job,
             "[[disk]]\nsource = \"disk{number}\"\ntarget = \"{}\"\ntarget_format = \"{format}\"\n",
             target.display(),
+        );
+    }
+    if machine.vars.is_some() {
+        let target = disk(directory, to, machine.disks.len());
+        let _ = write!(
+            job,
+            "[[disk]]\nsource = \"pflash1\"\ntarget = \"{}\"\n",
+            target.display()
         );
     }
     job

@@ -15,7 +15,7 @@ use super::console::Consoles;
 use super::machine::{Disk, Machine};
 use super::monitor::Monitor;
 use super::vm::Vm;
-use super::{rival, settings};
+use super::{rival, settings, template};
 use crate::guest;
 use crate::guest::workload::workload_kernel;
 use crate::lab::{End, Lab};
@@ -37,6 +37,8 @@ pub struct Stage {
     pub consoles: Consoles,
     pub machine: Machine,
     pub lab: Lab,
+    /// The congestion control of TCP, where QEMU migrates alone.
+    pub tcp: Option<String>,
     adopted: Option<u32>,
     target_used: Option<Usage>,
 }
@@ -58,19 +60,16 @@ impl Stage {
             say(format!("not emulated: {missing}"));
         }
         let image = settings::disk(&directory, End::Source, 0);
-        let job = Job {
-            image: image.clone(),
-            format: args.format.clone(),
-            target_format: args.target_format().to_owned(),
-            connections: args.connections,
-            both_ways: args.back,
-        };
         if let Some(programs) = programs {
-            programs.prepare(&lab, &args.link, &job)?;
+            programs.prepare(&lab, &args.link, &job(args, &image))?;
         }
+        let tcp = programs.is_none().then(|| lab.favour_tcp()).transpose()?;
         make_folders(&directory)?;
         say("making the guest's disk".to_owned());
         make_disk(args, &image, &|step| eprintln!("{step} ..."))?;
+        if args.after_template {
+            template::prepare(&directory, &image, &args.format)?;
+        }
         let consoles = Consoles::listen(&directory)?;
         let socket = |end: End| directory.join(format!("{}-lab.sock", end.name()));
         let monitors = [
@@ -86,8 +85,7 @@ impl Stage {
             // The way back starts a QEMU where the guest came from.
             let home = machine.template(&consoles.socket(End::Source), monitors[0].socket());
             settings::extend(&directory, &template, args.back.then_some(&home))?;
-            let blackout = args.blackout.map(|span| format!("{} ms", span.0.as_millis()));
-            settings::write_job(&directory, &machine, args.target_format(), blackout.as_deref())?;
+            settings::write_job(&directory, &machine, args)?;
         }
         say("starting the guest at the source".to_owned());
         let log = directory.join("source-qemu.log");
@@ -113,6 +111,7 @@ impl Stage {
             consoles,
             machine,
             lab,
+            tcp,
             adopted: None,
             target_used: None,
         };
@@ -201,6 +200,24 @@ impl Stage {
     }
 }
 
+/// What a store of firmware variables holds in the lab: as large as OVMF's, and no block like another.
+pub fn vars() -> Vec<u8> {
+    let blocks = (0..132_u32).flat_map(|block| [block.to_le_bytes(); 1024]);
+    blocks.flatten().collect()
+}
+
+/// What the programs' settings need to know.
+fn job(args: &LiveArgs, image: &Path) -> Job {
+    Job {
+        image: image.to_owned(),
+        format: args.format.clone(),
+        target_format: args.target_format().to_owned(),
+        connections: args.connections,
+        ideas: args.ideas.clone(),
+        both_ways: args.back,
+    }
+}
+
 fn make_folders(directory: &Path) -> io::Result<()> {
     for end in [End::Source, End::Target] {
         fs::create_dir_all(settings::qmp_folder(directory, end))?;
@@ -248,6 +265,11 @@ fn machine(
     machine.lab_qmp = monitors[0].socket().display().to_string();
     let folder = settings::qmp_folder(directory, End::Source);
     machine.qmp = folder.join("web.qmp").display().to_string();
+    if args.vars {
+        let store = settings::disk(directory, End::Source, 1);
+        fs::write(&store, vars())?;
+        machine.vars = Some(store.display().to_string());
+    }
     machine.ram_mib = args.ram_mib();
     machine.core = args.core;
     if let Some(qemu) = &args.qemu {

@@ -43,6 +43,9 @@ pub struct LinkSpec {
     /// No emulated link: all programs on this machine's loopback, to see what the programs themselves can do
     #[arg(long)]
     pub loopback: bool,
+    /// No emulator: the sites are joined by a pair of virtual Ethernet devices, which shapes nothing
+    #[arg(long, conflicts_with = "loopback")]
+    pub veth: bool,
     /// Packets of 9000 bytes between agents and gateways (on loopback also between the gateways they are 1500)
     #[arg(long)]
     pub jumbo_lan: bool,

@@ -108,6 +108,7 @@ async fn perform(play: usize, link: &Link, open: &SourceOpen, send: &mut SendStr
         &FromSource::Opened {
             disks: vec![opened(size)],
             definition: None,
+            live: None,
         },
     )
     .await;
@@ -122,7 +123,6 @@ async fn perform(play: usize, link: &Link, open: &SourceOpen, send: &mut SendStr
         first: 0,
         count: u64::MAX,
         digests: vec![],
-        shadow: None,
     };
     let bytes = match play {
         1 => zeros_batch(open, 0, Extent::between(0, u64::MAX), 1, Leaves::default()),

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use longhaul_lab::compare;
+use longhaul_lab::ideas::Ideas;
 use longhaul_lab::lab::Lab;
 use longhaul_lab::process::Process;
 use longhaul_lab::programs::{Job, Programs};
@@ -124,6 +125,7 @@ impl World {
             target_format: "raw".to_owned(),
             connections: None,
             both_ways: false,
+            ideas: Ideas::default(),
         };
         programs.prepare(&lab, &link, &job).unwrap();
         let config = lab.directory().join("target-agent.toml");

@@ -15,6 +15,7 @@ use rustix::fs::{Advice, FallocateFlags, Mode, OFlags, SeekFrom};
 
 use super::store::{self, Store};
 use super::{TargetError, blink, image_lock};
+use crate::disk::image::holders;
 
 /// So much is zeroed by one call: a call cannot be interrupted, and other writers wait for it.
 const ZERO_STEP: u64 = 128 << 20;
@@ -49,7 +50,10 @@ impl Device {
         });
         let file = match opened.map_err(TargetError::during("open", path))? {
             Some(file) => File::from(file),
-            None => return Err(TargetError::in_use(path, used_by(path))),
+            None => {
+                let rdev = std::fs::metadata(path).map_or(0, |metadata| metadata.rdev());
+                return Err(TargetError::in_use(path, holders::of_device(rdev)));
+            }
         };
         let metadata = file.metadata().map_err(TargetError::during("examine", path))?;
         if !metadata.file_type().is_block_device() {
@@ -79,29 +83,6 @@ impl Device {
             }
         }
         Ok(())
-    }
-}
-
-/// What keeps a device busy, as far as the system tells.
-fn used_by(path: &Path) -> String {
-    let rdev = std::fs::metadata(path)
-        .map(|metadata| metadata.rdev())
-        .unwrap_or_default();
-    let number = format!("{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev));
-    let holders = std::fs::read_dir(format!("/sys/dev/block/{number}/holders"));
-    let holders: Vec<_> = holders.into_iter().flatten().flatten().collect();
-    if let Some(holder) = holders.first() {
-        return format!("it is part of {}", holder.file_name().to_string_lossy());
-    }
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mount = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-    let mount = mount.filter(|fields| fields.get(2) == Some(&number.as_str()));
-    match mount
-        .filter_map(|fields| fields.get(4).map(|place| (*place).to_owned()))
-        .next()
-    {
-        Some(place) => format!("it is mounted on {place}"),
-        None => "one of its partitions is mounted, or another program has it open exclusively".to_owned(),
     }
 }
 

@@ -53,6 +53,8 @@ pub enum TargetError {
         written: Digest,
         read: Digest,
     },
+    #[error("the reading back of {} was given up before its end; it begins again with the next attempt", .path.display())]
+    Stopped { path: PathBuf },
     /// The copy was finished before; only its log was left, which is removed now.
     #[error("{} was completed by this job already", .path.display())]
     AlreadyPromoted { path: PathBuf },

@@ -21,6 +21,7 @@ mod compact;
 mod device_store;
 mod error;
 mod file_store;
+mod finish;
 mod hostile;
 pub(crate) mod image_lock;
 mod open;
@@ -33,6 +34,7 @@ mod qcow2_server;
 mod qcow2_store;
 mod record;
 mod replay;
+mod scratch;
 mod shadow;
 mod space;
 mod store;
@@ -46,10 +48,13 @@ use longhaul_common::extent::Extent;
 use longhaul_common::ids::{DiskIndex, JobId};
 
 pub use error::TargetError;
+pub use finish::finish_promotion;
 pub use hostile::{example_log, replay_log};
+pub(crate) use open::is_device;
 pub use place::partial_name;
 pub use placed::{Placed, link_early, promote_after_crash, unlink_after_crash};
 pub use replay::{Durable, Have};
+pub use scratch::Scratch;
 pub use shadow::{Left, Returned, Seal, Shadow};
 pub use space::check_space;
 pub use target::{Applied, Flushed, Target, Ticket};
@@ -59,6 +64,16 @@ pub use target::{Applied, Flushed, Target, Ticket};
 pub enum TargetFormat {
     Raw,
     Qcow2,
+}
+
+impl TargetFormat {
+    /// As `qemu-img` calls it.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
 }
 
 /// Where and how one disk's copy is written.

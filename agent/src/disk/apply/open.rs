@@ -79,9 +79,7 @@ impl Target {
                 "disks of more than 4 PiB are not supported",
             ));
         }
-        let is_device =
-            std::fs::metadata(&options.path).is_ok_and(|found| found.file_type().is_block_device());
-        let opened = match (is_device, options.format) {
+        let opened = match (is_device(&options.path), options.format) {
             (true, TargetFormat::Raw) => open_device(options, size)?,
             (true, TargetFormat::Qcow2) => {
                 return Err(TargetError::refused(
@@ -93,6 +91,15 @@ impl Target {
         };
         finish(options, size, opened)
     }
+}
+
+pub(crate) fn is_device(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device())
+}
+
+/// The name of a device's progress log below the state folder.
+pub(crate) fn device_log(options: &TargetOptions) -> String {
+    format!("{}-{}.log", options.job, options.disk)
 }
 
 fn finish(options: &TargetOptions, size: u64, opened: Opened) -> Result<(Target, Have), TargetError> {
@@ -272,11 +279,7 @@ pub(crate) fn header_for(
     file: &File,
     path: &Path,
 ) -> Result<Header, TargetError> {
-    let format = match options.format {
-        TargetFormat::Raw => "raw",
-        TargetFormat::Qcow2 => "qcow2",
-    };
-    let bound = place::file_identity(file, format, path)?;
+    let bound = place::file_identity(file, options.format.word(), path)?;
     Ok(Header {
         job: options.job,
         disk: options.disk,
@@ -378,10 +381,7 @@ fn open_device(options: &TargetOptions, size: u64) -> Result<Opened, TargetError
         size,
         bound,
     };
-    let (dir, name) = (
-        Dir::open(&options.state_dir)?,
-        format!("{}-{}.log", options.job, options.disk),
-    );
+    let (dir, name) = (Dir::open(&options.state_dir)?, device_log(options));
     let log = LockedLog::open(&dir, &name, false)?;
     let known = log.as_ref().map(LockedLog::header).transpose()?.flatten();
     let resumed = known.as_ref() == Some(&header);

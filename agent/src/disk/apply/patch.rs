@@ -57,7 +57,6 @@ impl Target {
         Ok(Applied {
             ticket,
             stale_leaves: given - admitted,
-            unflushed: waiting.0,
             flush_due: waiting.0 >= self.options.flush_bytes,
         })
     }

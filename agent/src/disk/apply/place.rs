@@ -273,7 +273,7 @@ impl Place {
 }
 
 /// Sets owner, mode and label. The owner first: changing it clears bits of the mode.
-fn dress(file: &File, path: &Path, options: &TargetOptions) -> Result<(), TargetError> {
+pub(crate) fn dress(file: &File, path: &Path, options: &TargetOptions) -> Result<(), TargetError> {
     if let Some((user, group)) = options.owner {
         let (user, group) = (rustix::fs::Uid::from_raw(user), rustix::fs::Gid::from_raw(group));
         rustix::fs::fchown(file, Some(user), Some(group))

@@ -5,15 +5,16 @@
 //! Promises: a program that hangs is killed; the server ends with its last client, so also when this process is killed, and is waited
 //! for or killed when dropped. Its pid file lies where `image::end_stale_servers` looks.
 
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{TargetError, TargetOptions};
 use crate::disk::image::nbd::{Connection, NbdError};
+use crate::disk::image::program::{self, Heard};
 
 const EXPORT: &str = "disk";
 /// Preallocating writes nothing, but may wait long on a busy disk.
@@ -64,49 +65,41 @@ pub(crate) fn wait_released(file: &std::fs::File, path: &Path) -> Result<(), Tar
     Ok(())
 }
 
-/// A command with English messages, closed input, and a process group of its own: an interrupt at the terminal must end the agent
-/// first, in its own order.
+/// A command in a process group of its own: an interrupt at the terminal must end the agent first, in its own order.
 fn quiet(program: &Path) -> Command {
-    let mut command = Command::new(program);
-    command
-        .env("LC_ALL", "C")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .process_group(0);
+    let mut command = program::command(program);
+    command.stdout(Stdio::null()).process_group(0);
     command
 }
 
 fn name(command: &Command) -> String {
-    let program = Path::new(command.get_program());
-    program
-        .file_name()
-        .unwrap_or(program.as_os_str())
-        .to_string_lossy()
-        .into_owned()
+    program::name(Path::new(command.get_program()))
 }
 
-fn spawn(command: &mut Command) -> Result<Ended, TargetError> {
-    let tool = name(command);
-    match command.spawn() {
-        Ok(child) => Ok(Ended(child)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(TargetError::Tool {
-            tool,
-            message: "it is not installed; it comes with the package qemu-utils".into(),
-        }),
-        Err(error) => Err(TargetError::Tool {
-            tool,
-            message: format!("it could not be started: {error}"),
-        }),
+fn spawn(command: &mut Command) -> Result<Heard, TargetError> {
+    Heard::start(command).map_err(|error| TargetError::Tool {
+        tool: name(command),
+        message: match error.kind() {
+            io::ErrorKind::NotFound => "it is not installed; it comes with the package qemu-utils".into(),
+            _ => format!("it could not be started: {error}"),
+        },
+    })
+}
+
+/// What a program that has ended said last.
+fn last_words(child: &Heard) -> String {
+    match child.last_words() {
+        said if said.is_empty() => "it said nothing".to_owned(),
+        said => said,
     }
 }
 
 fn run(command: &mut Command, limit: Duration, path: &Path) -> Result<(), TargetError> {
     let tool = name(command);
     let mut child = spawn(command)?;
-    let message = match child.wait_until(Instant::now() + limit) {
+    let message = match child.process.wait_until(Instant::now() + limit) {
         Ok(Some(status)) if status.success() => return Ok(()),
-        Ok(Some(status)) => format!("{status}: {}", child.last_line()),
+        Ok(Some(status)) => format!("{status}: {}", last_words(&child)),
         Ok(None) => format!("it did not finish within {} s", limit.as_secs()),
         Err(error) => format!("it cannot be waited for: {error}"),
     };
@@ -120,50 +113,9 @@ fn run(command: &mut Command, limit: Duration, path: &Path) -> Result<(), Target
     Err(TargetError::Tool { tool, message })
 }
 
-/// A child that is killed and reaped when it is dropped.
-struct Ended(Child);
-
-impl Ended {
-    fn wait_until(&mut self, deadline: Instant) -> io::Result<Option<ExitStatus>> {
-        loop {
-            if let Some(status) = self.0.try_wait()? {
-                return Ok(Some(status));
-            }
-            if Instant::now() >= deadline {
-                return Ok(None);
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    /// What an ended child said last; a pipe holds all that these programs say.
-    fn last_line(&mut self) -> String {
-        let mut said = Vec::new();
-        if let Some(stderr) = self.0.stderr.take() {
-            // What cannot be read was not said.
-            let _ = stderr.take(64 << 10).read_to_end(&mut said);
-        }
-        let said = String::from_utf8_lossy(&said);
-        let line = said
-            .lines()
-            .rev()
-            .find(|line| !line.trim().is_empty())
-            .unwrap_or("it said nothing");
-        line.chars().filter(|c| !c.is_control()).take(500).collect()
-    }
-}
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        // Both fail only where the child is reaped already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// A `qemu-nbd` that serves one qcow2 image for writing.
 pub(crate) struct Server {
-    process: Ended,
+    process: Heard,
     socket: PathBuf,
     pid_file: PathBuf,
 }
@@ -207,8 +159,8 @@ impl Server {
                 Ok(connection) => return Ok(connection),
                 Err(error) => error,
             };
-            if let Ok(Some(status)) = self.process.0.try_wait() {
-                let message = format!("{status}: {}", self.process.last_line());
+            if let Ok(Some(status)) = self.process.process.0.try_wait() {
+                let message = format!("{status}: {}", last_words(&self.process));
                 return Err(TargetError::Tool { tool, message });
             }
             let starting = matches!(
@@ -231,11 +183,11 @@ impl Server {
 
     /// Waits for the end of a server whose clients are gone, so that everything is in the image.
     pub(crate) fn finish(&mut self) -> io::Result<()> {
-        match self.process.wait_until(Instant::now() + END_LIMIT)? {
+        match self.process.process.wait_until(Instant::now() + END_LIMIT)? {
             Some(status) if status.success() => Ok(()),
             Some(status) => Err(io::Error::other(format!(
                 "qemu-nbd ended with {status}: {}",
-                self.process.last_line()
+                last_words(&self.process)
             ))),
             None => Err(io::Error::new(
                 io::ErrorKind::TimedOut,
@@ -248,7 +200,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         // Its clients are gone: it ends by itself, unless it hangs. Dropping the process then kills it.
-        let _ = self.process.wait_until(Instant::now() + DROP_LIMIT);
+        let _ = self.process.process.wait_until(Instant::now() + DROP_LIMIT);
         // QEMU removes them itself unless it is killed.
         let _ = std::fs::remove_file(&self.socket);
         let _ = std::fs::remove_file(&self.pid_file);

@@ -39,9 +39,7 @@ pub struct Applied {
     pub ticket: Ticket,
     /// Leaves that were left as they are, because they hold something newer.
     pub stale_leaves: u64,
-    /// Bytes of data that wait for a flush.
-    pub unflushed: u64,
-    /// That is `flush_bytes` or more.
+    /// `flush_bytes` or more wait for a flush.
     pub flush_due: bool,
 }
 
@@ -168,7 +166,6 @@ impl Target {
         Ok(Applied {
             ticket,
             stale_leaves: leaves.count - admitted,
-            unflushed: waiting.0,
             flush_due,
         })
     }

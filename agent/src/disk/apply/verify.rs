@@ -4,7 +4,7 @@
 //! the proof at the end, and to check what a damaged log says.
 
 use std::io;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::sync::{Mutex, PoisonError};
 
 use longhaul_common::digest::{Digest, DiskDigest, LEAF, leaf_count, leaf_extent};
@@ -68,9 +68,14 @@ impl ZeroLeaves {
 impl Target {
     /// Flushes, drops what memory holds of the copy, reads everything back with `threads` threads and states the disk's digest.
     ///
-    /// `progress` is told the bytes done so far, on the calling thread. Nothing may be applied meanwhile. Errors: `Incomplete` where
-    /// a leaf was never written, `Differs` with a leaf that does not read as it was written, `Io`.
-    pub fn verify(&self, threads: usize, progress: &dyn Fn(u64)) -> Result<Digest, TargetError> {
+    /// `progress` is told the bytes done so far after each leaf, on the calling thread, and may end it. Nothing may be applied
+    /// meanwhile. Errors: `Incomplete` where a leaf was never written, `Differs` with a leaf that does not read as it was written,
+    /// `Stopped` where `progress` ended it, `Io`.
+    pub fn verify(
+        &self,
+        threads: usize,
+        progress: &dyn Fn(u64) -> ControlFlow<()>,
+    ) -> Result<Digest, TargetError> {
         self.require_complete()?;
         let path = &self.options.path;
         self.store
@@ -104,8 +109,10 @@ impl Target {
                             - leaf_extent(leaves.start, self.size).offset();
                     }
                 }
-                progress(done);
-                Ok(())
+                match progress(done) {
+                    ControlFlow::Continue(()) => Ok(()),
+                    ControlFlow::Break(()) => Err(TargetError::Stopped { path: path.clone() }),
+                }
             })?;
         }
         Ok(digest.finish()?)

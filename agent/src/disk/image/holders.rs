@@ -107,7 +107,7 @@ fn writable_loop_in(sys_block: &Path, metadata: &Metadata) -> Option<PathBuf> {
 }
 
 /// Why the kernel says that a block device is busy: its mount points, or the devices built upon it.
-pub(super) fn of_device(rdev: u64) -> String {
+pub(crate) fn of_device(rdev: u64) -> String {
     let number = format!("{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev));
     let sys = Path::new("/sys/dev/block").join(&number);
     let mut numbers = vec![number];

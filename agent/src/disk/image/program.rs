@@ -19,7 +19,7 @@ const SAID_MAX: usize = 4096;
 
 /// The end of what a program writes to its standard error.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Said(Arc<Mutex<VecDeque<u8>>>);
+pub(crate) struct Said(Arc<Mutex<VecDeque<u8>>>);
 
 impl Said {
     /// Starts a thread that reads until the program closes its end.
@@ -50,7 +50,7 @@ impl Said {
     }
 
     /// The last line that is not blank, without control characters.
-    pub(super) fn last_line(&self) -> String {
+    pub(crate) fn last_line(&self) -> String {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes: Vec<u8> = kept.iter().copied().collect();
         let text = String::from_utf8_lossy(&bytes);
@@ -68,7 +68,7 @@ impl Said {
 }
 
 /// A program's short name for sentences.
-pub(super) fn name(program: &Path) -> String {
+pub(crate) fn name(program: &Path) -> String {
     program
         .file_name()
         .unwrap_or(program.as_os_str())
@@ -90,7 +90,7 @@ pub(super) fn not_started(program: &Path, error: &io::Error) -> ImageError {
 }
 
 /// A command whose messages are in English and whose input is closed.
-pub(super) fn command(program: &Path) -> Command {
+pub(crate) fn command(program: &Path) -> Command {
     let mut command = Command::new(program);
     command.env("LC_ALL", "C").stdin(Stdio::null());
     command
@@ -105,14 +105,12 @@ pub(super) fn output(command: &mut Command, limit: Duration, output_max: u64) ->
         what,
         said: said.last_line(),
     };
-    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-    let mut child = Reaped(child.map_err(|error| not_started(&program, &error))?);
-    let (Some(stdout), Some(stderr)) = (child.0.stdout.take(), child.0.stderr.take()) else {
-        return Err(failed("has no output".into(), &Said::default()));
+    let started = Heard::start(command.stdout(Stdio::piped()));
+    let mut child = started.map_err(|error| not_started(&program, &error))?;
+    let said = child.said.clone();
+    let Some(stdout) = child.process.0.stdout.take() else {
+        return Err(failed("has no output".into(), &said));
     };
-    let listening = Said::listen(stderr);
-    let (said, listener) =
-        listening.map_err(|error| failed(format!("cannot be heard: {error}"), &Said::default()))?;
     let (sender, receiver) = crossbeam_channel::bounded(1);
     let reader = move || {
         let mut bytes = Vec::new();
@@ -134,15 +132,10 @@ pub(super) fn output(command: &mut Command, limit: Duration, output_max: u64) ->
             ));
         }
     };
-    match child.wait_until(deadline) {
+    match child.process.wait_until(deadline) {
         Ok(Some(status)) if status.success() => Ok(bytes),
         Ok(Some(status)) => {
-            // Its last words may still be on their way. Somebody it started might hold the pipe open, so not
-            // for long.
-            let patience = Instant::now() + Duration::from_millis(500);
-            while !listener.is_finished() && Instant::now() < patience {
-                std::thread::sleep(Duration::from_millis(1));
-            }
+            child.last_words();
             Err(failed(format!("failed ({status})"), &said))
         }
         Ok(None) => Err(failed(
@@ -153,13 +146,44 @@ pub(super) fn output(command: &mut Command, limit: Duration, output_max: u64) ->
     }
 }
 
+/// A child whose standard error is read all the time, so that it never waits for a reader.
+#[derive(Debug)]
+pub(crate) struct Heard {
+    pub(crate) process: Reaped,
+    pub(crate) said: Said,
+    listener: JoinHandle<()>,
+}
+
+impl Heard {
+    pub(crate) fn start(command: &mut Command) -> io::Result<Self> {
+        let mut process = Reaped(command.stderr(Stdio::piped()).spawn()?);
+        let stderr = process.0.stderr.take();
+        let stderr = stderr.ok_or_else(|| io::Error::other("it has no standard error"))?;
+        let (said, listener) = Said::listen(stderr)?;
+        Ok(Self {
+            process,
+            said,
+            listener,
+        })
+    }
+
+    /// What a child that has ended said last. Somebody it started might hold the pipe open: that one is not waited for.
+    pub(crate) fn last_words(&self) -> String {
+        let patience = Instant::now() + Duration::from_millis(500);
+        while !self.listener.is_finished() && Instant::now() < patience {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.said.last_line()
+    }
+}
+
 /// A child that is killed and reaped when it is dropped.
 #[derive(Debug)]
-pub(super) struct Reaped(pub(super) Child);
+pub(crate) struct Reaped(pub(crate) Child);
 
 impl Reaped {
     /// Waits for the child's end until `deadline`; `None` where it still runs.
-    pub(super) fn wait_until(&mut self, deadline: Instant) -> io::Result<Option<std::process::ExitStatus>> {
+    pub(crate) fn wait_until(&mut self, deadline: Instant) -> io::Result<Option<std::process::ExitStatus>> {
         let mut pause = Duration::from_millis(1);
         loop {
             if let Some(status) = self.0.try_wait()? {

@@ -23,7 +23,7 @@ use serde_json::Value;
 
 use super::error::ImageError;
 use super::nbd::{ConnectOptions, Connection, NbdError};
-use super::program::{self, Reaped, Said};
+use super::program::{self, Heard};
 
 /// The name under which an image is exported.
 pub(super) const EXPORT: &str = "disk";
@@ -37,8 +37,7 @@ const SOCKET_PATH_MAX: usize = 107;
 #[derive(Debug)]
 pub(super) struct Server {
     program: String,
-    process: Reaped,
-    said: Said,
+    process: Heard,
     socket: PathBuf,
     pid_file: PathBuf,
 }
@@ -65,33 +64,18 @@ impl Server {
         let (socket, pid_file) = places(run_dir)?;
         let mut program = programs.qemu_nbd;
         let mut command = qemu_nbd(program, options, clients, &socket, &pid_file);
-        let process = match command.spawn() {
+        let process = match Heard::start(&mut command) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 program = programs.storage_daemon;
                 command = storage_daemon(program, options, clients, &socket, &pid_file);
                 // If there is neither, name the one that should be there.
-                command
-                    .spawn()
-                    .map_err(|_| program::not_started(programs.qemu_nbd, &error))?
+                Heard::start(&mut command).map_err(|_| program::not_started(programs.qemu_nbd, &error))?
             }
             other => other.map_err(|error| program::not_started(program, &error))?,
         };
-        let mut process = Reaped(process);
-        let cannot = |what: String| ImageError::Program {
-            program: program::name(program),
-            what,
-            said: String::new(),
-        };
-        let stderr = process
-            .0
-            .stderr
-            .take()
-            .ok_or_else(|| cannot("has no standard error".into()))?;
-        let (said, _) = Said::listen(stderr).map_err(|error| cannot(format!("cannot be heard: {error}")))?;
         let mut server = Self {
             program: program::name(program),
             process,
-            said,
             socket,
             pid_file,
         };
@@ -110,9 +94,9 @@ impl Server {
                 }) => source,
                 Err(source) => return Err(self.failed(source)),
             };
-            let ended = self.process.0.try_wait().ok().flatten();
+            let ended = self.process.process.0.try_wait().ok().flatten();
             if let Some(status) = ended {
-                std::thread::sleep(Duration::from_millis(50)); // Its last words may still be on their way.
+                self.process.last_words();
                 return Err(self.failed_start(format!("ended before it served the image ({status})")));
             }
             let not_yet = matches!(
@@ -130,12 +114,12 @@ impl Server {
         ImageError::Program {
             program: self.program.clone(),
             what,
-            said: self.said.last_line(),
+            said: self.process.said.last_line(),
         }
     }
 
     fn failed(&self, source: NbdError) -> ImageError {
-        let (program, said) = (self.program.clone(), self.said.last_line());
+        let (program, said) = (self.program.clone(), self.process.said.last_line());
         ImageError::Served {
             program,
             source: Box::new(source),
@@ -150,22 +134,33 @@ impl Server {
 
     /// Who it is and what it said last, for the error of a request that failed.
     pub(super) fn last_words(&self) -> String {
-        match self.said.last_line() {
+        match self.process.said.last_line() {
             said if said.is_empty() => {
-                format!("{} (process {}) said nothing", self.program, self.process.0.id())
+                format!(
+                    "{} (process {}) said nothing",
+                    self.program,
+                    self.process.process.0.id()
+                )
             }
-            said => format!("{} (process {}) said: {said}", self.program, self.process.0.id()),
+            said => format!(
+                "{} (process {}) said: {said}",
+                self.program,
+                self.process.process.0.id()
+            ),
         }
     }
 
     /// Gives a server whose last client has left a moment to end by itself; what remains is killed.
     pub(super) fn finish(mut self) {
-        let _ = self.process.wait_until(Instant::now() + Duration::from_secs(2)); // Dropping kills and reaps.
+        let _ = self
+            .process
+            .process
+            .wait_until(Instant::now() + Duration::from_secs(2)); // Dropping kills and reaps.
     }
 
     #[cfg(test)]
     pub(super) fn kill(&mut self) {
-        self.process.0.kill().unwrap();
+        self.process.process.0.kill().unwrap();
     }
 }
 
@@ -219,10 +214,7 @@ fn storage_daemon(
 /// order.
 fn serving(program: &Path) -> Command {
     let mut command = program::command(program);
-    command
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .process_group(0);
+    command.stdout(Stdio::null()).process_group(0);
     command
 }
 

@@ -4,24 +4,28 @@
 //! QEMU to `target_vm`, copies to `disk::apply`. Promises that `cont` is given only after every copy is closed here, and that the
 //! copies take their names only after the VM runs.
 
+mod at_handover;
 mod machine;
+mod resolve;
 
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
+use self::at_handover::HandoverHook;
 use super::ram_in::RamState;
 use super::record::Arriving;
-use super::shadow;
+use super::resolve::Resolved;
 use super::target::{Arrived, LiveTarget};
 use super::target_vm::TargetQemuVm;
+use super::way_back;
 use super::word::{ToSource, ToTarget};
 use crate::disk::apply::Placed;
 use crate::session::threads::on_thread;
-use crate::session::{hook, outcome, target_disks};
+use crate::session::{outcome, target_disks};
 use crate::vm::handover::{
-    Effect, Generation, Limits, Note, Reason, Record, TargetEvent, TargetOwner, TargetState,
+    Effect, Generation, Limits, Note, Reason, Record, Resolve, TargetEvent, TargetOwner, TargetState,
 };
 use crate::vm::journal::Journal;
 
@@ -43,6 +47,8 @@ pub(super) enum Event {
     GiveUp,
     /// A copy could not be written.
     DiskFailed,
+    /// The operator's word; `true`: he knows what it risks.
+    Operator(Resolve, bool, oneshot::Sender<Resolved>),
 }
 
 /// One session's task.
@@ -59,6 +65,10 @@ struct Arrive {
     unfit: Option<String>,
     notes: Vec<String>,
     cancelled: bool,
+    /// The hook of this generation, from when the source's VM stands.
+    at_handover: Option<HandoverHook>,
+    /// The hook on failure of an earlier one, while it may run.
+    undoing: Option<tokio::task::JoinHandle<()>>,
 }
 
 /// Serves a session until its VM has arrived and been given its names, or was given up by the operator.
@@ -80,6 +90,8 @@ pub(super) async fn run(session: Arc<LiveTarget>, machine: Machine, events: mpsc
         unfit: None,
         notes: Vec::new(),
         cancelled: false,
+        at_handover: None,
+        undoing: None,
     };
     arrive.perform(effects).await;
     arrive.look().await;
@@ -128,7 +140,11 @@ impl Arrive {
                 self.on(TargetEvent::Remind).await;
             }
             self.watch().await;
+            self.undo_handover_hook();
             self.show();
+            if self.s.closed && self.is_aborted() {
+                return self.end_closed().await;
+            }
             if self.owner.owns() && self.s.arrived.borrow().is_none() && self.is_started() {
                 self.arrive().await;
             }
@@ -161,13 +177,19 @@ impl Arrive {
                 if let Some(feed) = feed.filter(|feed| feed.generation == generation) {
                     feed.set_end(stream).await;
                 }
+                self.start_handover_hook(generation);
             }
-            Event::Word(ToTarget::Handover(word)) => self.on(TargetEvent::Heard(word)).await,
+            Event::Word(ToTarget::Handover(word)) => self.hear(word).await,
             // Answered where it is heard.
             Event::Word(ToTarget::Probe(_)) => {}
             Event::GiveUp => {
                 self.cancelled = true;
                 self.on(TargetEvent::Stop(Reason::Cancelled)).await;
+            }
+            Event::Operator(resolve, sure, answer) => {
+                let said = self.resolve(resolve, sure).await;
+                // Who asked may have gone: the journal says what was decided.
+                let _ = answer.send(said);
             }
             Event::DiskFailed => self.on(TargetEvent::Stop(Reason::DiskFailed)).await,
         }
@@ -332,7 +354,7 @@ impl Arrive {
 
     /// Closes every copy, so that QEMU may lock and write the images.
     async fn place(&mut self) -> Result<(), String> {
-        if !self.placed.is_empty() || self.s.open.disks.is_empty() {
+        if self.s.closed || !self.placed.is_empty() || self.s.open.disks.is_empty() {
             return Ok(());
         }
         let targets = self.take_targets().await?;
@@ -382,7 +404,7 @@ impl Arrive {
         let named = on_thread("promote", move || {
             let named = target_disks::promote_live(&open, &mut placed, &agent.settings);
             if named.is_ok() {
-                shadow::used_up(open.job, &agent.settings.paths.state);
+                way_back::used_up(open.job, &agent.settings.paths.state);
             }
             (named, placed)
         });
@@ -398,15 +420,13 @@ impl Arrive {
             }
         };
         let job = self.s.job;
-        let told = hook::Arrival {
-            job,
-            name: &self.s.open.name,
-            disks: &paths,
-            definition: None,
-        };
-        let hook = hook::run(&self.s.agent.settings.hooks, &told).await;
-        if let Some(problem) = &hook {
-            tracing::error!(job = %job, "{problem}");
+        let hook = self.s.hook_after(&paths).await;
+        let (agent, noted, why) = (Arc::clone(&self.s.agent), paths.clone(), hook.clone());
+        let noted = on_thread("arrival", move || {
+            target_disks::note_told(job, &noted, why, &agent.settings)
+        });
+        if let Ok(Err(refusal)) = noted.await {
+            tracing::error!(job = %job, "the hook may run again: {refusal}");
         }
         self.qemu.release();
         self.s.arrived.send_replace(Some(Arrived { paths, hook }));
@@ -420,26 +440,22 @@ impl Arrive {
             return false;
         }
         self.qemu.kill().await;
-        let mut placed = std::mem::take(&mut self.placed);
+        let placed = std::mem::take(&mut self.placed);
         let targets = if placed.is_empty() {
             self.take_targets().await.unwrap_or_default()
         } else {
             Vec::new()
         };
-        let (with, job) = (Arc::clone(&self.s.agent), self.s.job);
-        let discarded = on_thread("discard", move || {
-            shadow::give_up(job, targets, &mut placed, &with.settings.paths.state)
-        });
-        match discarded.await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(job = %self.s.job, "a partial copy is left: {error}"),
-            Err(error) => tracing::warn!(job = %self.s.job, "a partial copy is left: {error}"),
+        let given = way_back::give_back(&self.s.agent, self.s.job, targets, placed).await;
+        if let Err(why) = given {
+            tracing::warn!(job = %self.s.job, "a partial copy is left: {why}");
         }
         let (agent, job) = (Arc::clone(&self.s.agent), self.s.job);
         let _ = on_thread("record", move || {
             Arriving::remove(&agent.settings.paths.state, job)
         })
         .await;
+        self.s.hook_failure("the job was cancelled").await;
         self.s.over.send_replace(true);
         true
     }

@@ -24,6 +24,9 @@ pub(super) struct VmDisk {
     pub file: PathBuf,
     pub format: String,
     pub size: u64,
+    /// A medium that is copied: it belongs to nobody, and stays what and where it is.
+    #[serde(default)]
+    pub read_only: bool,
 }
 
 #[derive(Deserialize)]
@@ -134,11 +137,6 @@ impl Inserted {
                 "disk '{name}' has no node name; start the VM with -blockdev, or give its -drive a node-name"
             )
         })?;
-        if self.ro {
-            return Err(format!(
-                "disk '{name}' is read-only media; it is not moved: copy or eject it, and leave it out of the job"
-            ));
-        }
         let file = if self.file.is_empty() || self.file.starts_with("json:") {
             &self.image.filename
         } else {
@@ -149,6 +147,7 @@ impl Inserted {
             file: PathBuf::from(file),
             format: self.drv.clone(),
             size: self.image.virtual_size,
+            read_only: self.ro,
         })
     }
 }

@@ -5,9 +5,10 @@
 //! `vm::converge`, reading to `copy`. Promises that whatever ends the job before the handover leaves the VM running here, without
 //! anything of ours in its QEMU.
 
+mod foretell;
 mod put_off;
-mod shadow;
 mod switch;
+mod way_back;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,14 +19,16 @@ use longhaul_common::wire::session::{
 };
 use tokio::sync::mpsc;
 
+use self::foretell::Foretold;
 use super::copy::{self, Batch};
 use super::disks::{self, Reach};
 use super::pace::Pace;
+use super::resolve::Told;
 use super::source::{End, LiveSource};
 use super::source_vm::SourceVm;
 use super::uplink::{Detached, Uplink};
-use crate::vm::converge::{Converge, Decision, Verdict};
-use crate::vm::handover::{Reason, Word};
+use crate::vm::converge::{Converge, Decision, Policy, Verdict};
+use crate::vm::handover::Reason;
 use crate::vm::rounds::{Rounds, RoundsError};
 
 /// Between two looks at the VM.
@@ -38,7 +41,7 @@ const SAY_AGAIN: Duration = Duration::from_secs(1);
 /// What a session begins with.
 pub(super) struct Parts {
     pub rounds: Rounds,
-    pub words: mpsc::Receiver<Word>,
+    pub words: mpsc::Receiver<Told>,
 }
 
 /// Why a step ended early.
@@ -80,6 +83,8 @@ pub(super) struct Drive {
     pub rounds: Rounds,
     pub vm: SourceVm,
     converge: Converge,
+    /// What the job allows, less what turned out to be impossible.
+    policy: Policy,
     pub pace: Pace,
     began: Instant,
     /// The life of the target's session that holds a whole copy but for what the bitmaps say.
@@ -94,6 +99,9 @@ pub(super) struct Drive {
     ram_left: u64,
     /// Of each disk: the shadow that the target's copy began with, where everything that was written since counts to the rounds.
     taken_over: Vec<Option<ShadowId>>,
+    /// The hook of this handover was begun.
+    pub at_handover: bool,
+    foretold: Foretold,
 }
 
 /// Moves the VM.
@@ -111,6 +119,7 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
         rounds: parts.rounds,
         vm,
         converge: Converge::new(),
+        policy: super::pace::policy(&session.vm.policy),
         pace: Pace::new(disks),
         began: Instant::now(),
         base_for: None,
@@ -120,18 +129,23 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
         counted: false,
         ram_left: 0,
         taken_over: vec![None; disks],
+        at_handover: false,
+        foretold: Foretold::begin(session),
     };
     let end = drive.move_vm().await;
     drive.leave(end).await
 }
 
-/// Settles what a former life of this agent left. `true`: the handover is in doubt, and a task waits for the answer, or it was moved.
-pub(super) async fn settle(session: &Arc<LiveSource>, words: mpsc::Receiver<Word>) -> bool {
+/// Settles what a former life of this agent left. `true`: the session stays, for the handover is in doubt (a task waits for the answer), was
+/// made, or nobody can say.
+pub(super) async fn settle(session: &Arc<LiveSource>, words: mpsc::Receiver<Told>) -> bool {
     let mut vm = match SourceVm::open(session, words).await {
         Ok(vm) => vm,
         Err(refusal) => {
+            // Who may run the VM is not known: nothing is touched, and whoever asks hears why.
             tracing::error!(job = %session.job, "{refusal}");
-            return false;
+            session.end(Err(refusal));
+            return true;
         }
     };
     if !vm.settle().await {
@@ -139,18 +153,18 @@ pub(super) async fn settle(session: &Arc<LiveSource>, words: mpsc::Receiver<Word
     }
     let session = Arc::clone(session);
     tokio::spawn(async move {
-        let end = vm.await_answer().await;
-        match &end {
+        let end = match vm.await_answer().await {
             Ok(outcome) => {
-                let outcome = outcome.clone();
                 // How the images were left is not known: this agent was away.
-                vm.keep_shadows(outcome.generation, &[]).await;
-                if let Err(refusal) = session.remember(|record| record.outcome = Some(*outcome)).await {
-                    tracing::warn!(job = %session.job, "{refusal}");
-                }
+                session.keep_way_back(outcome.generation, &[]).await;
+                Ok(session.moved(outcome).await)
             }
-            Err(_) => session.forget().await,
-        }
+            Err(refusal) => {
+                let refusal = session.stayed(refusal).await;
+                session.forget().await;
+                Err(refusal)
+            }
+        };
         session.end(end);
     });
     true
@@ -175,11 +189,22 @@ pub(super) fn blank(disks: usize) -> LiveOutcome {
 
 impl Drive {
     async fn move_vm(&mut self) -> Result<(), Refusal> {
+        if self.s.heard.borrow().cancel.is_none() {
+            self.s.hook_before().await?;
+        }
         loop {
             match self.step().await {
                 Ok(()) => return Ok(()),
                 Err(Stop::Detached) => {
+                    // The VM runs on here for longer: what was done for its leaving is undone.
+                    if std::mem::take(&mut self.at_handover) {
+                        self.vm.hook_ended().await;
+                        let problem = self.s.hook_failure("the handover was called off").await;
+                        self.outcome.notes.extend(problem);
+                    }
                     self.note("the link to the target was lost; the VM runs on");
+                    // Nothing is gained by a slow guest while nothing moves.
+                    self.vm.undo_slowing().await;
                 }
                 Err(Stop::Refused(refusal)) => return Err(refusal),
             }
@@ -269,6 +294,7 @@ impl Drive {
                 () = tokio::time::sleep(LOOK) => {
                     self.pace.sample(self.began.elapsed(), uplink, 0, true);
                     self.s.free.look().await;
+                    self.foretell(uplink).await?;
                 }
             }
         };
@@ -309,6 +335,7 @@ impl Drive {
             if self.vm.is_migrating() && self.vm.stopped_unasked().await? {
                 return self.unasked(uplink).await;
             }
+            self.foretell(uplink).await?;
             let verdict = self.decide(uplink).await?;
             match verdict.decision {
                 Decision::Round => self.dirty_round(uplink).await?,
@@ -325,13 +352,18 @@ impl Drive {
                     }
                 }
                 Decision::SlowGuest { cpu, io } => {
-                    self.vm.slow(cpu, io).await?;
+                    if let Some(words) = self.vm.slow(cpu, io).await? {
+                        self.note(&words);
+                        self.policy.io_throttle = false;
+                    }
                     tokio::time::sleep(LOOK).await;
                 }
                 Decision::HoldInSync => {
                     if self.vm.is_migrating() {
                         self.vm.give_up(Reason::NoConvergence).await?;
                     }
+                    self.vm.undo_slowing().await;
+                    self.foretold.measure_ram_again(&self.s);
                     tokio::time::sleep(SAY_AGAIN).await;
                 }
                 Decision::GiveUp => {
@@ -356,11 +388,14 @@ impl Drive {
         if let Some((out, ram)) = self.vm.ram_out().zip(ram) {
             out.set_window(self.pace.window(&ram, rtt));
         }
-        let view = self
+        let mut view = self
             .pace
             .view(now, &dirty, stats.as_ref(), ram.as_ref(), uplink, rtt);
-        let policy = super::pace::policy(&self.s.vm.policy);
-        let verdict = self.converge.decide(now, &view, &policy);
+        view.io_limit = self.vm.io_limit();
+        // Only what ends a hold early: a measurement does not see how well changed pages reduce, a try does.
+        let holds = self.last == Some(std::mem::discriminant(&Decision::HoldInSync));
+        view.ram_dirty_rate = self.foretold.ram_rate().filter(|_| holds);
+        let verdict = self.converge.decide(now, &view, &self.policy);
         let kind = std::mem::discriminant(&verdict.decision);
         if self.last.replace(kind) != Some(kind) {
             tracing::info!(job = %self.s.job, decision = ?verdict.decision, "{}", verdict.why);
@@ -464,9 +499,11 @@ impl Drive {
                 tracing::error!(job = %self.s.job, "the VM could not be brought back: {error}");
             }
         }
-        self.vm.undo_slowing().await;
-        if end.is_ok() {
-            self.keep_shadows().await;
+        if end.is_err() {
+            self.vm.undo_slowing().await;
+            self.vm.insert_media().await;
+        } else {
+            self.keep_way_back().await;
         }
         let socket = self.rounds.socket().to_owned();
         if end.is_err()
@@ -478,13 +515,11 @@ impl Drive {
             Ok(()) => {
                 // A QEMU that quits leaves its NBD server's name behind.
                 let _ = std::fs::remove_file(socket);
-                let outcome = self.outcome.clone();
-                if let Err(refusal) = self.s.remember(|record| record.outcome = Some(outcome)).await {
-                    tracing::warn!(job = %self.s.job, "{refusal}");
-                }
-                Ok(Box::new(self.outcome))
+                Ok(self.s.moved(Box::new(self.outcome)).await)
             }
             Err(refusal) => {
+                self.vm.hook_ended().await;
+                let refusal = self.s.stayed(refusal).await;
                 self.s.forget().await;
                 Err(refusal)
             }

@@ -1,26 +1,35 @@
 //! Running VMs: the sessions of their jobs on this host, source and target.
 //!
 //! Owns the tables of sessions. A session outlives the wire attempts that serve it, because the VM does: gateways and links may go and
-//! come. `source` and `target` speak with the gateway, `drive` and `arrive` move the VM, `source_vm` and `target_vm` carry out what the
-//! handover's machines decide. Leaves QEMU to `crate::vm`.
+//! come. `source` and `target` speak with the gateway, `operator` hears the operator's word, `drive` and `arrive` move the VM,
+//! `source_vm` and `target_vm` carry out what the handover's machines decide; `outlook` and `trial` look at both ends before a byte
+//! moves. Leaves QEMU to `crate::vm`.
 
 mod arrive;
 mod copy;
 mod disks;
 mod drive;
+mod hooks;
+mod media;
 mod old_copy;
+pub(super) mod operator;
+mod outlook;
 mod pace;
 mod proof;
 mod ram_in;
 mod ram_out;
 mod record;
+mod resolve;
 pub(super) mod settle;
 mod shadow;
 pub(super) mod source;
 mod source_vm;
+mod stream;
 pub(super) mod target;
 mod target_vm;
+mod trial;
 mod uplink;
+mod way_back;
 mod word;
 
 use std::collections::HashMap;
@@ -52,6 +61,26 @@ impl<T> Sessions<T> {
             Arc::strong_count(slot) > 1 || slot.try_lock().is_ok_and(|slot| slot.is_some())
         });
         Arc::clone(slots.entry(job).or_default())
+    }
+
+    /// The jobs with a session whose number begins so.
+    pub(super) fn beginning_with(&self, start: &str) -> Vec<JobId> {
+        let slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // A place that somebody holds is about to be filled, or was just now.
+        let empty = |slot: &Slot<T>| slot.try_lock().is_ok_and(|slot| slot.is_none());
+        let jobs = slots
+            .iter()
+            .filter(|(job, slot)| job.to_string().starts_with(start) && !empty(slot));
+        jobs.map(|(job, _)| *job).collect()
+    }
+
+    /// The sessions of other jobs, as far as none is just being opened.
+    pub(super) fn others(&self, job: JobId) -> Vec<Arc<T>> {
+        let slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let others = slots.iter().filter(|(other, _)| **other != job);
+        others
+            .filter_map(|(_, slot)| slot.try_lock().ok()?.clone())
+            .collect()
     }
 }
 

@@ -9,13 +9,14 @@ use std::path::{Path, PathBuf};
 
 use longhaul_common::ids::JobId;
 
-use super::source_vm::Files;
+use super::disks::VmDisk;
+use super::record::Shadow;
 use crate::disk::apply::{Seal, image_lock};
 use crate::session::threads::on_thread;
 
 /// The images of one VM.
 pub(super) struct OldCopy {
-    files: Files,
+    files: Vec<PathBuf>,
     job: JobId,
     held: Vec<File>,
     /// Of each image its seal, taken when it was barred; none of a block device.
@@ -23,13 +24,15 @@ pub(super) struct OldCopy {
 }
 
 impl OldCopy {
-    pub(super) fn new(files: Files, job: JobId) -> Self {
-        Self {
-            files,
+    pub(super) fn of(disks: &[VmDisk], job: JobId) -> tokio::sync::Mutex<Self> {
+        // A medium that was copied may be in other VMs' drives, too.
+        let owned = disks.iter().filter(|disk| !disk.read_only);
+        tokio::sync::Mutex::new(Self {
+            files: owned.map(|disk| disk.file.clone()).collect(),
             job,
             held: Vec::new(),
             seals: Vec::new(),
-        }
+        })
     }
 
     /// By which to know later whether anybody touched the images since they were barred.
@@ -55,6 +58,27 @@ impl OldCopy {
         Ok(())
     }
 
+    /// What is left of the VM here, once it was moved.
+    pub(super) async fn shadows(&self) -> Result<Vec<Shadow>, String> {
+        let (files, job) = (self.files.clone(), self.job);
+        let found = on_thread("shadows", move || {
+            files.iter().map(|file| look(file, job)).collect::<Result<_, _>>()
+        });
+        found.await.map_err(|error| error.to_string())?
+    }
+
+    /// Locks shadows again that a former life of this agent left; never touches a name.
+    pub(super) async fn hold(&mut self, shadows: &[Shadow]) {
+        let shadows = shadows.to_vec();
+        let held = on_thread("hold", move || shadows.iter().filter_map(hold).collect());
+        self.held = held.await.unwrap_or_default();
+    }
+
+    /// Lets go of the locks.
+    pub(super) fn let_go(&mut self) {
+        self.held.clear();
+    }
+
     /// Gives them their names back.
     pub(super) async fn free(&mut self) -> Result<(), String> {
         self.held.clear();
@@ -76,7 +100,9 @@ fn bar(file: &Path, job: JobId) -> Result<(File, Option<Seal>), String> {
     let shadow = shadow_of(file, job);
     let said = |error: std::io::Error| format!("{}: {error}", file.display());
     let regular = std::fs::symlink_metadata(file).is_ok_and(|meta| meta.is_file());
-    let place = if regular {
+    let place = if regular && shadow.exists() {
+        return Err(both(file, &shadow));
+    } else if regular {
         std::fs::rename(file, &shadow).map_err(said)?;
         shadow
     } else if shadow.exists() {
@@ -99,17 +125,40 @@ fn bar(file: &Path, job: JobId) -> Result<(File, Option<Seal>), String> {
     }
 }
 
+fn both(file: &Path, shadow: &Path) -> String {
+    format!(
+        "{} and {} both exist: move the one away that is not the VM's disk",
+        file.display(),
+        shadow.display()
+    )
+}
+
+fn look(file: &Path, job: JobId) -> Result<Shadow, String> {
+    let shadow = Some(shadow_of(file, job)).filter(|shadow| shadow.exists());
+    let place = shadow.as_deref().unwrap_or(file);
+    let meta = std::fs::metadata(place).map_err(|error| format!("{}: {error}", place.display()))?;
+    Ok(Shadow {
+        file: file.to_owned(),
+        inode: std::os::unix::fs::MetadataExt::ino(&meta),
+        shadow,
+    })
+}
+
+fn hold(shadow: &Shadow) -> Option<File> {
+    let place = shadow.shadow.as_ref()?;
+    let image = File::options().read(true).write(true).open(place).ok()?;
+    image_lock::hold_beside_readers(&image)
+        .is_ok_and(|held| held)
+        .then_some(image)
+}
+
 fn free(file: &Path, job: JobId) -> Result<(), String> {
     let shadow = shadow_of(file, job);
     if !shadow.exists() {
         return Ok(());
     }
     if file.exists() {
-        return Err(format!(
-            "{} and {} both exist: move the one away that is not the VM's disk",
-            file.display(),
-            shadow.display()
-        ));
+        return Err(both(file, &shadow));
     }
     std::fs::rename(&shadow, file).map_err(|error| format!("{}: {error}", shadow.display()))
 }

@@ -15,9 +15,9 @@ use crate::vm::outgoing::MigrationStats;
 /// Over how long rates are smoothed.
 const MEMORY: Duration = Duration::from_secs(2);
 /// Device state and its description, raw; QEMU's minimal PC has some 170 KB.
-const DEVICE_STATE: u64 = 172 << 10;
+pub(super) const DEVICE_STATE: u64 = 172 << 10;
 /// Stopping, loading, flushing and starting, besides the bytes: measured on small machines.
-const STEPS: Duration = Duration::from_millis(90);
+pub(super) const STEPS: Duration = Duration::from_millis(90);
 /// Beyond twice the round trip the window allows for QEMU's and the disks' uneven pace.
 const WINDOW_SLACK: Duration = Duration::from_millis(120);
 

@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use super::disks::VmDisk;
 use crate::session::target_disks::write_durably;
+use crate::vm::io_limit::SavedLimits;
+use crate::vm::media::Medium;
 use crate::vm::outgoing::Saved;
 
 /// A VM that leaves this host.
@@ -25,8 +27,37 @@ pub(super) struct Leaving {
     pub disks: Vec<VmDisk>,
     /// QEMU's settings before its migration, while it runs.
     pub saved: Option<Saved>,
+    /// The drives' limits before the guest's writes were held down, while they are.
+    #[serde(default)]
+    pub limits: Vec<SavedLimits>,
+    /// Media that are out of their drives.
+    #[serde(default)]
+    pub ejected: Vec<Medium>,
     /// It was moved, and this came of it.
     pub outcome: Option<LiveOutcome>,
+    /// The VM's definition on this host.
+    #[serde(default)]
+    pub definition: Option<PathBuf>,
+    /// Hooks began to run.
+    #[serde(default)]
+    pub hooked: bool,
+    /// The hook after the move has run to its end.
+    #[serde(default)]
+    pub told: bool,
+    /// Once it was moved: what is left of it here, in the order of `disks`.
+    #[serde(default)]
+    pub shadows: Vec<Shadow>,
+}
+
+/// What a moved VM left of one disk at its source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Shadow {
+    /// The name that the image had.
+    pub file: PathBuf,
+    /// The name that it has now; none for a block device, which keeps its own.
+    pub shadow: Option<PathBuf>,
+    /// Its inode: another file of that name is none of ours.
+    pub inode: u64,
 }
 
 /// A VM that arrives at this host.

@@ -8,12 +8,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use longhaul_common::ids::JobId;
+use longhaul_common::wire::session::{Refusal, RefusalKind};
 
 use super::arrive::{self, Machine};
 use super::record::{Arriving, Leaving};
 use super::source::LiveSource;
 use super::target::LiveTarget;
-use crate::disk::apply::unlink_after_crash;
+use super::trial;
 use crate::session::threads::on_thread;
 use crate::session::{Agent, target_disks};
 use crate::vm::qmp::Qmp;
@@ -32,6 +33,7 @@ pub(in crate::session) async fn all(agent: &Arc<Agent>) {
         .into_iter()
         .map(|(job, record)| leave(Arc::clone(agent), job, record));
     let leaving: Vec<_> = leaving.map(tokio::spawn).collect();
+    trial::settle(agent).await;
     let arriving = arriving
         .into_iter()
         .map(|(job, record)| arrive(Arc::clone(agent), job, record));
@@ -53,11 +55,10 @@ async fn leave(agent: Arc<Agent>, job: JobId, record: Leaving) {
         }
     };
     let nbd = record.nbd.clone();
-    let session = LiveSource::settle(&agent, job, record, qmp.clone()).await;
-    match session {
+    match LiveSource::settle(&agent, job, record, qmp.clone()).await {
         // In doubt, or moved: whoever asks is answered.
-        Some(session) => *agent.live_sources.slot(job).lock().await = Some(session),
-        None => {
+        (session, true) => *agent.live_sources.slot(job).lock().await = Some(session),
+        (session, false) => {
             if let Some(qmp) = qmp {
                 let prefix = format!("{}{}-", crate::vm::PREFIX, job.short());
                 match rounds::sweep(&qmp, &nbd, |name| !name.starts_with(&prefix)).await {
@@ -69,8 +70,14 @@ async fn leave(agent: Arc<Agent>, job: JobId, record: Leaving) {
                     }
                 }
             }
-            let state = agent.settings.paths.state.clone();
-            let _ = on_thread("record", move || Leaving::remove(&state, job)).await;
+            session.forget().await;
+            tokio::spawn(async move {
+                let refusal = Refusal::new(
+                    RefusalKind::Lost,
+                    "the agent was restarted; the VM runs on at the source",
+                );
+                session.stayed(refusal).await
+            });
         }
     }
 }
@@ -94,17 +101,12 @@ async fn arrive(agent: Arc<Agent>, job: JobId, record: Arriving) {
     if arrive::is_given_up(&session) {
         session.over.send_replace(true);
         // The copy stays for the next attempt; its final name does not lead to it any more.
-        let _ = on_thread("unlink", move || {
-            for options in target_disks::all_options(&open, &agent.settings)
-                .into_iter()
-                .flatten()
-            {
-                if let Err(error) = unlink_after_crash(&options) {
-                    tracing::warn!(%job, "{error}");
-                }
-            }
-        })
-        .await;
+        let unlinked = on_thread("unlink", move || target_disks::unlink_all(&open, &agent.settings)).await;
+        if let Ok(Err(why)) = unlinked {
+            tracing::warn!(%job, "{why}");
+        }
+        // Whatever hooks of a former life did is undone, beside everything else.
+        tokio::spawn(async move { session.hook_failure("the agent was restarted").await });
         return;
     }
     *agent.live_targets.slot(job).lock().await = Some(session);

@@ -1,293 +1,224 @@
-//! The images that a VM left behind when it was moved away, and the copies that begin with them when it comes back.
+//! What a moved VM leaves at its source: its images under other names, the record of them, and their end.
 //!
-//! Owns the record of each move's shadows below the state folder: which files, how they were left, and to which job one was lent. Leaves
-//! barring them to `old_copy`, taking one to `disk::apply`. Promises that a shadow is called "as it was left" only by the life of this
-//! agent that barred it, with the blocks that were left behind as free; that a copy which is given up becomes a shadow again; and that one
-//! over which anything was written is from then on compared by digests, never taken on trust.
+//! Owns noting them when the VM is the target's, holding their locks, and removing them on the operator's word. Their record is `shadows` in
+//! the job's `leaving/JOB.json`. Leaves names and locks to `old_copy`. Promises that only files are removed that the record names, under a
+//! name that only `old_copy` gives, with the inode that was noted; and that a removal which was cut is taken up again.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::{Arc, PoisonError};
 
-use longhaul_common::ids::{DiskIndex, JobId};
-use longhaul_common::wire::session::{Refusal, ShadowId, TargetDisk, TargetOpen};
-use serde::{Deserialize, Serialize};
+use longhaul_common::ids::JobId;
+use longhaul_common::units::ByteSize;
+use longhaul_common::wire::session::{LiveOutcome, Refusal};
 
 use super::old_copy::shadow_of;
-use super::record;
-use crate::disk::apply::{
-    Have, Left, Placed, Returned, Shadow, Target, TargetError, TargetOptions, partial_name,
-};
-use crate::session::target_disks;
-use crate::settings::AgentSettings;
+use super::record::{Leaving, Shadow};
+use super::source::LiveSource;
+use crate::session::threads::on_thread;
+use crate::vm::handover::{SourceOwner, SourceState};
+use crate::vm::journal::{Journal, Role};
 
-const KIND: &str = "shadows";
-/// More runs of free blocks than this are not remembered: the record has to be read at once. About 30 MiB of text.
-pub(super) const FREE_RUNS_MAX: usize = 1 << 20;
-
-/// The shadows of one move.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct Shadows {
-    /// Which RAM stream the VM was moved by.
-    pub generation: u32,
-    /// In the order of the job's disks.
-    pub disks: Vec<ShadowDisk>,
-}
-
-/// One image that stayed behind.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct ShadowDisk {
-    /// Its name while the VM was here.
-    pub file: PathBuf,
-    pub format: String,
-    /// Of the disk, in bytes.
-    pub size: u64,
-    /// None: what it holds has to be read.
-    pub left: Option<Left>,
-    /// The copy that began with it.
-    #[serde(default)]
-    pub lent: Option<Lent>,
-}
-
-/// A disk of another job.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Lent {
-    pub job: String,
-    pub disk: u16,
-}
-
-/// A copy that was opened, and the shadow that some of its leaves are as it was left.
-pub(super) type Opened = (Target, Have, Option<ShadowId>);
-
-impl Shadows {
-    /// Blocks.
-    pub(super) fn save(&self, state: &Path, job: JobId) -> Result<(), String> {
-        record::save(state, KIND, job, self)
-    }
-}
-
-impl ShadowDisk {
-    /// Its name now, where it may become this copy: the same folder, format and size.
-    fn suits(&self, job: JobId, disk: &TargetDisk, options: &TargetOptions) -> Option<PathBuf> {
-        let path = shadow_of(&self.file, job);
-        let folder = path.parent()?.canonicalize().ok()?;
-        let plain = std::fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file());
-        let same = self.format == disk.format && self.size == disk.size;
-        (plain && same && options.path.parent() == Some(&*folder)).then_some(path)
-    }
-
-    fn was(&self, options: &TargetOptions) -> bool {
-        let folder = self.file.parent().and_then(|folder| folder.canonicalize().ok());
-        folder.as_deref() == options.path.parent() && self.file.file_name() == options.path.file_name()
-    }
-}
-
-/// Opens every disk of a VM that arrives, with the shadows that it may begin with. Blocks.
-pub(super) fn open_disks(open: &TargetOpen, settings: &AgentSettings) -> Result<Vec<Opened>, Refusal> {
-    let opened = target_disks::open_with(open, settings, |index, disk, options| {
-        open_disk(open.job, index, disk, options, &settings.paths.state)
-    })?;
-    let lent = lent_to(open.job, &settings.paths.state);
-    let known = |index: u16| lent.iter().find(|(_, lent)| *lent == index).map(|(id, _)| *id);
-    Ok((0..)
-        .zip(opened)
-        .map(|(index, (target, have))| (target, have, known(index)))
-        .collect())
-}
-
-fn open_disk(
-    job: JobId,
-    index: DiskIndex,
-    disk: &TargetDisk,
-    options: &TargetOptions,
-    state: &Path,
-) -> Result<(Target, Have), TargetError> {
-    let name = options.path.file_name().and_then(|name| name.to_str());
-    let partial = name.map(|name| options.path.with_file_name(partial_name(name, job)));
-    let goes_on = partial.is_none_or(|partial| partial.exists());
-    let Some((id, shadow)) = find(disk, options, state).filter(|_| disk.shadow && !goes_on) else {
-        return Target::open(options, disk.size);
-    };
-    let lent = Lent {
-        job: job.to_string(),
-        disk: index.0,
-    };
-    // Before it is taken: who finds the copy after a crash must know where it came from.
-    if let Err(why) = lend(&id, Some(lent), state) {
-        tracing::warn!(%job, "the shadow of job {} is not used: {why}", id.job.short());
-        return Target::open(options, disk.size);
-    }
-    let opened = Target::open_with(options, disk.size, Some(&shadow));
-    let taken = opened
-        .as_ref()
-        .is_ok_and(|(target, _)| target.began_with_shadow());
-    if !taken && let Err(why) = lend(&id, None, state) {
-        tracing::warn!(%job, "{why}");
-    }
-    opened.map(|(mut target, have)| {
-        if taken {
-            target.note(note(&id, index, have.has_shadow()));
-        }
-        (target, have)
-    })
-}
-
-fn note(id: &ShadowId, index: DiskIndex, as_left: bool) -> String {
-    let how = if as_left {
-        "its VM's QEMU knows what was written since"
-    } else {
-        "what was written since is not known, so digests are compared"
-    };
-    format!(
-        "disk {index} begins with the shadow of job {}; {how}",
-        id.job.short()
-    )
-}
-
-/// The shadow that a disk may begin with.
-fn find(disk: &TargetDisk, options: &TargetOptions, state: &Path) -> Option<(ShadowId, Shadow)> {
-    let known = disk.since.and_then(|id| {
-        let shadows: Shadows = record::one(state, KIND, id.job)?;
-        let shadow = shadows.disks.get(usize::from(id.disk.0)).cloned()?;
-        let path = shadow.suits(id.job, disk, options)?;
-        let same = shadows.generation == id.generation;
-        Some((id, as_shadow(&shadow, &path, same)?))
-    });
-    known.or_else(|| find_by_name(disk, options, state))
-}
-
-/// Where nobody knows the changes since: the newest shadow of the image that had the target's name here.
-fn find_by_name(disk: &TargetDisk, options: &TargetOptions, state: &Path) -> Option<(ShadowId, Shadow)> {
-    let mut newest = None;
-    for (job, shadows) in record::all::<Shadows>(state, KIND) {
-        for (index, shadow) in (0..).map(DiskIndex).zip(&shadows.disks) {
-            let path = shadow.suits(job, disk, options).filter(|_| shadow.was(options));
-            let Some(path) = path else { continue };
-            let left = std::fs::metadata(&path).and_then(|meta| meta.modified()).ok();
-            let generation = shadows.generation;
-            let id = ShadowId {
-                job,
-                generation,
-                disk: index,
-            };
-            if let Some(found) = as_shadow(shadow, &path, false)
-                && newest.as_ref().is_none_or(|(other, _)| *other < left)
-            {
-                newest = Some((left, (id, found)));
-            }
-        }
-    }
-    newest.map(|(_, found)| found)
-}
-
-fn as_shadow(shadow: &ShadowDisk, path: &Path, changes_known: bool) -> Option<Shadow> {
-    Some(Shadow {
-        name: path.file_name()?.to_owned(),
-        // What is, or was, lent holds what nobody knows.
-        left: shadow.left.clone().filter(|_| shadow.lent.is_none()),
-        changes_known,
-    })
-}
-
-fn lend(id: &ShadowId, lent: Option<Lent>, state: &Path) -> Result<(), String> {
-    change(id, state, |disk| disk.lent = lent)
-}
-
-fn change(id: &ShadowId, state: &Path, change: impl FnOnce(&mut ShadowDisk)) -> Result<(), String> {
-    let lost = || "its record is gone".to_owned();
-    let mut shadows: Shadows = record::one(state, KIND, id.job).ok_or_else(lost)?;
-    let disk = shadows.disks.get_mut(usize::from(id.disk.0)).ok_or_else(lost)?;
-    change(disk);
-    shadows.save(state, id.job)
-}
-
-/// The shadows that copies of a job began with, each with the copy's number.
-fn lent_to(job: JobId, state: &Path) -> Vec<(ShadowId, u16)> {
-    let mut found = Vec::new();
-    for (of, shadows) in record::all::<Shadows>(state, KIND) {
-        let generation = shadows.generation;
-        for (disk, shadow) in (0..).map(DiskIndex).zip(&shadows.disks) {
-            if let Some(lent) = shadow.lent.as_ref().filter(|lent| lent.job == job.to_string()) {
-                let id = ShadowId {
-                    job: of,
-                    generation,
-                    disk,
-                };
-                found.push((id, lent.disk));
-            }
-        }
-    }
-    found
-}
-
-/// Gives up a job's copies: those that began with a shadow become one again, the others are removed. Blocks.
-pub(super) fn give_up(
-    job: JobId,
-    targets: Vec<Target>,
-    placed: &mut [Placed],
-    state: &Path,
-) -> Result<(), TargetError> {
-    let lent = lent_to(job, state);
-    let shadow = |index: u16| lent.iter().find(|(_, lent)| *lent == index).map(|(id, _)| *id);
-    for (index, placed) in (0..).zip(placed) {
-        match shadow(index).and_then(|id| Some((id, own_name(&id, state)?))) {
-            Some((id, name)) => returned(&id, &placed.give_back(name.as_ref())?, state),
-            None => placed.discard()?,
-        }
-    }
-    for (index, target) in (0..).zip(targets) {
-        match shadow(index).and_then(|id| Some((id, own_name(&id, state)?))) {
-            Some((id, name)) => returned(&id, &target.give_back(name.as_ref())?, state),
-            None => {
-                target.unlink()?;
-                target.discard()?;
-            }
-        }
-    }
-    Ok(())
-}
-
-fn own_name(id: &ShadowId, state: &Path) -> Option<std::ffi::OsString> {
-    let shadows: Shadows = record::one(state, KIND, id.job)?;
-    let disk = shadows.disks.get(usize::from(id.disk.0))?;
-    Some(shadow_of(&disk.file, id.job).file_name()?.to_owned())
-}
-
-fn returned(id: &ShadowId, returned: &Returned, state: &Path) {
-    let changed = change(id, state, |disk| {
-        disk.lent = None;
-        // Its free blocks are zeros already.
-        disk.left = returned.untouched.clone().map(|seal| Left {
-            seal,
-            free: Vec::new(),
+impl LiveSource {
+    /// The target runs the VM: notes what is left here, and runs the hook.
+    pub(super) async fn moved(&self, mut outcome: Box<LiveOutcome>) -> Box<LiveOutcome> {
+        let shadows = self.old_copy.lock().await.shadows().await;
+        let shadows = shadows.unwrap_or_else(|why| {
+            tracing::warn!(job = %self.job, "what is left of the VM here is not noted: {why}");
+            Vec::new()
         });
-    });
-    if let Err(why) = changed {
-        tracing::warn!("the record of the shadow of job {}: {why}", id.job.short());
+        let noted = (*outcome).clone();
+        let saved = self.remember(|record| {
+            record.outcome = Some(noted);
+            record.shadows = shadows;
+        });
+        if let Err(refusal) = saved.await {
+            tracing::warn!(job = %self.job, "{refusal}");
+        }
+        outcome.notes.extend(self.hook_after().await);
+        let noted = (*outcome).clone();
+        let saved = self.remember(|record| (record.outcome, record.told) = (Some(noted), true));
+        if let Err(refusal) = saved.await {
+            tracing::warn!(job = %self.job, "the hook may run again: {refusal}");
+        }
+        outcome
+    }
+
+    /// The VM is not moved: runs the hook, where any has run before. Gives the refusal with what came of that.
+    pub(super) async fn stayed(&self, mut refusal: Refusal) -> Refusal {
+        if self.is_hooked()
+            && let Some(problem) = self.hook_failure(&refusal.text).await
+        {
+            refusal.text = format!("{}; {problem}", refusal.text);
+        }
+        refusal
+    }
+
+    /// A former life of this agent saw the VM move: the locks are held again, and a hook that was cut runs once more.
+    pub(super) async fn settle_moved(self: &Arc<Self>) {
+        let (shadows, told) = {
+            let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+            (record.shadows.clone(), record.told)
+        };
+        self.old_copy.lock().await.hold(&shadows).await;
+        if !told {
+            let session = Arc::clone(self);
+            tokio::spawn(async move {
+                session.hook_after().await;
+                if let Err(refusal) = session.remember(|record| record.told = true).await {
+                    tracing::warn!(job = %session.job, "the hook may run again: {refusal}");
+                }
+            });
+        }
+    }
+
+    /// Removes the shadows of a VM that the target runs, then all that is known of the job here.
+    ///
+    /// # Errors
+    /// A sentence, where it was not moved or a file is not the one that was noted; the others are removed all the same.
+    pub(super) async fn remove_shadows(&self) -> Result<Vec<String>, String> {
+        let record = self.record.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if record.outcome.is_none() {
+            return Err(
+                "the source has not seen this VM run at the target: only what a completed move left can be forgotten"
+                    .to_owned(),
+            );
+        }
+        let mut old_copy = self.old_copy.lock().await;
+        old_copy.let_go();
+        let (state, job) = (self.agent.settings.paths.state.clone(), self.job);
+        let shadows = record.shadows.clone();
+        let removed = on_thread("forget", move || forget(&state, job, &record)).await;
+        let removed = removed.unwrap_or_else(|error| Err(error.to_string()));
+        if removed.is_err() {
+            old_copy.hold(&shadows).await;
+        }
+        removed
     }
 }
 
-/// The job's VM has arrived: the shadows that its copies began with are its disks now. Blocks.
-pub(super) fn used_up(job: JobId, state: &Path) {
-    let mut jobs: Vec<_> = lent_to(job, state).into_iter().map(|(id, _)| id.job).collect();
-    jobs.dedup();
-    for of in jobs {
-        let Some(mut shadows) = record::one::<Shadows>(state, KIND, of) else {
-            continue;
-        };
-        let here = |disk: &ShadowDisk| disk.lent.as_ref().is_some_and(|lent| lent.job == job.to_string());
-        if shadows.disks.iter().all(here) {
-            record::remove(state, KIND, of);
-            continue;
-        }
-        shadows
-            .disks
-            .iter_mut()
-            .filter(|disk| here(disk))
-            .for_each(|disk| disk.left = None);
-        if let Err(why) = shadows.save(state, of) {
-            tracing::warn!(%job, "{why}");
+/// Blocks.
+fn forget(state: &Path, job: JobId, record: &Leaving) -> Result<Vec<String>, String> {
+    let journal = released(state, job)?;
+    let mut said = Vec::new();
+    let mut freed = 0;
+    let mut problems = Vec::new();
+    for shadow in &record.shadows {
+        match remove(shadow, job) {
+            Ok((words, bytes)) => {
+                said.push(words);
+                freed += bytes;
+            }
+            Err(why) => problems.push(why),
         }
     }
+    if !problems.is_empty() {
+        return Err(problems.join("; "));
+    }
+    super::way_back::forget(state, job);
+    // The record first: with a journal alone, a restarted agent has nothing to settle.
+    Leaving::remove(state, job);
+    journal.remove().map_err(|error| error.to_string())?;
+    said.push(format!(
+        "{} freed; this host has forgotten the job",
+        ByteSize(freed)
+    ));
+    Ok(said)
+}
+
+/// The journal has the last word on whose the VM is.
+fn released(state: &Path, job: JobId) -> Result<Journal, String> {
+    let journal = Journal::open(state, job, Role::Source).map_err(|error| error.to_string())?;
+    let (owner, _) = SourceOwner::restore(journal.records()).map_err(|error| error.to_string())?;
+    match owner.state() {
+        SourceState::Released { .. } if owner.is_closed() => Ok(journal),
+        SourceState::Released { .. } => Err(
+            "the VM's old QEMU at the source has not ended yet: end it (`quit` in its monitor), then restart the agent".to_owned(),
+        ),
+        _ => Err(format!("the source's journal says: {}", owner.words())),
+    }
+}
+
+/// Gives what was done, and the bytes that it freed.
+fn remove(shadow: &Shadow, job: JobId) -> Result<(String, u64), String> {
+    use std::os::unix::fs::MetadataExt;
+    let Some(path) = &shadow.shadow else {
+        let words = format!(
+            "{} is a device and keeps its content and name: wipe it yourself",
+            shadow.file.display()
+        );
+        return Ok((words, 0));
+    };
+    if *path != shadow_of(&shadow.file, job) {
+        return Err(format!("{} is no name of a shadow of this job", path.display()));
+    }
+    let meta = match std::fs::symlink_metadata(path) {
+        Ok(meta) => meta,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Ok((format!("{} is gone already", path.display()), 0));
+        }
+        Err(error) => return Err(format!("{}: {error}", path.display())),
+    };
+    if !meta.is_file() || meta.ino() != shadow.inode {
+        return Err(format!(
+            "{} is not the file that the VM left (its inode differs): look at it, and remove it by hand",
+            path.display()
+        ));
+    }
+    let said = |error: std::io::Error| format!("{} cannot be removed: {error}", path.display());
+    std::fs::remove_file(path).map_err(said)?;
+    if let Some(folder) = path.parent() {
+        std::fs::File::open(folder)
+            .and_then(|folder| folder.sync_all())
+            .map_err(said)?;
+    }
+    let bytes = meta.blocks().saturating_mul(512);
+    Ok((format!("{} is removed", path.display()), bytes))
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn only_the_file_that_was_noted_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let job = JobId::random();
+        let file = dir.path().join("web.img");
+        let path = shadow_of(&file, job);
+        std::fs::write(&path, vec![7; 8192]).unwrap();
+        let shadow = Shadow {
+            inode: std::fs::metadata(&path).unwrap().ino(),
+            shadow: Some(path.clone()),
+            file: file.clone(),
+        };
+
+        let other = Shadow {
+            inode: shadow.inode + 1,
+            ..shadow.clone()
+        };
+        assert!(remove(&other, job).unwrap_err().contains("by hand"));
+        let elsewhere = Shadow {
+            shadow: Some(dir.path().join("other.img")),
+            ..shadow.clone()
+        };
+        assert!(
+            remove(&elsewhere, job)
+                .unwrap_err()
+                .contains("no name of a shadow")
+        );
+        assert!(remove(&shadow, JobId::random()).is_err());
+        assert!(path.exists());
+
+        let (words, bytes) = remove(&shadow, job).unwrap();
+        assert!(words.contains("is removed") && bytes >= 8192, "{words}: {bytes}");
+        assert!(!path.exists());
+        assert!(remove(&shadow, job).unwrap().0.contains("gone already"));
+        let device = Shadow {
+            shadow: None,
+            ..shadow
+        };
+        assert!(remove(&device, job).unwrap().0.contains("wipe it yourself"));
+    }
+}

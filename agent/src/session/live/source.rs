@@ -1,9 +1,10 @@
 //! A running VM at its source: one session for each job, over any number of wire attempts.
 //!
-//! Owns the session's life, attaching an attempt to it, and what is heard. Leaves the migration itself to `drive`. Promises that a plan
+//! Owns the session's life, attaching an attempt to it, and what is heard. Leaves looking at the VM first to `open`, the migration itself to `drive`. Promises that a plan
 //! leaves nothing behind in QEMU, that an attempt which ends leaves the VM and the session as they are, and that how the
 //! migration ended is said to every attempt that asks.
 
+mod open;
 mod preflight;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,24 +14,26 @@ use longhaul_common::ids::{Attempt, JobId};
 use longhaul_common::link::{Link, RecvStream, SendStream};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
-    AgentWord, FromSource, LiveOutcome, OpenedDisk, Refusal, RefusalKind, ShadowId, SourceOpen, SourceVm,
-    ToSource,
+    AgentWord, FromSource, LiveOutcome, LiveSurvey, OpenedDisk, Refusal, RefusalKind, ShadowId, SourceOpen,
+    SourceVm, ToSource,
 };
 use tokio::sync::{mpsc, watch};
 
 use super::disks::{self, VmDisk};
 use super::drive::{self, Parts};
+use super::old_copy::OldCopy;
 use super::proof::FreeProof;
 use super::record::Leaving;
+use super::resolve::Told;
+use super::stream::{listen, speak};
 use super::uplink::Uplink;
 use super::word::{self, ToSource as Said, ToTarget};
 use crate::disk::have::HaveLeaves;
-use crate::session::source_disks::read_definition;
 use crate::session::threads::on_thread;
 use crate::session::{Agent, outcome};
-use crate::vm::handover::{Generation, Word};
+use crate::vm::handover::{Generation, SourceState};
+use crate::vm::media::Medium;
 use crate::vm::qmp::Qmp;
-use crate::vm::rounds::{self, Rounds, RoundsOptions};
 
 /// The first version of QEMU whose disks in iothreads are read.
 const IOTHREADS_FROM: (u32, u32) = (8, 1);
@@ -77,11 +80,21 @@ pub(crate) struct LiveSource {
     /// Of each disk the shadow since which QEMU knows all writes.
     pub(super) since: Vec<Option<ShadowId>>,
     reports: Vec<OpenedDisk>,
+    /// What was found before a byte moved; not by a session that only settles.
+    survey: Option<Box<LiveSurvey>>,
+    /// Bytes of the VM's RAM, for the forecast.
+    pub(super) ram_size: u64,
+    /// Media that leave their drives before RAM moves.
+    pub(super) eject: Vec<Medium>,
     pub(super) free: Arc<FreeProof>,
     definition: Option<Vec<u8>>,
     pub(super) heard: watch::Sender<Heard>,
     pub(super) uplink: watch::Sender<Option<Arc<Uplink>>>,
-    words: mpsc::Sender<Word>,
+    pub(super) words: mpsc::Sender<Told>,
+    /// The handover's state, once its machine has begun.
+    pub(super) owner: watch::Sender<Option<SourceState>>,
+    /// The images, and their locks once the VM is handed over.
+    pub(super) old_copy: tokio::sync::Mutex<OldCopy>,
     /// Where the RAM stream of the current generation is told how far the target is.
     pub(super) ram: Mutex<Option<Arc<super::ram_out::RamOut>>>,
     pub(super) record: Mutex<Leaving>,
@@ -129,83 +142,32 @@ pub(crate) async fn run(
 }
 
 impl LiveSource {
-    async fn open(agent: &Arc<Agent>, open: &SourceOpen, vm: SourceVm) -> Result<Arc<Self>, Refusal> {
-        let refused = |error: &dyn std::error::Error| Refusal::because(RefusalKind::Refused, error);
-        let settings = &agent.settings;
-        let socket = preflight::allowed_socket(agent, &vm)?;
-        let qmp = Qmp::connect(&socket).await.map_err(|error| refused(&error))?;
-        preflight::refuse_unmovable(&qmp).await?;
-        let disks = disks::find(&qmp, &open.disks).await?;
-        let nbd = settings.paths.run.join(format!("nbd-{}.sock", open.job.short()));
-        // What a former life of this agent left in this QEMU for this job.
-        let prefix = format!("{}{}-", crate::vm::PREFIX, open.job.short());
-        rounds::sweep(&qmp, &nbd, |name| !name.starts_with(&prefix))
-            .await
-            .map_err(|error| refused(&error))?;
-        let options = RoundsOptions {
-            job: open.job.short(),
-            nodes: disks.iter().map(|disk| disk.node.clone()).collect(),
-            granularity: vm.policy.granularity,
-            socket: nbd,
-            foreign_socket: None,
-        };
-        let since = preflight::known_since(&qmp, &options.nodes).await?;
-        let record = Leaving {
-            job: open.job.to_string(),
-            vm: vm.clone(),
-            qmp: socket.clone(),
-            nbd: options.socket.clone(),
-            disks: disks.clone(),
-            saved: None,
-            outcome: None,
-        };
-        save(agent, open.job, record.clone()).await?;
-        let mut rounds = Rounds::start(&qmp, options)
-            .await
-            .map_err(|error| refused(&error))?;
-        let reach = disks::reach(&mut rounds, 1)
-            .await
-            .map_err(|error| refused(&error));
-        let surveyed = preflight::survey(reach, disks.clone(), vm.policy, open.filter).await;
-        let definition = open
-            .definition
-            .as_deref()
-            .map(|path| read_definition(path, settings));
-        let ((mut reports, free), definition) =
-            match surveyed.and_then(|surveyed| Ok((surveyed, definition.transpose()?))) {
-                Ok(opened) => opened,
-                Err(refusal) => {
-                    let _ = rounds.remove().await; // The first error is the one to tell.
-                    return Err(refusal);
-                }
-            };
-        reports
-            .iter_mut()
-            .zip(&since)
-            .for_each(|(report, since)| report.since = *since);
-        let (words, heard) = mpsc::channel(QUEUE);
-        Ok(Arc::new(Self {
-            agent: Arc::clone(agent),
-            job: open.job,
-            vm,
-            qmp,
-            disks,
-            since,
-            reports,
-            free,
-            definition,
-            heard: watch::Sender::default(),
-            uplink: watch::Sender::new(None),
-            words,
-            ram: Mutex::default(),
-            record: Mutex::new(record),
-            parts: Mutex::new(Some(Parts { rounds, words: heard })),
-            ended: watch::Sender::new(None),
-        }))
+    /// Of each disk, the bytes that round 0 has to send.
+    pub(super) fn used(&self) -> Vec<u64> {
+        self.reports.iter().map(|report| report.used).collect()
+    }
+
+    /// Whether this session, which is not over, has that monitor's VM.
+    fn has_vm(&self, socket: &std::path::Path) -> bool {
+        let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        self.ended.borrow().is_none() && record.qmp == socket
     }
 
     fn has_failed(&self) -> bool {
         self.ended.borrow().as_ref().is_some_and(Result::is_err)
+    }
+
+    /// Why it ended without the VM being moved.
+    pub(super) fn failure(&self) -> Option<String> {
+        let ended = self.ended.borrow();
+        ended
+            .as_ref()
+            .and_then(|end| Some(end.as_ref().err()?.text.clone()))
+    }
+
+    /// Whether the target runs the VM.
+    pub(super) fn has_moved(&self) -> bool {
+        self.ended.borrow().as_ref().is_some_and(Result::is_ok)
     }
 
     /// Whether nobody ever told it to start.
@@ -243,13 +205,13 @@ impl LiveSource {
         save(&self.agent, self.job, record).await
     }
 
-    /// What a former life of this agent left: settled as far as it can be. Gives the session where somebody may still ask for it.
+    /// What a former life of this agent left: settled as far as it can be. `true` where somebody may still ask for the session.
     pub(super) async fn settle(
         agent: &Arc<Agent>,
         job: JobId,
         record: Leaving,
         qmp: Option<Qmp>,
-    ) -> Option<Arc<Self>> {
+    ) -> (Arc<Self>, bool) {
         let (words, heard) = mpsc::channel(QUEUE);
         let qmp = match qmp {
             Some(qmp) => qmp,
@@ -261,23 +223,30 @@ impl LiveSource {
             job,
             vm: record.vm.clone(),
             qmp,
+            old_copy: OldCopy::of(&record.disks, job),
             disks: record.disks.clone(),
             since: Vec::new(),
             reports: record.disks.iter().map(disks::unread).collect(),
+            survey: None,
+            ram_size: 0,
+            eject: Vec::new(),
             free: Arc::new(FreeProof::none()),
             definition: None,
             heard: watch::Sender::default(),
             uplink: watch::Sender::new(None),
             words,
+            owner: watch::Sender::new(None),
             ram: Mutex::default(),
             record: Mutex::new(record),
             parts: Mutex::default(),
             ended: watch::Sender::new(moved.clone()),
         });
         if moved.is_some() {
-            return Some(session);
+            session.settle_moved().await;
+            return (session, true);
         }
-        drive::settle(&session, heard).await.then_some(session)
+        let asked = drive::settle(&session, heard).await;
+        (session, asked)
     }
 
     /// How the migration ended, for everybody who asks.
@@ -311,11 +280,13 @@ impl LiveSource {
         let opened = FromSource::Opened {
             disks: self.reports.clone(),
             definition: self.definition.clone(),
+            live: self.survey.clone(),
         };
         let over = ended.borrow_and_update().clone();
         if let Some(end) = over {
             return drop(say.send(last_word(end)).await);
         }
+        self.say_doubt(say).await;
         if say.send(opened).await.is_err() {
             return;
         }
@@ -403,7 +374,7 @@ impl LiveSource {
                 }
             }
             // A queue that is full loses words; each is said again.
-            Said::Handover(word) => drop(self.words.try_send(word)),
+            Said::Handover(word) => drop(self.words.try_send(Told::Word(word))),
             Said::Echo(number) => self.heard.send_modify(|heard| {
                 if let Some((_, left)) = heard.probe.take_if(|(sent, _)| *sent == number) {
                     let now = left.elapsed();
@@ -470,29 +441,5 @@ fn last_word(end: End) -> FromSource {
     match end {
         Ok(outcome) => FromSource::Moved(outcome),
         Err(refusal) => FromSource::Failed(refusal),
-    }
-}
-
-async fn speak(mut send: SendStream, mut outgoing: mpsc::Receiver<FromSource>) {
-    while let Some(message) = outgoing.recv().await {
-        if frame::write(&mut send, &message).await.is_err() {
-            return;
-        }
-    }
-    let _ = send.finish();
-    let _ = send.stopped().await;
-}
-
-async fn listen(mut recv: RecvStream, hear: mpsc::Sender<ToSource>) {
-    loop {
-        match frame::read(&mut recv).await {
-            Ok(Some(message)) => {
-                if hear.send(message).await.is_err() {
-                    return;
-                }
-            }
-            Ok(None) => return,
-            Err(error) => return tracing::debug!("the source's control stream ended: {error}"),
-        }
     }
 }

@@ -5,8 +5,9 @@
 //! before anything is said of it.
 
 mod commit;
+mod held;
+mod resolve;
 
-use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,16 +16,18 @@ use serde_json::json;
 use tokio::sync::mpsc;
 
 use super::drive::Stop;
-use super::old_copy::OldCopy;
 use super::ram_out::{RamOut, RamView};
+use super::resolve::Told;
 use super::source::{End, LiveSource};
 use super::word::{ToTarget, VmWords};
 use crate::session::threads::on_thread;
 use crate::vm::facts;
 use crate::vm::handover::{
-    Effect, Generation, Limits, Note, Reason, SourceEvent, SourceOwner, SourceQemu, SourceState, Word,
+    Effect, Generation, Limits, Note, Reason, SourceEvent, SourceOwner, SourceQemu, SourceState,
 };
+use crate::vm::io_limit::SavedLimits;
 use crate::vm::journal::{Journal, Role};
+use crate::vm::media::Medium;
 use crate::vm::outgoing::{self, MigrationStats, Outgoing, OutgoingOptions};
 use crate::vm::qmp::MigrationStatus;
 
@@ -44,19 +47,24 @@ pub(super) struct SourceVm {
     s: Arc<LiveSource>,
     owner: SourceOwner,
     journal: Option<Journal>,
-    words: mpsc::Receiver<Word>,
+    words: mpsc::Receiver<Told>,
     outgoing: Option<Outgoing>,
     ram: Option<Arc<RamOut>>,
-    old_copy: OldCopy,
     limits: Limits,
     slowed: bool,
+    /// That of a handover which was called off, until it has ended.
+    hook: Option<super::hooks::Running>,
+    /// The drives' own limits while their writes are held down, and to how much.
+    io: Option<(Vec<SavedLimits>, u64)>,
+    /// Media that are out of their drives.
+    out: Vec<Medium>,
 }
 
 impl SourceVm {
     /// Opens the journal; a former life's handover is settled first.
     pub(super) async fn open(
         session: &Arc<LiveSource>,
-        words: mpsc::Receiver<Word>,
+        words: mpsc::Receiver<Told>,
     ) -> Result<Self, Refusal> {
         let (state, job) = (session.agent.settings.paths.state.clone(), session.job);
         let opened = on_thread("journal", move || Journal::open(&state, job, Role::Source)).await;
@@ -65,7 +73,6 @@ impl SourceVm {
             .map_err(|error| refused(&error))?
             .map_err(|error| refused(&error))?;
         let (owner, effects) = SourceOwner::restore(journal.records()).map_err(|error| refused(&error))?;
-        let files = session.disks.iter().map(|disk| disk.file.clone()).collect();
         let mut vm = Self {
             s: Arc::clone(session),
             owner,
@@ -73,12 +80,14 @@ impl SourceVm {
             words,
             outgoing: None,
             ram: None,
-            old_copy: OldCopy::new(files, job),
             limits: Limits {
                 stalled: Duration::from_millis(session.vm.policy.hold_ms),
                 ..Limits::default()
             },
             slowed: false,
+            hook: None,
+            io: None,
+            out: Vec::new(),
         };
         vm.perform(effects).await;
         Ok(vm)
@@ -102,20 +111,15 @@ impl SourceVm {
     pub(super) async fn words(&self) -> Result<VmWords, Refusal> {
         let gathered = facts::gather(&self.s.qmp, facts::HostCpu::read()).await;
         let facts = gathered.map_err(|error| Refusal::because(RefusalKind::Refused, &error))?;
-        // All zeros: the VM was started without one.
-        let has_uuid = facts.uuid.chars().any(|c| c != '0' && c != '-');
-        let text = serde_json::to_string(&facts);
-        Ok(VmWords {
-            name: facts.name.clone(),
-            uuid: has_uuid.then(|| facts.uuid.clone()),
-            facts: text.ok(),
-        })
+        Ok(VmWords::of(facts, &self.s.eject))
     }
 
     /// After a crash: until QEMU is out of its migration. `true`: who runs the VM is for the target to say, or was said.
     pub(super) async fn settle(&mut self) -> bool {
         let limit = Instant::now() + CANCEL_LIMIT;
-        while !self.owner.is_settled() && !self.is_in_doubt() && Instant::now() < limit {
+        // An operator's word stands whether or not the target has heard of it.
+        let decided = |vm: &Self| vm.owner.is_settled() || vm.is_in_doubt() || vm.is_resolved();
+        while !decided(self) && Instant::now() < limit {
             self.look().await;
             tokio::time::sleep(LOOK).await;
         }
@@ -130,6 +134,9 @@ impl SourceVm {
             && let Err(error) = saved.put_back(&self.s.qmp).await
         {
             tracing::warn!(job = %self.s.job, "QEMU's migration settings are not as they were: {error}");
+        }
+        if !self.is_in_doubt() {
+            self.undo_former_life().await;
         }
         matches!(
             self.owner.state(),
@@ -146,7 +153,7 @@ impl SourceVm {
         while self.is_in_doubt() {
             tokio::select! {
                 word = self.words.recv() => match word {
-                    Some(word) => self.on(SourceEvent::Heard(word)).await,
+                    Some(told) => self.hear(told).await,
                     None => break,
                 },
                 () = tokio::time::sleep(REMIND) => self.on(SourceEvent::Remind).await,
@@ -164,6 +171,9 @@ impl SourceVm {
             }
             _ => {
                 self.settle().await;
+                if let Some(refusal) = self.resolved() {
+                    return Err(refusal);
+                }
                 let text = format!(
                     "the VM was not moved: {}; the job can be run again",
                     self.owner.words()
@@ -266,24 +276,6 @@ impl SourceVm {
         }
     }
 
-    /// Slows the guest down; `None` leaves as it is.
-    pub(super) async fn slow(&mut self, cpu: Option<u8>, _io: Option<u64>) -> Result<(), Stop> {
-        if let Some(percent) = cpu {
-            self.slowed = percent > 0;
-            let slowed = outgoing::throttle(&self.s.qmp, (percent > 0).then_some(percent)).await;
-            slowed.map_err(|error| Stop::from(Refusal::because(RefusalKind::Refused, &error)))?;
-        }
-        Ok(())
-    }
-
-    pub(super) async fn undo_slowing(&mut self) {
-        if std::mem::take(&mut self.slowed)
-            && let Err(error) = outgoing::throttle(&self.s.qmp, None).await
-        {
-            tracing::warn!(job = %self.s.job, "the guest may still be slowed: {error}");
-        }
-    }
-
     /// Gives this generation up; the VM runs on here.
     pub(super) async fn give_up(&mut self, reason: Reason) -> Result<(), Stop> {
         self.on(SourceEvent::Stop(reason)).await;
@@ -327,6 +319,11 @@ impl SourceVm {
 
     /// Does what the machine wants, in order, and what it wants then.
     async fn perform(&mut self, effects: Vec<Effect>) {
+        self.carry_out(effects).await;
+        self.s.owner.send_replace(Some(*self.owner.state()));
+    }
+
+    async fn carry_out(&mut self, effects: Vec<Effect>) {
         let mut lists = vec![effects.into_iter()];
         while let Some(list) = lists.last_mut() {
             let Some(effect) = list.next() else {
@@ -377,8 +374,8 @@ impl SourceVm {
                 let cancelled = outgoing::cancel(&self.s.qmp, saved, CANCEL_LIMIT).await;
                 cancelled.map_err(|error| error.to_string())?;
             }
-            Effect::MakeUnrunnable => self.old_copy.bar().await?,
-            Effect::MakeRunnable => self.old_copy.free().await?,
+            Effect::MakeUnrunnable => self.s.old_copy.lock().await.bar().await?,
+            Effect::MakeRunnable => self.s.old_copy.lock().await.free().await?,
             Effect::Quit => {
                 // An answer that never comes is the wish fulfilled; `Look` says what is true.
                 let _ = self.s.qmp.execute("quit", json!({})).await;
@@ -465,6 +462,3 @@ impl SourceVm {
         }
     }
 }
-
-/// Where the old copy's images lie.
-pub(super) type Files = Vec<PathBuf>;

@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use longhaul_common::ids::{DiskIndex, JobId};
 use longhaul_common::link::{RecvStream, SendStream};
-use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
     FromTarget, Refusal, RefusalKind, ShadowId, TargetOpen, TargetVm, ToTarget,
 };
@@ -19,7 +18,9 @@ use tokio::sync::{mpsc, watch};
 use super::arrive::{self, Event};
 use super::ram_in::RamIn;
 use super::record::Arriving;
-use super::shadow;
+use super::stream::{listen, speak};
+use super::trial;
+use super::way_back;
 use super::word::{self, ToSource, ToTarget as Word};
 use crate::disk::apply::Target;
 use crate::session::arrivals::Seat;
@@ -57,6 +58,8 @@ pub(crate) struct LiveTarget {
     pub(super) vm: TargetVm,
     /// Which life of this session it is.
     id: u64,
+    /// No copy was opened in this life of the session: nothing here has one open, and nothing writes.
+    pub(super) closed: bool,
     /// The copies while no writer has them.
     pub(super) targets: Mutex<Option<Vec<Target>>>,
     pub(super) last_round: watch::Sender<LastRound>,
@@ -111,9 +114,10 @@ async fn serve(
         let notes = on_thread("target-check", move || {
             target_disks::check(&asked, &with.settings)
         });
-        let notes = notes
+        let mut notes = notes
             .await
             .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??;
+        notes.extend(trial::run(agent, &open, &vm).await?);
         let _ = say.send(FromTarget::Opened { notes }).await;
         return Ok(());
     }
@@ -172,10 +176,15 @@ impl LiveTarget {
         let disks = if arrived.is_some() || machine.owns() {
             Vec::new()
         } else {
-            let opened = on_thread("target-open", move || shadow::open_disks(&asked, &with.settings));
-            opened
-                .await
-                .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??
+            trial::run(agent, &open, &vm).await?;
+            super::hooks::before_at_target(agent, &open, &vm).await?;
+            let left = way_back::release(agent, &open).await;
+            let opened = on_thread("target-open", move || {
+                way_back::open_disks(&asked, &with.settings)
+            })
+            .await;
+            way_back::hold_again(&left).await;
+            opened.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??
         };
         let parts = disks
             .into_iter()
@@ -211,6 +220,7 @@ impl LiveTarget {
             open,
             vm,
             id: new_life(),
+            closed: targets.is_empty(),
             targets: Mutex::new(Some(targets)),
             last_round: watch::Sender::default(),
             events,
@@ -340,6 +350,10 @@ impl LiveTarget {
                     }
                 }
                 () = is_set(&mut over) => {
+                    if self.closed {
+                        let text = "the VM was given up at the target; its copies are opened anew";
+                        return Err(Refusal::new(RefusalKind::Lost, text));
+                    }
                     let _ = say.send(FromTarget::Aborted).await;
                     return Ok(());
                 }
@@ -372,7 +386,7 @@ impl LiveTarget {
     }
 
     /// Tells the driver; one that has ended needs nothing.
-    async fn event(&self, event: Event) {
+    pub(super) async fn event(&self, event: Event) {
         let _ = self.events.send(event).await;
     }
 
@@ -388,7 +402,8 @@ impl LiveTarget {
 /// How the VM arrived, where it has.
 fn arrival(agent: &Agent, job: JobId) -> Result<Option<Arrived>, Refusal> {
     let arrived = target_disks::arrival(job, &agent.settings)?;
-    let arrived = arrived.filter(|arrival| arrival.complete);
+    // A hook that did not run to its end runs again.
+    let arrived = arrived.filter(|arrival| arrival.complete && arrival.told);
     Ok(arrived.map(|arrival| Arrived {
         paths: arrival.paths,
         hook: arrival.hook,
@@ -468,30 +483,6 @@ async fn tell_written(session: Arc<LiveTarget>, say: mpsc::Sender<FromTarget>) {
             && feeds.changed().await.is_err()
         {
             return;
-        }
-    }
-}
-
-async fn speak(mut send: SendStream, mut outgoing: mpsc::Receiver<FromTarget>) {
-    while let Some(message) = outgoing.recv().await {
-        if frame::write(&mut send, &message).await.is_err() {
-            return;
-        }
-    }
-    let _ = send.finish();
-    let _ = send.stopped().await;
-}
-
-async fn listen(mut recv: RecvStream, hear: mpsc::Sender<ToTarget>) {
-    loop {
-        match frame::read(&mut recv).await {
-            Ok(Some(message)) => {
-                if hear.send(message).await.is_err() {
-                    return;
-                }
-            }
-            Ok(None) => return,
-            Err(error) => return tracing::debug!("the target's control stream ended: {error}"),
         }
     }
 }

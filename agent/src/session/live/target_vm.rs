@@ -11,8 +11,8 @@ use longhaul_common::wire::session::ShadowId;
 
 use super::ram_in::RamIn;
 use super::target::LiveTarget;
+use super::trial;
 use super::word::VmWords;
-use crate::vm::facts::{self, VmFacts};
 use crate::vm::handover::{Generation, TargetQemu};
 use crate::vm::incoming::{Files, Incoming, Template, Values};
 use crate::vm::outgoing::stats;
@@ -68,7 +68,11 @@ impl TargetQemuVm {
             Some(socket) => Incoming::adopt(&socket).await.map_err(|error| said(&error))?,
             None => self.launch(disks).await?,
         };
-        let mut notes = match self.compare(&incoming).await {
+        let compared = match &self.vm {
+            Some(words) => trial::compare(words, &incoming).await,
+            None => Ok(Vec::new()),
+        };
+        let mut notes = match compared {
             Ok(notes) => notes,
             Err(why) => {
                 incoming.abort().await;
@@ -142,27 +146,6 @@ impl TargetQemuVm {
         let template = Template(self.s.agent.settings.vm.command.clone());
         let started = Incoming::start(&template, &values, &files).await;
         started.map_err(|error| longhaul_common::wire::session::chain(&error))
-    }
-
-    /// Compares both VMs. `Err`: they differ in what matters.
-    async fn compare(&self, incoming: &Incoming) -> Result<Vec<String>, String> {
-        let Some(text) = self.vm.as_ref().and_then(|vm| vm.facts.as_deref()) else {
-            return Ok(Vec::new());
-        };
-        let source: VmFacts = serde_json::from_str(text).map_err(|error| {
-            format!("what the source says of its VM is not understood: {error}; run the same version on both hosts")
-        })?;
-        let target = facts::gather(incoming.qmp(), facts::HostCpu::read()).await;
-        let target = target.map_err(|error| error.to_string())?;
-        let findings = facts::compare(&source, &target);
-        let (refused, noted): (Vec<_>, Vec<_>) = findings
-            .into_iter()
-            .partition(|finding| finding.severity == facts::Severity::Refuse);
-        if refused.is_empty() {
-            return Ok(noted.iter().map(ToString::to_string).collect());
-        }
-        let words: Vec<_> = refused.iter().map(ToString::to_string).collect();
-        Err(words.join("; "))
     }
 
     /// How QEMU is, asked now; `None` where it does not answer.

@@ -8,7 +8,9 @@ use longhaul_common::wire::session::AgentWord;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::vm::facts::{DiskFacts, VmFacts};
 use crate::vm::handover::{Generation, Stream, Word};
+use crate::vm::media::Medium;
 
 /// From the source agent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -35,6 +37,22 @@ pub(super) struct VmWords {
     pub uuid: Option<String>,
     /// The source's facts (JSON), for the comparison before a byte of RAM moves.
     pub facts: Option<String>,
+}
+
+impl VmWords {
+    /// `ejected`: media that are out of their drives by the time that counts.
+    pub(super) fn of(mut facts: VmFacts, ejected: &[Medium]) -> Self {
+        let is_out = |disk: &DiskFacts| ejected.iter().any(|medium| *medium == Medium::of(disk));
+        facts.disks.retain(|disk| !is_out(disk));
+        // All zeros: the VM was started without one.
+        let has_uuid = facts.uuid.chars().any(|c| c != '0' && c != '-');
+        let text = serde_json::to_string(&facts);
+        Self {
+            name: facts.name,
+            uuid: has_uuid.then_some(facts.uuid),
+            facts: text.ok(),
+        }
+    }
 }
 
 /// From the target agent.

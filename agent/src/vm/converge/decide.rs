@@ -62,8 +62,9 @@ impl Converge {
         verdict(view, policy, &blackout, decision, &reason)
     }
 
-    /// The guest stands in pre-switchover, unasked: finish (`HandOver`), or cancel and go on (`Continue`)?
-    pub fn unasked(&self, view: &View, policy: &Policy) -> Verdict {
+    /// The guest stands in pre-switchover, unasked: finish (`HandOver`), cancel and go on (`Continue`), or cancel and not try again soon
+    /// (`HoldInSync`), for an idle guest would come to the same end each time?
+    pub fn unasked(&mut self, now: Duration, view: &View, policy: &Policy) -> Verdict {
         let blackout = predict_stopped(view);
         let (decision, reason) = if blackout.total <= policy.blackout {
             let predicted = blackout.total;
@@ -71,6 +72,8 @@ impl Converge {
                 Decision::HandOver { predicted },
                 "QEMU stopped the guest by itself, and what is left fits".to_owned(),
             )
+        } else if floor(view).total > policy.blackout {
+            self.begin_hold(now, "even the shortest blackout would be too long")
         } else {
             (
                 Decision::Continue,

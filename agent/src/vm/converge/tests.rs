@@ -415,16 +415,35 @@ fn an_unasked_stop_is_finished_only_if_it_fits() {
     let mut sim = Sim::new(CALM, 0.3, LINK);
     (0..2000).for_each(|_| sim.tick());
     sim.ram = Some(Pass::default());
-    let (converge, policy) = (Converge::new(), Policy::default());
+    let (mut converge, policy) = (Converge::new(), Policy::default());
     assert!(matches!(
-        converge.unasked(&sim.view(), &policy).decision,
+        converge.unasked(Duration::ZERO, &sim.view(), &policy).decision,
         Decision::HandOver { .. }
     ));
     sim.disk_dirty = 40.0 * MB;
     assert_eq!(
-        converge.unasked(&sim.view(), &policy).decision,
+        converge.unasked(Duration::ZERO, &sim.view(), &policy).decision,
         Decision::Continue
     );
+    // An idle guest that can never fit comes to this end each time: it is told so at once, and its patience counts from here.
+    let tight = Policy {
+        blackout: Duration::from_millis(20),
+        patience: Patience::GiveUp(Duration::from_secs(12)),
+        ..Policy::default()
+    };
+    let (mut converge, began) = (Converge::new(), Duration::from_secs(3));
+    let view = sim.view();
+    assert_eq!(
+        converge.unasked(began, &view, &tight).decision,
+        Decision::HoldInSync
+    );
+    let quiet = View { ram: None, ..view };
+    assert_ne!(
+        converge.decide(began * 2, &quiet, &tight).decision,
+        Decision::GiveUp
+    );
+    let late = began + Duration::from_secs(12);
+    assert_eq!(converge.decide(late, &quiet, &tight).decision, Decision::GiveUp);
 }
 
 fn survey(guest: &Guest, page_ratio: f64) -> Survey {

@@ -3,9 +3,10 @@
 //! QEMU matches devices and RAM blocks by name and trusts the rest: a CPU that lacks what the guest uses is noticed by the
 //! guest, later. So everything that can be told is told before.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
-use super::{Finding, PciFacts, Subject, VmFacts};
+use super::{DiskFacts, DiskKind, Finding, PciFacts, Subject, VmFacts};
 
 const NO_UUID: &str = "00000000-0000-0000-0000-000000000000";
 
@@ -18,6 +19,7 @@ pub fn compare(source: &VmFacts, target: &VmFacts) -> Vec<Finding> {
     findings.extend(ram(source, target));
     findings.extend(devices(source, target));
     findings.extend(pci(source, target));
+    findings.extend(disks(source, target));
     findings.extend(identity(source, target));
     findings.extend(version(source, target));
     findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
@@ -247,6 +249,34 @@ fn pci(source: &VmFacts, target: &VmFacts) -> Vec<Finding> {
     findings.collect()
 }
 
+/// Drives: the same device has a disk of the same size, or two of them were mixed up in the target's command.
+fn disks(source: &VmFacts, target: &VmFacts) -> Vec<Finding> {
+    // Read-only firmware comes with the target's command; a drive without an id may have another path there.
+    let told = |disk: &&DiskFacts| {
+        let firmware = disk.kind == DiskKind::Flash && disk.is_read_only;
+        !firmware && !disk.device.is_empty() && !disk.device.contains("/unattached/")
+    };
+    let findings = source.disks.iter().filter(told).filter_map(|disk| {
+        let name = &disk.name;
+        let remedy = "let each drive of the target's command use the {disk0}, {disk1} ... that is its own, or the same medium";
+        let Some(there) = target.disks.iter().find(|there| there.device == disk.device) else {
+            let cause = format!("the source's drive '{name}' holds {} bytes, the target's nothing", disk.size);
+            return Some(Finding::refuse(Subject::Disk, cause, remedy));
+        };
+        let cause = format!(
+            "the drive '{name}' holds {} bytes at the source and {} at the target",
+            disk.size, there.size
+        );
+        match there.size.cmp(&disk.size) {
+            Ordering::Equal => None,
+            // A block device may be larger than what it has to hold.
+            Ordering::Greater if disk.is_live() => Some(Finding::warn(Subject::Disk, cause, "expect a larger disk")),
+            _ => Some(Finding::refuse(Subject::Disk, cause, remedy)),
+        }
+    });
+    findings.collect()
+}
+
 fn identity(source: &VmFacts, target: &VmFacts) -> Option<Finding> {
     if source.uuid.eq_ignore_ascii_case(&target.uuid) {
         return None;
@@ -323,6 +353,7 @@ pub(super) mod tests {
             }],
             disks: vec![DiskFacts {
                 name: "vd0".into(),
+                device: "/machine/peripheral/vd0".into(),
                 size: 1 << 30,
                 ..DiskFacts::default()
             }],
@@ -392,6 +423,8 @@ pub(super) mod tests {
             findings(|vm| vm.ram_blocks[1].total = 0x10000),
             [(Subject::Ram, true)]
         );
+        assert_eq!(findings(|vm| vm.disks[0].size = 512), [(Subject::Disk, true)]);
+        assert_eq!(findings(|vm| vm.disks.clear()), [(Subject::Disk, true)]);
         assert_eq!(findings(|vm| vm.devices.clear()), [(Subject::Device, true)]);
         assert_eq!(
             findings(|vm| drop(vm.devices.insert("x".into(), "y".into()))),

@@ -43,6 +43,9 @@ pub struct DiskFacts {
     pub is_read_only: bool,
     pub kind: DiskKind,
     pub is_removable: bool,
+    /// The guest holds the medium: it has locked the tray.
+    #[serde(default)]
+    pub is_locked: bool,
     /// Images under it.
     pub backing_depth: u32,
     pub is_encrypted: bool,
@@ -122,6 +125,7 @@ fn disk(block: &Value) -> Option<DiskFacts> {
         is_read_only: inserted["ro"] == true,
         kind: DiskKind::Disk,
         is_removable: block["removable"] == true,
+        is_locked: block["locked"] == true,
         backing_depth: number(&inserted["backing_file_depth"]).unwrap_or_default(),
         is_encrypted: inserted["encrypted"] == true,
         snapshots: image["snapshots"].as_array().map_or(0, |all| all.len() as u32),

@@ -115,11 +115,6 @@ fn cpu(source: &VmFacts) -> Option<Finding> {
 
 fn disk(disk: &DiskFacts) -> Vec<Finding> {
     let mut findings = Vec::new();
-    if disk.is_removable && disk.is_read_only {
-        let cause = format!("the medium {} is in the drive {}", disk.file, disk.name);
-        let remedy = "eject it, or say in the config whether it is copied or mapped";
-        findings.push(Finding::warn(Subject::Disk, cause, remedy));
-    }
     if disk.is_live() && disk.size == 0 {
         let cause = format!("the disk {} has no size", disk.name);
         findings.push(Finding::refuse(Subject::Disk, cause, "remove it from the VM"));

@@ -140,7 +140,7 @@ impl fmt::Display for Note {
                  writes are missing",
             ),
             Self::NoOwner => f.write_str(
-                "no side owns this VM: the operator gave it to the target, which had given it up. `longhaul resolve source` \
+                "no side owns this VM: the operator gave it to the target, which had given it up. `longhaul resolve --run-at source` \
                  starts it at the source",
             ),
         }

@@ -49,7 +49,7 @@ pub use word::{Facts, Generation, Stream, Word};
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the handover journal says {record:?} where that cannot be ({state}): find out on which side the VM last ran, \
-     then use `longhaul resolve`"
+     move the journal away, and start it there by hand"
 )]
 pub struct Contradiction {
     pub record: Record,

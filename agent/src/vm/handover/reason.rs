@@ -51,6 +51,8 @@ pub enum Reason {
     Replaced,
     /// The operator's `resolve`.
     Operator,
+    /// The operator's program that runs at the handover.
+    HookFailed,
 }
 
 impl fmt::Display for Reason {
@@ -77,6 +79,7 @@ impl fmt::Display for Reason {
             Self::Contradicted => "the source contradicted itself",
             Self::Replaced => "a newer attempt replaced it",
             Self::Operator => "the operator resolved it",
+            Self::HookFailed => "the hook at the handover failed",
         })
     }
 }

@@ -201,6 +201,11 @@ impl TargetOwner {
         self.state == TargetState::Waiting && self.loaded
     }
 
+    /// Whether the operator may have it run without the source's word: QEMU holds the whole VM, or did when this was noted.
+    pub fn may_be_run(&self) -> bool {
+        self.state == TargetState::Waiting && (self.loaded || self.noted)
+    }
+
     /// Whether all of the source's stream was written to QEMU.
     pub fn has_stream(&self) -> bool {
         self.stream.is_some()

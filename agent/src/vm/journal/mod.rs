@@ -71,7 +71,7 @@ pub enum JournalError {
     },
     #[error(
         "the handover journal {} is damaged ({damage}), so who may run the VM is unknown: find out on which side it last ran, \
-         move the file away and use `longhaul resolve`", .path.display()
+         move the file away, and start it there by hand; a source's images may be named IMAGE.longhaul-JOB.moved", .path.display()
     )]
     Damaged { path: PathBuf, damage: Damage },
     #[error("the handover journal {} is full: that is a fault of the program, not of the disk", .path.display())]

@@ -15,10 +15,16 @@ use quinn_proto::congestion::{Controller, ControllerFactory};
 use super::budget::{Budget, MemberAcks, MemberId};
 use super::cap::CapSchedule;
 use super::epoch::ControlConfig;
+use crate::link::knock::KNOCK_EVERY;
 use crate::link::tuning::{LinkSettings, payload_rate, starting_window};
 
 /// Bytes that a burst of offloaded packets may leave of a full window, in packets.
 const BURST: u64 = 12;
+/// Packets that may go beyond the window for each [`KNOCK_EVERY`] of silence: a knock, and the probes that QUIC sends beside it and
+/// counts.
+const KNOCK: u64 = 4;
+/// No more than so often.
+const KNOCKS_MAX: u64 = 25;
 /// How often the time of day is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -154,6 +160,9 @@ struct Plugged {
     acked: u64,
     byte_seconds: f64,
     newest_sent: Option<Instant>,
+    /// Since when an acknowledgement is awaited.
+    silent_since: Option<Instant>,
+    rtt: Duration,
 }
 
 impl Plugged {
@@ -169,7 +178,19 @@ impl Plugged {
             acked: 0,
             byte_seconds: 0.0,
             newest_sent: None,
+            silent_since: None,
+            rtt: Duration::ZERO,
         }
+    }
+
+    /// Room for knocks at a peer that is not heard. With a full window in flight nothing but QUIC's own, ever rarer probes would go out.
+    fn room_to_knock(&self, now: Instant) -> u64 {
+        let Some(since) = self.silent_since else {
+            return 0;
+        };
+        let every = KNOCK_EVERY.max(2 * self.rtt);
+        let times = now.saturating_duration_since(since).as_millis() / every.as_millis();
+        KNOCK * u64::from(self.mtu) * u64::try_from(times).unwrap_or(KNOCKS_MAX).min(KNOCKS_MAX)
     }
 }
 
@@ -180,7 +201,15 @@ impl Drop for Plugged {
 }
 
 impl Controller for Plugged {
-    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, _app_limited: bool, _: &RttEstimator) {
+    fn on_sent(&mut self, now: Instant, bytes: u64, _: u64) {
+        // Acknowledgements are not acknowledged, and small words fill no window.
+        if bytes >= u64::from(self.mtu) / 2 {
+            self.silent_since.get_or_insert(now);
+        }
+    }
+
+    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, _app_limited: bool, rtt: &RttEstimator) {
+        self.rtt = rtt.get();
         let delay = now.saturating_duration_since(sent).min(Duration::from_secs(3600));
         self.acked = self.acked.saturating_add(bytes);
         self.byte_seconds += bytes as f64 * delay.as_secs_f64();
@@ -188,6 +217,7 @@ impl Controller for Plugged {
     }
 
     fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, _: Option<u64>) {
+        self.silent_since = (in_flight > 0).then_some(now);
         let Some(newest_sent) = self.newest_sent.take() else {
             return;
         };
@@ -220,7 +250,7 @@ impl Controller for Plugged {
     fn window(&self) -> u64 {
         let window = self.shared.0.window.load(Ordering::Relaxed);
         let active = self.shared.0.active.load(Ordering::Relaxed);
-        Budget::part(window, active, u64::from(self.mtu))
+        Budget::part(window, active, u64::from(self.mtu)) + self.room_to_knock(Instant::now())
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {

@@ -29,8 +29,8 @@ use super::{FileSystem, FsSummary, Unproven};
 use crate::disk::ReadAt;
 use crate::disk::fs::volume_reader::Reader;
 
-/// Bytes that walks over the directory tree may read for one volume.
-const WALK_MAX: u64 = 1 << 30;
+/// Bytes that walks over the directory tree may read for one volume: a few seconds of a slow disk, four million files.
+const WALK_MAX: u64 = 256 << 20;
 
 /// Recognises the file system: `None` where the volume does not carry its signature, an error where it does but cannot be used.
 pub fn probe(volume: &dyn ReadAt) -> Result<Option<Box<dyn FileSystem>>, Unproven> {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use longhaul_common::ids::JobId;
 use longhaul_common::wire::session::{Refusal, RefusalKind, TargetOpen, TargetVm};
 
+use crate::disk::roots;
 use crate::session::Agent;
 use crate::session::threads::on_thread;
 use crate::vm::handover::{Effect, TargetOwner};
@@ -55,6 +56,12 @@ pub(in crate::session::live) fn check_template(
             "a running VM's disks do not replace images: remove target.overwrite and free the names"
                 .to_owned(),
         );
+    }
+    if let Some(socket) = &vm.qmp {
+        roots::resolve_inside(&agent.settings.paths.qmp, socket).map_err(|error| {
+            let text = format!("target.qmp: {error} (the target agent's setting is paths.qmp)");
+            Refusal::new(RefusalKind::Refused, text)
+        })?;
     }
     let template = Template(agent.settings.vm.command.clone());
     if vm.qmp.is_none() && template.0.is_empty() {

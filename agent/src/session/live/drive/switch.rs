@@ -11,6 +11,7 @@ use longhaul_common::wire::session::{LiveStage, Refusal, RefusalKind};
 
 use super::{Drive, PREPARE, SAY_AGAIN, Stop};
 use crate::session::live::copy::{self, Batch};
+use crate::session::live::hooks;
 use crate::session::live::uplink::Uplink;
 use crate::session::live::word::ToTarget;
 use crate::vm::converge::Decision;
@@ -23,9 +24,7 @@ impl Drive {
         let (now, rtt) = (self.began.elapsed(), self.s.heard.borrow().rtt());
         let ram = self.vm.ram_view();
         let view = self.pace.view(now, &dirty, None, ram.as_ref(), uplink, rtt);
-        let verdict = self
-            .converge
-            .unasked(&view, &crate::session::live::pace::policy(&self.s.vm.policy));
+        let verdict = self.converge.unasked(now, &view, &self.policy);
         self.note(&verdict.why);
         match verdict.decision {
             Decision::HandOver { predicted } => {
@@ -79,6 +78,7 @@ impl Drive {
 
     /// Has the target make a QEMU ready, then lets RAM flow.
     pub(in crate::session::live) async fn start_ram(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
+        self.vm.eject_media().await?;
         let generation = self.vm.next_generation();
         self.prepare(uplink, generation).await?;
         self.outcome.generation = generation.0;
@@ -90,6 +90,8 @@ impl Drive {
     /// The VM stands (pre-switchover): the last round, the rest of RAM, and the target's word. `Err(Detached)` only while the VM runs on.
     pub(in crate::session::live) async fn hand_over(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
         let stopped = Instant::now();
+        let hook = self.s.hook_at_handover();
+        self.at_handover = hook.is_some();
         self.state(LiveStage::Handover, 0, 0, "the VM stands".to_owned())
             .await;
         let last = match self.last_round(uplink).await {
@@ -97,6 +99,10 @@ impl Drive {
             Err(stop) => {
                 self.rounds.give_back().await?;
                 self.vm.give_up(Reason::LinkLost).await?;
+                // What it did is undone by the one on failure, which must come after it.
+                if let Some(hook) = hook {
+                    let _ = hooks::ended(hook).await;
+                }
                 return Err(stop);
             }
         };
@@ -106,7 +112,7 @@ impl Drive {
         self.step_done("exports closed", stopped);
         let moved = self
             .vm
-            .finish(uplink, last, self.round, stopped, &mut self.outcome)
+            .finish(uplink, last, self.round, stopped, hook, &mut self.outcome)
             .await?;
         if !moved {
             self.note("the handover was called off; the VM runs on here");

@@ -13,7 +13,7 @@ use crate::session::Agent;
 use crate::session::live::disks::{self, Reach, VmDisk};
 use crate::session::live::proof::FreeProof;
 use crate::session::threads::on_thread;
-use crate::vm::facts;
+use crate::vm::facts::{self, VmFacts};
 use crate::vm::qmp::Qmp;
 use crate::vm::rounds;
 
@@ -68,20 +68,18 @@ pub(in crate::session::live) async fn survey(
     surveyed.await.map_err(failed)?
 }
 
-/// Everything that would make QEMU or the guest fail later, before anything is touched.
-pub(in crate::session::live) async fn refuse_unmovable(qmp: &Qmp) -> Result<(), Refusal> {
+/// Everything that would make QEMU or the guest fail later, before anything is touched. Gives what the VM is, and what people should know.
+pub(in crate::session::live) async fn refuse_unmovable(qmp: &Qmp) -> Result<(VmFacts, Vec<String>), Refusal> {
     let facts = facts::gather(qmp, facts::HostCpu::read()).await;
     let facts = facts.map_err(|error| Refusal::because(RefusalKind::Refused, &error))?;
     refuse_iothreads(qmp).await?;
     let findings = facts::refusals(&facts);
-    let refused: Vec<_> = findings
-        .iter()
-        .filter(|finding| finding.severity == facts::Severity::Refuse)
-        .map(ToString::to_string)
-        .collect();
+    let (refused, noted): (Vec<_>, Vec<_>) = findings.into_iter().partition(facts::Finding::is_refusal);
+    let words =
+        |findings: Vec<facts::Finding>| -> Vec<String> { findings.iter().map(ToString::to_string).collect() };
     match refused.is_empty() {
-        true => Ok(()),
-        false => Err(Refusal::new(RefusalKind::Refused, refused.join("; "))),
+        true => Ok((facts, words(noted))),
+        false => Err(Refusal::new(RefusalKind::Refused, words(refused).join("; "))),
     }
 }
 

@@ -7,17 +7,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use longhaul_common::ids::Round;
-use longhaul_common::wire::session::LiveOutcome;
+use longhaul_common::wire::session::{LiveOutcome, Refusal, RefusalKind};
 
 use super::{CANCEL_LIMIT, LOOK, REMIND, SourceVm};
-use crate::disk::apply::Left;
 use crate::session::live::copy::Batch;
 use crate::session::live::drive::Stop;
+use crate::session::live::hooks;
 use crate::session::live::ram_out::RamOut;
-use crate::session::live::shadow::{ShadowDisk, Shadows};
 use crate::session::live::uplink::Uplink;
 use crate::session::live::word::ToTarget;
-use crate::session::threads::on_thread;
 use crate::vm::handover::{Facts, Reason, SourceEvent, SourceQemu, SourceState, Stream};
 use crate::vm::outgoing;
 use crate::vm::qmp::{MigrationStatus, Qmp};
@@ -30,6 +28,7 @@ impl SourceVm {
         last: Vec<Batch>,
         round: u32,
         stopped: Instant,
+        hook: Option<hooks::Running>,
         outcome: &mut LiveOutcome,
     ) -> Result<bool, Stop> {
         let mut step = |name: &str| {
@@ -44,6 +43,16 @@ impl SourceVm {
         };
         let stream = self.take_tail(&ram, uplink).await;
         step("stream ended");
+        let generation = ram.generation;
+        if let Some(stream) = stream {
+            // Only what it is: the target may load it while a hook of ours still runs.
+            self.s.tell(&ToTarget::StreamEnd { generation, stream }).await;
+        }
+        let hooked = hook.is_some();
+        let stream = self.allowed(stream, hook).await?;
+        if hooked {
+            step("hook ended");
+        }
         if let Some(stream) = stream {
             (outcome.stream_bytes, outcome.stream_digest) = (stream.len, stream.hash);
             let counts = ram.view().counts;
@@ -51,16 +60,12 @@ impl SourceVm {
                 "RAM: {} pages with content ({} of them sent again), {} zero pages",
                 counts.pages, counts.resent_pages, counts.zeros
             ));
-            let end = ToTarget::StreamEnd {
-                generation: ram.generation,
-                stream,
-            };
-            self.s.tell(&end).await;
             let disk_batches = last.len() as u64;
             self.on(SourceEvent::StreamEnded(Facts { disk_batches, stream }))
                 .await;
             self.wait_completed().await;
             step("handed over");
+            let end = ToTarget::StreamEnd { generation, stream };
             self.wait_answer(uplink, &last, round, end).await;
             step("target's answer");
         }
@@ -76,9 +81,36 @@ impl SourceVm {
             }
             _ => {
                 self.let_go().await;
-                Ok(false)
+                self.resolved().map_or(Ok(false), |refusal| Err(refusal.into()))
             }
         }
+    }
+
+    /// What a hook of a handover that was called off did is undone by the one on failure, which must come after it.
+    pub(in crate::session::live) async fn hook_ended(&mut self) {
+        if let Some(hook) = self.hook.take() {
+            let _ = hooks::ended(hook).await;
+        }
+    }
+
+    /// The stream, where the operator's hook succeeded. Nothing is handed over yet: where it fails, the VM is taken back and the job ends.
+    async fn allowed(
+        &mut self,
+        stream: Option<Stream>,
+        hook: Option<hooks::Running>,
+    ) -> Result<Option<Stream>, Stop> {
+        let Some(hook) = hook else { return Ok(stream) };
+        let Some(stream) = stream else {
+            self.hook = Some(hook);
+            return Ok(None);
+        };
+        let Err(why) = hooks::ended(hook).await else {
+            let waits = matches!(self.owner.state(), SourceState::Continuing { .. });
+            return Ok(waits.then_some(stream));
+        };
+        self.give_up(Reason::HookFailed).await?;
+        let text = format!("{why}; the handover was taken back, the VM runs on at the source");
+        Err(Refusal::new(RefusalKind::Refused, text).into())
     }
 
     /// Waits for the stream's end, or for a reason to call the VM back.
@@ -140,7 +172,7 @@ impl SourceVm {
             }
             tokio::select! {
                 word = self.words.recv() => match word {
-                    Some(word) => self.on(SourceEvent::Heard(word)).await,
+                    Some(told) => self.hear(told).await,
                     None => return,
                 },
                 _ = uplinks.changed() => {}
@@ -180,35 +212,6 @@ impl SourceVm {
             ram.close();
         }
         self.outgoing = None;
-    }
-
-    /// Remembers the images as shadows. `free`: of each disk the runs that were left behind; nothing where that is not known.
-    pub(in crate::session::live) async fn keep_shadows(
-        &self,
-        generation: u32,
-        free: &[Option<Vec<(u64, u64)>>],
-    ) {
-        let seals = self.old_copy.seals();
-        let disks = self.s.disks.iter().enumerate().map(|(index, disk)| {
-            let seal = seals.get(index).cloned().flatten();
-            let free = free.get(index).cloned().flatten();
-            ShadowDisk {
-                file: disk.file.clone(),
-                format: disk.format.clone(),
-                size: disk.size,
-                left: seal.zip(free).map(|(seal, free)| Left { seal, free }),
-                lent: None,
-            }
-        });
-        let shadows = Shadows {
-            generation,
-            disks: disks.collect(),
-        };
-        let (state, job) = (self.s.agent.settings.paths.state.clone(), self.s.job);
-        let saved = on_thread("shadows", move || shadows.save(&state, job)).await;
-        if let Ok(Err(why)) = saved {
-            tracing::warn!(job = %self.s.job, "a way back would copy the disks whole: {why}");
-        }
     }
 }
 

@@ -245,6 +245,9 @@ impl TargetOwner {
         use TargetState as T;
         match (resolve, self.state) {
             (Resolve::Source, T::Waiting) => self.abort(Reason::Operator),
+            (Resolve::Target, T::Waiting) if !self.may_be_run() => {
+                refused("its memory never was here whole, so its disks are not either")
+            }
             (Resolve::Target, T::Waiting) => self.run(By::Operator, !self.loaded),
             (Resolve::Source, T::Running { .. }) => refused("the VM runs on this host: move it back instead"),
             (Resolve::Target, T::Aborted { .. }) => {

@@ -1,13 +1,13 @@
 //! The way back: taking over what the VM's QEMU knows of the changes since it came here, and leaving a shadow behind for the next one.
 //!
 //! Owns whether leaves that the target calls "as the shadow was left" count as held: only where all that was written since is in the
-//! bitmaps of this job's rounds. Leaves bitmaps to `vm::rounds`, the record to `live::shadow`.
+//! bitmaps of this job's rounds. Leaves bitmaps to `vm::rounds`, the record to `live::way_back`.
 
 use longhaul_common::ids::DiskIndex;
 
 use super::Drive;
 use crate::disk::have::HaveLeaves;
-use crate::session::live::shadow::FREE_RUNS_MAX;
+use crate::session::live::way_back::FREE_RUNS_MAX;
 use crate::vm::rounds::since_name;
 
 impl Drive {
@@ -59,11 +59,11 @@ impl Drive {
     }
 
     /// The VM runs at the target: remembers how its images were left here, and what of them was never sent.
-    pub(super) async fn keep_shadows(&mut self) {
+    pub(super) async fn keep_way_back(&mut self) {
         let disks = 0..self.s.disks.len();
         let free: Vec<_> = disks
             .map(|disk| self.s.free.left_behind(disk, FREE_RUNS_MAX))
             .collect();
-        self.vm.keep_shadows(self.outcome.generation, &free).await;
+        self.s.keep_way_back(self.outcome.generation, &free).await;
     }
 }

@@ -1,0 +1,211 @@
+//! What must be reached, and whether it is.
+//!
+//! Owns the targets as numbers and their judgement on the results. Leaves alone why one is missed: that is written by people,
+//! in `benches/results/notes.md`. Promises that a target which nothing was measured for says so.
+
+use super::contestant::{Case, LONGHAUL, QEMU};
+use super::figures::Standing;
+use super::plan::Cell;
+use super::profile::{MAIN, Profile};
+use super::record::Record;
+use super::table::number;
+
+/// A target, what was measured, and whether that reaches it.
+struct Target {
+    what: String,
+    wanted: String,
+    measured: Option<(f64, bool)>,
+    unit: &'static str,
+}
+
+/// The table of all targets.
+pub fn targets(records: &[Record]) -> String {
+    let mut text = String::from("| target | wanted | measured | |\n|---|---|---:|---|\n");
+    for target in all(records) {
+        let (measured, word) = match target.measured {
+            None => ("-".to_owned(), "not measured"),
+            Some((value, reached)) => {
+                let word = if reached { "reached" } else { "**missed**" };
+                (format!("{} {}", number(value), target.unit), word)
+            }
+        };
+        text += &format!("| {} | {} | {measured} | {word} |\n", target.what, target.wanted);
+    }
+    text
+}
+
+fn all(records: &[Record]) -> Vec<Target> {
+    let mut all = Vec::new();
+    let mixed = Case::Live("mixed");
+    let mut most =
+        |profile: &str, what: &str, unit, wanted: f64, of: &dyn Fn(&Standing<'_>) -> Option<f64>| {
+            let profile = Profile::named(profile);
+            let value = profile.and_then(|profile| of(&longhaul(records, profile, mixed)?));
+            all.push(Target {
+                what: format!("{what}, {}", profile.map_or("", |profile| profile.title)),
+                wanted: format!("at most {} {unit}", number(wanted)),
+                measured: value.map(|value| (value, value <= wanted)),
+                unit,
+            });
+        };
+    most(MAIN, "whole time", "s", 30.0, &|own| own.seconds());
+    most(MAIN, "bytes on the WAN", "MB", 300.0, &|own| {
+        Some(own.wan_bytes()? / 1e6)
+    });
+    most(MAIN, "heartbeat gap", "ms", 250.0, &|own| {
+        own.median(|record| record.heartbeat_gap_ms)
+    });
+    most("50-100", "whole time", "s", 60.0, &|own| own.seconds());
+    for (profile, times) in [
+        ("20-200", 5.0),
+        ("50-100", 5.0),
+        ("100-300", 5.0),
+        (MAIN, 5.0),
+        ("200-40", 3.0),
+        ("250-2", 1.3),
+        ("veth", 1.0),
+    ] {
+        all.extend(Profile::named(profile).map(|profile| faster(records, profile, times)));
+    }
+    for profile in super::profile::PROFILES {
+        all.push(shorter(records, profile));
+    }
+    for profile in super::profile::PROFILES
+        .into_iter()
+        .filter(|profile| profile.rate.is_some())
+    {
+        all.push(full(records, profile));
+    }
+    all.push(second(records));
+    all
+}
+
+fn longhaul(records: &[Record], profile: Profile, case: Case) -> Option<Standing<'_>> {
+    Standing::of(records, Cell { profile, case }, LONGHAUL)
+}
+
+fn rivals(records: &[Record], profile: Profile) -> Vec<Standing<'_>> {
+    let cell = Cell {
+        profile,
+        case: Case::Live("mixed"),
+    };
+    QEMU.into_iter()
+        .filter_map(|rival| Standing::of(records, cell, rival))
+        .collect()
+}
+
+/// How many times faster than the best rival that finishes; where none does, than what the longest was given.
+fn faster(records: &[Record], profile: Profile, wanted: f64) -> Target {
+    let rivals = rivals(records, profile);
+    let own = longhaul(records, profile, Case::Live("mixed")).and_then(|own| own.seconds());
+    let best = rivals.iter().filter_map(Standing::seconds).reduce(f64::min);
+    let waited = rivals.iter().filter_map(Standing::given_up).reduce(f64::max);
+    let measured = own.zip(best.or(waited)).map(|(own, best)| best / own);
+    let what = if best.is_none() && waited.is_some() {
+        "faster than what QEMU was given, and did not end in"
+    } else {
+        "faster than QEMU's best"
+    };
+    Target {
+        what: format!("{what}, {}", profile.title),
+        wanted: format!("at least {wanted} times"),
+        measured: measured.map(|times| (times, times >= wanted)),
+        unit: "times",
+    }
+}
+
+/// Longhaul's heartbeat gap as a part of the rivals' shortest.
+fn shorter(records: &[Record], profile: Profile) -> Target {
+    let gap = |standing: &Standing<'_>| standing.median(|record| record.heartbeat_gap_ms);
+    let own = longhaul(records, profile, Case::Live("mixed")).and_then(|own| gap(&own));
+    let best = rivals(records, profile).iter().filter_map(gap).reduce(f64::min);
+    Target {
+        what: format!("heartbeat gap against the shortest of QEMU's, {}", profile.title),
+        wanted: "less than 100 %".to_owned(),
+        measured: own.zip(best).map(|(own, best)| (own / best * 100.0, own < best)),
+        unit: "%",
+    }
+}
+
+/// How full the link is in the middle of a run: with headers on both sides of the division.
+fn full(records: &[Record], profile: Profile) -> Target {
+    let wanted = if profile.name == "100-300" { 85.0 } else { 93.0 };
+    let own = longhaul(records, profile, Case::Live("mixed"));
+    let share = own.and_then(|own| own.median(|record| record.link_share));
+    Target {
+        what: format!("link full, {}", profile.title),
+        wanted: format!("at least {wanted} %"),
+        measured: share.map(|share| (share * 100.0, share * 100.0 >= wanted)),
+        unit: "%",
+    }
+}
+
+/// The second VM of a template, as a part of what a first one sends.
+fn second(records: &[Record]) -> Target {
+    let bytes = |case| {
+        let profile = Profile::named(MAIN)?;
+        longhaul(records, profile, case)?.wan_bytes()
+    };
+    let part = bytes(Case::Template).zip(bytes(Case::Live("mixed")));
+    Target {
+        what: "second VM of a template, of the bytes of the first".to_owned(),
+        wanted: "at most 12 %".to_owned(),
+        measured: part.map(|(second, first)| (second / first * 100.0, second <= 0.12 * first)),
+        unit: "%",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wan::record::End;
+
+    fn record(contestant: &str, end: End, seconds: f64) -> Record {
+        Record {
+            profile: MAIN.to_owned(),
+            case: "mixed".to_owned(),
+            contestant: contestant.to_owned(),
+            end,
+            seconds,
+            wan_bytes: 310_000_000,
+            heartbeat_gap_ms: Some(200.0),
+            ..Record::default()
+        }
+    }
+
+    #[test]
+    fn each_target_is_reached_missed_or_not_measured() {
+        let records = [
+            record("longhaul", End::Well, 25.0),
+            record("qemu-xbzrle", End::Well, 200.0),
+            record("qemu-plain", End::GivenUp, 150.0),
+        ];
+        let text = targets(&records);
+        let line = |what: &str| text.lines().find(|line| line.contains(what)).unwrap_or_default();
+        assert!(line("whole time, 100").contains("25.0 s | reached"), "{text}");
+        assert!(
+            line("bytes on the WAN, 100").contains("310 MB | **missed**"),
+            "{text}"
+        );
+        assert!(line("whole time, 50").contains("- | not measured"), "{text}");
+        assert!(
+            line("faster than QEMU's best, 100 Mbit/s, 80").contains("8.0 times | reached"),
+            "{text}"
+        );
+        // Equal is not shorter.
+        assert!(
+            line("shortest of QEMU's, 100 Mbit/s, 80").contains("100 % | **missed**"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn where_no_rival_ends_the_time_that_it_was_given_counts() {
+        let records = [
+            record("longhaul", End::Well, 25.0),
+            record("qemu-plain", End::GivenUp, 150.0),
+        ];
+        let text = targets(&records);
+        assert!(text.contains("did not end in, 100 Mbit/s, 80 ms | at least 5 times | 6.0 times | reached"));
+    }
+}

@@ -1,0 +1,69 @@
+//! What the lab promises of rivals: a copy by another tool arrives whole and is counted, one that takes too long is given up
+//! and says so.
+//!
+//! One tool stands for all: the others need packages that only the benchmark asks for.
+
+#![allow(clippy::unwrap_used)] // helpers of tests fail like tests
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use clap::Parser;
+use longhaul_lab::cold_rival::{CopyArgs, run};
+use longhaul_lab::report::Report;
+
+#[derive(Debug, Parser)]
+#[command(no_binary_name = true)]
+struct Words {
+    #[command(flatten)]
+    args: CopyArgs,
+}
+
+/// 64 MiB with `used` MiB that no tool can shrink, and holes.
+fn disk(path: &Path, used: u64) {
+    let file = File::create(path).unwrap();
+    file.set_len(64 << 20).unwrap();
+    let mut state = 1_u64;
+    for mib in 0..used {
+        let mut block = vec![0_u8; 1 << 20];
+        for word in block.chunks_mut(8) {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            word.copy_from_slice(&(state ^ (state >> 29)).to_le_bytes());
+        }
+        file.write_all_at(&block, (3 * mib) << 20).unwrap();
+    }
+}
+
+fn copy(used: u64, words: &str) -> Report {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.raw");
+    disk(&image, used);
+    let words = format!("--by qemu-img --image {} {words}", image.display());
+    let args = Words::try_parse_from(words.split_whitespace()).unwrap().args;
+    run(&args, &mut |_| ()).unwrap()
+}
+
+#[test]
+fn a_copy_by_another_tool_arrives_whole_and_its_bytes_are_counted() {
+    let report = copy(8, "--rate 400mbit --rtt 4ms");
+    assert!(report.ok && report.equal, "{:?}", report.cause);
+    assert!(report.tcp.is_some() && report.programs["sender"].usage.cpu_seconds >= 0.0);
+    if report.emulated {
+        let sent = report.wan_bytes >> 20;
+        assert!((8..16).contains(&sent), "{sent} MiB: what is used, and no holes");
+    }
+}
+
+#[test]
+fn a_copy_that_takes_too_long_is_given_up() {
+    let report = copy(16, "--rate 8mbit --rtt 4ms --limit 2s");
+    if report.emulated {
+        assert!(
+            !report.ok && report.cause.as_ref().unwrap().contains("was given up after"),
+            "{:?}",
+            report.cause
+        );
+        assert!((2.0..10.0).contains(&report.seconds));
+    }
+}

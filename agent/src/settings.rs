@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 const THREADS_MAX: usize = 256;
 /// A few batches: with less than one the source could never send.
 const JOB_MEMORY_MIN: u64 = 4 << 20;
+const CHANGES_GRANULARITY: std::ops::RangeInclusive<u64> = 4096..=1 << 20;
 const FLUSH_TIME_MIN: Duration = Duration::from_millis(10);
 /// Well below the limits that the handover itself has for a VM that stands.
 const HANDOVER_HOOK_MAX: Duration = Duration::from_secs(5);
@@ -187,6 +188,10 @@ pub struct VmSection {
     pub command: Vec<String>,
     /// RAM on its way between the two QEMUs, at each end, in bytes: also the most that may be left to send while the VM stands.
     pub ram_memory: ByteSize,
+    /// Have the QEMU of an arriving VM note which blocks are written, for the way back.
+    pub note_changes: bool,
+    /// What one bit of these notes stands for: a power of two from 4 KiB to 1 MiB. QEMU's memory for a TiB of disk: 2 MiB at 64 KiB.
+    pub changes_granularity: ByteSize,
 }
 
 impl Default for VmSection {
@@ -194,6 +199,8 @@ impl Default for VmSection {
         Self {
             command: Vec::new(),
             ram_memory: ByteSize(32 << 20),
+            note_changes: true,
+            changes_granularity: ByteSize(64 << 10),
         }
     }
 }
@@ -251,6 +258,10 @@ impl AgentSettings {
         }
         if self.vm.ram_memory.0 < JOB_MEMORY_MIN {
             return Err("vm.ram_memory: a running VM cannot move within less than 4 MiB".to_owned());
+        }
+        let granularity = self.vm.changes_granularity.0;
+        if !granularity.is_power_of_two() || !CHANGES_GRANULARITY.contains(&granularity) {
+            return Err("vm.changes_granularity: a power of two from 4 KiB to 1 MiB is needed".to_owned());
         }
         if limits.flush_time.0 < FLUSH_TIME_MIN {
             return Err("limits.flush_time: disks cannot be flushed more often than every 10 ms".to_owned());

@@ -10,9 +10,12 @@ use longhaul_agent::disk::ReadAt;
 use longhaul_agent::disk::image::LiveImage;
 use longhaul_agent::vm::qmp::Qmp;
 use longhaul_agent::vm::rounds::{
-    GRANULARITY, Rounds, RoundsError, RoundsOptions, add_bitmaps, bitmaps, exports, sweep,
+    GRANULARITY, Rounds, RoundsError, RoundsOptions, add_bitmaps, bitmaps, exports, find_since, since_name,
+    start_since, sweep,
 };
 use longhaul_common::extent::Extent;
+use longhaul_common::ids::{DiskIndex, JobId};
+use longhaul_common::wire::session::ShadowId;
 use serde_json::{Value, json};
 use vm_qemu::{DISK, Qemu, write};
 
@@ -234,4 +237,67 @@ async fn a_bitmap_from_before_is_taken_over_and_what_was_trimmed_is_forgotten() 
     rounds.finish().await.unwrap();
     rounds.remove().await.unwrap();
     assert_eq!(bitmaps(&qmp).await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn a_job_inherits_what_was_noted_before_it_and_leaves_it_recording() {
+    let qemu = Qemu::start();
+    let qmp = qemu.qmp().await;
+    let options = options(&qemu, &qmp).await;
+    let shadow = |disk| ShadowId {
+        job: JobId::random(),
+        generation: 1,
+        disk: DiskIndex(disk),
+    };
+    let old = [shadow(0), shadow(1)];
+    let noted = |ids: [ShadowId; 2]| -> Vec<_> { options.nodes.iter().cloned().zip(ids).collect() };
+    start_since(&qmp, &noted(old), 4096).await.unwrap();
+    let ids = [shadow(0), shadow(1)];
+    start_since(&qmp, &noted(ids), 4096).await.unwrap();
+    assert_eq!(find_since(&qmp, &options.nodes).await.unwrap(), ids.map(Some));
+    write(&qmp, "d0", 0x11, 3 << 20, 4096).await;
+
+    for written in [8 << 20, 12 << 20] {
+        let mut rounds = Rounds::start(&qmp, options.clone()).await.unwrap();
+        write(&qmp, "d0", 0x22, written, 4096).await;
+        rounds.inherit(0, &since_name(&ids[0])).await.unwrap();
+        assert!(
+            rounds.inherit(1, &since_name(&ids[0])).await.is_err(),
+            "of another disk"
+        );
+        assert!(
+            rounds.inherit(2, &since_name(&ids[0])).await.is_err(),
+            "of no disk"
+        );
+        rounds.finish().await.unwrap();
+        rounds.next().await.unwrap();
+        let dirty = dirty(&mut rounds, 0).await;
+        let run = |at: u64| (at, at + 65536);
+        // A job that ended without moving the VM took nothing away: the next one has all of it again.
+        let expected: Vec<_> = [3 << 20, 8 << 20, 12 << 20]
+            .into_iter()
+            .filter(|at| *at <= written)
+            .map(run)
+            .collect();
+        assert_eq!(dirty, expected);
+        rounds.finish().await.unwrap();
+        rounds.remove().await.unwrap();
+        sweep(&qmp, &options.socket, |name| {
+            !name.starts_with("longhaul-0a1b2c3d-")
+        })
+        .await
+        .unwrap();
+        assert_eq!(find_since(&qmp, &options.nodes).await.unwrap(), ids.map(Some));
+    }
+
+    let off = json!({ "node": options.nodes[0], "name": since_name(&ids[0]) });
+    qmp.execute("block-dirty-bitmap-disable", off).await.unwrap();
+    assert_eq!(
+        find_since(&qmp, &options.nodes).await.unwrap(),
+        [None, Some(ids[1])]
+    );
+    let rounds = Rounds::start(&qmp, options.clone()).await.unwrap();
+    let lost = rounds.inherit(0, &since_name(&ids[0])).await.unwrap_err();
+    assert!(matches!(lost, RoundsError::BitmapLost { .. }), "{lost}");
+    rounds.remove().await.unwrap();
 }

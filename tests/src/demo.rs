@@ -115,6 +115,8 @@ fn job_of(args: &DemoArgs, link: LinkSpec) -> LiveArgs {
         before: seconds(4),
         after: seconds(3),
         connections: None,
+        back: false,
+        forget_changes: false,
         ideas: Ideas::default(),
         keep: false,
         directory: None,

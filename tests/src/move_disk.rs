@@ -147,6 +147,7 @@ fn resolve(args: &MoveArgs) -> io::Result<Job> {
         format,
         target_format,
         connections,
+        both_ways: false,
         ideas: args.ideas.clone(),
     })
 }

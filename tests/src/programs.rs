@@ -53,6 +53,8 @@ pub struct Job {
     pub target_format: String,
     /// Connections between the gateways, if not the default.
     pub connections: Option<u32>,
+    /// Whether the target's gateway runs jobs towards the source, too.
+    pub both_ways: bool,
     pub ideas: Ideas,
 }
 
@@ -169,8 +171,13 @@ impl Programs {
 
     /// The operator's command that runs the job in this file of the lab's directory and prints its events.
     pub fn run_job(&self, lab: &Lab, file: &str) -> Command {
-        let mut command = lab.command(End::Source, &self.program("longhaul"));
-        let socket = api_socket(lab.directory(), End::Source);
+        self.run_file(lab, End::Source, file)
+    }
+
+    /// The same at the gateway of an end.
+    pub fn run_file(&self, lab: &Lab, end: End, file: &str) -> Command {
+        let mut command = lab.command(end, &self.program("longhaul"));
+        let socket = api_socket(lab.directory(), end);
         command.args([
             "--api",
             &text(&socket),
@@ -403,11 +410,15 @@ fn gateway_config(lab: &Lab, end: End, link: &LinkSpec, job: &Job) -> String {
         back.rate_bit_per_s
     };
     config += &link_section("peers.link", rate, link, job, emulated);
-    if end == End::Source {
-        let (other, port) = (lab.address(End::Target), ports(lab, End::Target).0);
+    let peer = match end {
+        End::Source => Some(End::Target),
+        End::Target => job.both_ways.then_some(End::Source),
+    };
+    if let Some(peer) = peer {
+        let (other, port, site) = (lab.address(peer), ports(lab, peer).0, peer.name());
         let _ = write!(
             config,
-            "[[peer]]\nsite = \"target\"\nname = \"target-gateway\"\naddress = \"{other}:{port}\"\n"
+            "[[peer]]\nsite = \"{site}\"\nname = \"{site}-gateway\"\naddress = \"{other}:{port}\"\n"
         );
         config += &link_section("peer.link", rate, link, job, emulated);
     }

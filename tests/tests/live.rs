@@ -16,6 +16,7 @@ use std::time::Duration;
 use clap::Parser;
 use longhaul_lab::lab::End;
 use longhaul_lab::live::args::LiveArgs;
+use longhaul_lab::live::back::BackReport;
 use longhaul_lab::live::machine::MACHINE_TYPE;
 use longhaul_lab::live::stage::Stage;
 use longhaul_lab::live::verdict::LiveReport;
@@ -158,6 +159,54 @@ fn a_cancel_during_ram_leaves_the_vm_running_and_nothing_behind() {
     assert_eq!(report.owner, "source");
     let cause = report.report.cause.unwrap_or_default();
     assert!(cause.contains("cancelled"), "{cause}");
+}
+
+/// There and back: what arrived is what was left, and most of the disk did not have to go.
+fn came_back(words: &str) -> BackReport {
+    let report = play(words);
+    assert!(report.report.ok, "{words}: {:?}", report.report.cause);
+    assert_eq!(report.owner, "source", "{words}");
+    let back = report.back.unwrap();
+    eprintln!("{:#?}", (&back.notes, &back.decisions));
+    assert_eq!(back.differing_bytes, 0);
+    assert!(
+        back.compared_bytes > 32 << 20,
+        "{} bytes compared",
+        back.compared_bytes
+    );
+    assert!(back.kept_bytes > 8 << 20, "{} bytes were there", back.kept_bytes);
+    back
+}
+
+#[test]
+fn a_vm_that_comes_back_ships_only_what_it_wrote_since() {
+    if no_link() {
+        return;
+    }
+    let back = came_back("--workload fsync --seed 8 --back");
+    assert!(
+        back.sent_raw_bytes < back.kept_bytes / 2,
+        "{} bytes sent",
+        back.sent_raw_bytes
+    );
+    let known = back
+        .notes
+        .iter()
+        .any(|note| note.contains("knows what was written since"));
+    assert!(known, "{:?}", back.notes);
+}
+
+#[test]
+fn a_vm_that_comes_back_with_unknown_changes_ships_what_differs() {
+    if no_link() {
+        return;
+    }
+    let back = came_back("--workload fsync --seed 9 --format qcow2 --back --forget-changes");
+    let compared = back
+        .notes
+        .iter()
+        .any(|note| note.contains("digests are compared"));
+    assert!(compared, "{:?}", back.notes);
 }
 
 #[test]

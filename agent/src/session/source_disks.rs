@@ -248,6 +248,7 @@ impl OpenDisk {
             notes: image.notes().to_vec(),
             scan_ms: started.elapsed().as_millis() as u64,
             sent_before: 0,
+            since: None,
         };
         Ok(Self {
             known: KnownLeaves::new(image.size()),

@@ -14,7 +14,7 @@ use longhaul_common::ids::DiskIndex;
 use longhaul_common::link::{RecvStream, SendStream};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
-    FromTarget, HAVE_MAX, Have, Place, Refusal, RefusalKind, TargetOpen, ToTarget,
+    FromTarget, HAVE_MAX, Have, Place, Refusal, RefusalKind, ShadowId, TargetOpen, ToTarget,
 };
 use tokio::sync::{mpsc, watch};
 
@@ -153,7 +153,7 @@ impl Attempt {
         let told = on_thread("target-have", move || {
             let mut targets = Vec::new();
             for (index, (target, have)) in (0..).map(DiskIndex).zip(disks) {
-                tell_have(index, have, &say)?;
+                tell_have(index, have, None, &say)?;
                 targets.push(target);
             }
             Ok(targets)
@@ -364,21 +364,26 @@ fn verify_disk(
 pub(super) fn tell_have(
     disk: DiskIndex,
     have: apply::Have,
+    shadow: Option<ShadowId>,
     say: &mpsc::Sender<FromTarget>,
 ) -> Result<(), Refusal> {
     let mut frame: Option<Have> = None;
     for durable in have {
-        let (first, count, digest) = match durable.map_err(|error| outcome::target(&error))? {
-            Durable::Data { leaf, digest } => (leaf, 1, Some((leaf, digest))),
-            Durable::Zeros { first, count } => (first, count, None),
+        let (first, count, digest, of) = match durable.map_err(|error| outcome::target(&error))? {
+            Durable::Data { leaf, digest } => (leaf, 1, Some((leaf, digest)), None),
+            Durable::Zeros { first, count } => (first, count, None, None),
+            // Without a name for it nobody can say what these leaves hold.
+            Durable::Shadow { .. } if shadow.is_none() => continue,
+            Durable::Shadow { first, count } => (first, count, None, shadow),
         };
-        let joins = |f: &Have| f.first + f.count == first && f.digests.len() < HAVE_MAX;
+        let joins = |f: &Have| f.first + f.count == first && f.digests.len() < HAVE_MAX && f.shadow == of;
         if !frame.as_ref().is_some_and(joins)
             && let Some(full) = frame.replace(Have {
                 disk,
                 first,
                 count: 0,
                 digests: Vec::new(),
+                shadow: of,
             })
         {
             let _ = say.blocking_send(FromTarget::Have(full));

@@ -52,6 +52,17 @@ pub(super) fn check(open: &TargetOpen, settings: &AgentSettings) -> Result<Vec<S
 
 /// Opens every disk, taking up what an earlier attempt of the job left.
 pub(super) fn open(open: &TargetOpen, settings: &AgentSettings) -> Result<Vec<(Target, Have)>, Refusal> {
+    open_with(open, settings, |_, disk, options| {
+        Target::open(options, disk.size)
+    })
+}
+
+/// The same, each disk by `opening`.
+pub(super) fn open_with(
+    open: &TargetOpen,
+    settings: &AgentSettings,
+    opening: impl Fn(DiskIndex, &TargetDisk, &TargetOptions) -> Result<(Target, Have), TargetError>,
+) -> Result<Vec<(Target, Have)>, Refusal> {
     if open.disks.is_empty() || open.disks.len() > DISKS_MAX {
         let text = format!(
             "a VM with {} disks cannot be written; 1 to {DISKS_MAX} can",
@@ -61,7 +72,7 @@ pub(super) fn open(open: &TargetOpen, settings: &AgentSettings) -> Result<Vec<(T
     }
     let disks = (0..).map(DiskIndex).zip(&open.disks);
     disks
-        .map(|(index, disk)| open_disk(open.job, index, disk, settings))
+        .map(|(index, disk)| open_disk(open.job, index, disk, settings, &opening))
         .collect()
 }
 
@@ -70,9 +81,10 @@ fn open_disk(
     index: DiskIndex,
     disk: &TargetDisk,
     settings: &AgentSettings,
+    opening: &impl Fn(DiskIndex, &TargetDisk, &TargetOptions) -> Result<(Target, Have), TargetError>,
 ) -> Result<(Target, Have), Refusal> {
     let options = options(job, index, disk, settings)?;
-    let (target, have) = Target::open(&options, disk.size).map_err(|error| outcome::target(&error))?;
+    let (target, have) = opening(index, disk, &options).map_err(|error| outcome::target(&error))?;
     let needed = if disk.preallocate { disk.size } else { disk.needed };
     let missing = needed.saturating_sub(have.bytes());
     if let Some(folder) = options.path.parent().filter(|_| !is_device(&options.path)) {

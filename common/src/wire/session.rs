@@ -81,6 +81,23 @@ pub struct SourceDisk {
     pub flatten: bool,
 }
 
+/// A disk's copy that stayed behind when its VM was moved while it ran.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShadowId {
+    /// The job that moved the VM away.
+    pub job: JobId,
+    /// Which of its RAM streams the VM was moved by.
+    pub generation: u32,
+    /// The disk's number in that job.
+    pub disk: DiskIndex,
+}
+
+impl fmt::Display for ShadowId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}-{}", self.job, self.generation, self.disk)
+    }
+}
+
 /// One disk as the source agent found it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OpenedDisk {
@@ -102,6 +119,8 @@ pub struct OpenedDisk {
     pub scan_ms: u64,
     /// Bytes from the disk's start that earlier attempts have sent or passed over as durable, as far as the agent remembers.
     pub sent_before: u64,
+    /// All that was written since this shadow was left is known here.
+    pub since: Option<ShadowId>,
 }
 
 impl OpenedDisk {
@@ -215,6 +234,8 @@ pub struct Have {
     pub first: u64,
     pub count: u64,
     pub digests: Vec<(u64, Digest)>,
+    /// These leaves are as this shadow was left, whatever they hold; then without digests.
+    pub shadow: Option<ShadowId>,
 }
 
 /// What the target agent is to write.
@@ -245,6 +266,10 @@ pub struct TargetDisk {
     pub needed: u64,
     pub preallocate: bool,
     pub overwrite: bool,
+    /// A shadow may be what the copy begins with; it is used up then.
+    pub shadow: bool,
+    /// The shadow since which the source knows all changes.
+    pub since: Option<ShadowId>,
 }
 
 /// What the target agent says, relayed by the target gateway.

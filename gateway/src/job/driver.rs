@@ -244,7 +244,7 @@ impl Driver {
             self.record.sizes = source.sizes();
         }
         let definition = source.definition.take();
-        let open = target_open(
+        let mut open = target_open(
             &self.record.spec,
             self.job,
             attempt,
@@ -252,6 +252,9 @@ impl Driver {
             definition,
             source.vm(),
         );
+        for (disk, since) in open.disks.iter_mut().zip(source.since()) {
+            disk.since = since;
+        }
         let target = self.open_target(open, &mut source).await?;
         if target.arrived.is_some() {
             let text = "the target says that this job has arrived, the journal does not know of it; was it restored from a copy?";
@@ -438,6 +441,7 @@ impl Driver {
         // What is about to be removed needs no room.
         for disk in &mut open.disks {
             disk.preallocate = false;
+            disk.shadow = false;
         }
         let target = Target::open(&self.context, spec, open, None).await?;
         if target.arrived.is_some() {

@@ -79,6 +79,10 @@ pub struct TargetSection {
     /// Reserve the full size instead of making sparse files.
     #[serde(default)]
     pub preallocate: bool,
+    /// Kind "live": where the VM comes from here, let its disks begin with the shadows that its move left behind, and send only what
+    /// changed since. They are used up then.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub shadow: bool,
     /// Kind "live": QMP socket of a QEMU that waits for the VM already (`-S -incoming defer`). Without it the agent starts one by its
     /// template.
     #[schema(value_type = Option<String>)]
@@ -265,6 +269,11 @@ fn is_shown(text: &str) -> bool {
 
 fn yes() -> bool {
     true
+}
+
+/// Left out of a job where it is as by default.
+fn is_yes(value: &bool) -> bool {
+    *value
 }
 
 fn raw() -> String {

@@ -13,7 +13,7 @@ use longhaul_common::wire::operator::{OperatorAnswer, OperatorTask, OperatorWord
 use longhaul_common::wire::sequences::Sequences;
 use longhaul_common::wire::session::{
     AgentTask, DiskCounts, FromSource, FromTarget, Have, OpenedDisk, PartReport, PeerTask, Refusal,
-    RefusalKind, SourceDisk, SourceOpen, TargetDisk, TargetOpen, ToSource, ToTarget,
+    RefusalKind, ShadowId, SourceDisk, SourceOpen, TargetDisk, TargetOpen, ToSource, ToTarget,
 };
 use longhaul_gateway::reduction::{self, Encoding, Level, Method, Pair, Payload, Size, Vm, Windows};
 use serde::Serialize;
@@ -56,6 +56,11 @@ fn body<T: Serialize>(kind: u8, message: &T) -> Vec<u8> {
 #[expect(clippy::too_many_lines, reason = "one of each message: a table")]
 pub(super) fn frames() -> io::Result<Vec<Vec<u8>>> {
     let job = JobId::random();
+    let shadow = ShadowId {
+        job,
+        generation: 2,
+        disk: DiskIndex(0),
+    };
     let target = TargetOpen {
         job,
         attempt: Attempt(1),
@@ -67,6 +72,8 @@ pub(super) fn frames() -> io::Result<Vec<Vec<u8>>> {
             needed: 4096,
             preallocate: false,
             overwrite: true,
+            shadow: true,
+            since: Some(shadow),
         }],
         definition: Some(vec![1, 2, 3]),
         dry_run: false,
@@ -102,12 +109,14 @@ pub(super) fn frames() -> io::Result<Vec<Vec<u8>>> {
         notes: vec!["note".to_owned()],
         scan_ms: 1,
         sent_before: 0,
+        since: Some(shadow),
     };
     let have = Have {
         disk: DiskIndex(0),
         first: 0,
         count: 2,
         digests: vec![(1, Digest::of(b"x"))],
+        shadow: Some(shadow),
     };
     let numbers: Sequences = [1, 2, 5].map(Sequence).into_iter().collect();
     let refusal = Refusal::new(RefusalKind::NoSpace, "no space");

@@ -107,6 +107,12 @@ pub struct LiveArgs {
     /// QUIC connections between the gateways
     #[arg(long)]
     pub connections: Option<u32>,
+    /// After the move, move the guest back through the same programs, and compare the disks
+    #[arg(long, conflicts_with = "by")]
+    pub back: bool,
+    /// Take from QEMU what it knows of the changes before the way back, as if it had been started anew
+    #[arg(long, requires = "back")]
+    pub forget_changes: bool,
     #[command(flatten)]
     pub ideas: Ideas,
     /// Keep the lab's directory: config files, logs, consoles, disks

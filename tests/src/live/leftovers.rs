@@ -17,6 +17,8 @@ use crate::lab::End;
 
 /// Everything that Longhaul adds to a QEMU is called so.
 const PREFIX: &str = "longhaul-";
+/// What a QEMU notes for the way back stays in it.
+const SINCE: &str = "longhaul-since-";
 
 /// QEMU's migration capabilities and parameters.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -123,6 +125,7 @@ fn in_qemu(monitor: &Monitor) -> Vec<String> {
         found.extend(
             bitmaps
                 .filter_map(|bitmap| ours(&bitmap["name"]))
+                .filter(|name| !name.starts_with(SINCE))
                 .map(|name| format!("bitmap {name}")),
         );
     }

@@ -7,6 +7,7 @@
 //! themselves show.
 
 pub mod args;
+pub mod back;
 pub mod check;
 pub mod console;
 pub mod faults;

@@ -23,7 +23,7 @@ use super::leftovers::QemuSettings;
 use super::rival::Rival;
 use super::stage::Stage;
 use super::verdict::LiveReport;
-use super::{proof, template};
+use super::{back, proof, template};
 use crate::lab::End;
 use crate::move_disk::Moment;
 use crate::programs::{self, JOB_FILE, Line, Programs};
@@ -135,6 +135,14 @@ impl Run<'_> {
         if let Some(programs) = programs {
             self.report.reduced_bytes = since(programs.reduced(&self.stage.lab), &before);
             self.report.leftovers = self.leftovers()?;
+        }
+        if let Some(programs) = programs.filter(|_| self.args.back && self.report.owner == "target") {
+            let back = back::go_back(self.args, &mut self.stage, programs, &self.job, watch)?;
+            self.report.back = Some(back);
+            self.settle()?;
+            self.report
+                .leftovers
+                .extend(back::leftovers(&self.stage, &self.report));
         }
         proof::prove(self.args, &self.stage, &mut self.report, watch)?;
         self.put_away(link_began.map_or(0.0, |stats| stats.seconds))?;

@@ -32,11 +32,12 @@ pub fn disk(directory: &Path, end: End, number: usize) -> PathBuf {
     folder.join(format!("disk{number}.img"))
 }
 
-/// Adds the folder of QMP sockets to both agents' files, and the command template to the target's.
+/// Adds the folder of QMP sockets to both agents' files, and the command template to the target's; to the source's the one for the way
+/// back.
 ///
 /// # Errors
 /// When a file cannot be read or written, or has no paths to add to.
-pub fn extend(directory: &Path, template: &Machine) -> io::Result<()> {
+pub fn extend(directory: &Path, template: &Machine, home: Option<&Machine>) -> io::Result<()> {
     for end in [End::Source, End::Target] {
         let file = directory.join(format!("{}-agent.toml", end.name()));
         let text = fs::read_to_string(&file)?;
@@ -45,7 +46,11 @@ pub fn extend(directory: &Path, template: &Machine) -> io::Result<()> {
         };
         let folder = qmp_folder(directory, end);
         let mut text = format!("{before}[paths]\nqmp = [\"{}\"]\n{after}", folder.display());
-        if end == End::Target {
+        let template = match end {
+            End::Source => home,
+            End::Target => Some(template),
+        };
+        if let Some(template) = template {
             let _ = writeln!(text, "[vm]\ncommand = {}", array(&template.words()));
         }
         fs::write(file, text)?;
@@ -58,9 +63,39 @@ pub fn extend(directory: &Path, template: &Machine) -> io::Result<()> {
 /// # Errors
 /// When it cannot be written.
 pub fn write_job(directory: &Path, machine: &Machine, args: &LiveArgs) -> io::Result<()> {
-    let target_format = args.target_format();
+    let text = job(directory, machine, [End::Source, End::Target], args);
+    fs::write(directory.join(JOB_FILE), text)
+}
+
+/// Writes the job file for the way back of a machine that the job `arrived` has brought; gives the file's name.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write_job_back(
+    directory: &Path,
+    machine: &Machine,
+    arrived: &str,
+    args: &LiveArgs,
+) -> io::Result<&'static str> {
+    let socket = format!("vm-{}.qmp", arrived.get(..8).unwrap_or_default());
+    let socket = qmp_folder(directory, End::Target).join(socket);
+    let machine = Machine {
+        qmp: socket.display().to_string(),
+        ..machine.clone()
+    };
+    let text = job(directory, &machine, [End::Target, End::Source], args);
+    fs::write(directory.join("back.toml"), text)?;
+    Ok("back.toml")
+}
+
+fn job(directory: &Path, machine: &Machine, [from, to]: [End; 2], args: &LiveArgs) -> String {
+    let (from, site) = (from.name(), to.name());
+    let format = match to {
+        End::Source => args.format.as_str(),
+        End::Target => args.target_format(),
+    };
     let mut job = format!(
-        "kind = \"live\"\nname = \"{}\"\n{}[source]\nagent = \"source-agent\"\nqmp = \"{}\"\n",
+        "kind = \"live\"\nname = \"{}\"\n{}[source]\nagent = \"{from}-agent\"\nqmp = \"{}\"\n",
         machine.name,
         args.ideas.job(),
         machine.qmp
@@ -68,7 +103,10 @@ pub fn write_job(directory: &Path, machine: &Machine, args: &LiveArgs) -> io::Re
     if let Some(socket) = &machine.guest_agent {
         let _ = writeln!(job, "guest_agent = \"{socket}\"");
     }
-    job += "[target]\nsite = \"target\"\nagent = \"target-agent\"\n[live]\n";
+    let _ = write!(
+        job,
+        "[target]\nsite = \"{site}\"\nagent = \"{site}-agent\"\n[live]\n"
+    );
     let spans = [("blackout", args.blackout), ("give_up", args.give_up)];
     for (key, span) in spans {
         if let Some(span) = span {
@@ -82,22 +120,22 @@ pub fn write_job(directory: &Path, machine: &Machine, args: &LiveArgs) -> io::Re
         job += "fstrim = true\n";
     }
     for number in 0..machine.disks.len() {
-        let target = disk(directory, End::Target, number);
+        let target = disk(directory, to, number);
         let _ = write!(
             job,
-            "[[disk]]\nsource = \"disk{number}\"\ntarget = \"{}\"\ntarget_format = \"{target_format}\"\n",
+            "[[disk]]\nsource = \"disk{number}\"\ntarget = \"{}\"\ntarget_format = \"{format}\"\n",
             target.display(),
         );
     }
     if machine.vars.is_some() {
-        let target = disk(directory, End::Target, machine.disks.len());
+        let target = disk(directory, to, machine.disks.len());
         let _ = write!(
             job,
             "[[disk]]\nsource = \"pflash1\"\ntarget = \"{}\"\n",
             target.display()
         );
     }
-    fs::write(directory.join(JOB_FILE), job)
+    job
 }
 
 /// A TOML array of strings.

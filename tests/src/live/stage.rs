@@ -79,7 +79,9 @@ impl Stage {
         let machine = machine(args, &directory, &consoles, &monitors)?;
         let template = at_target(args, &directory, &machine, &consoles, &monitors);
         if programs.is_some() {
-            settings::extend(&directory, &template)?;
+            // The way back starts a QEMU where the guest came from.
+            let home = machine.template(&consoles.socket(End::Source), monitors[0].socket());
+            settings::extend(&directory, &template, args.back.then_some(&home))?;
             settings::write_job(&directory, &machine, args)?;
         }
         say("starting the guest at the source".to_owned());
@@ -227,6 +229,7 @@ fn job(args: &LiveArgs, image: &Path) -> Job {
         target_format: args.target_format().to_owned(),
         connections: args.connections,
         ideas: args.ideas.clone(),
+        both_ways: args.back,
     }
 }
 

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::back::BackReport;
 use super::check::Records;
 use crate::report::Report;
 
@@ -65,6 +66,8 @@ pub struct LiveReport {
     pub seed: u64,
     /// Who migrated: "longhaul" or "qemu".
     pub by: String,
+    /// The way back, where it was asked for.
+    pub back: Option<BackReport>,
 }
 
 impl LiveReport {
@@ -109,7 +112,10 @@ impl LiveReport {
             report.wan_bytes = self.link_bytes.map_or(0, |(forth, _)| forth);
         }
         let digests = report.source_digest == report.target_digest;
-        report.equal = self.safe && self.owner == "target" && digests;
+        let back = self.back.as_ref();
+        let home = if back.is_some() { "source" } else { "target" };
+        let went_back = back.is_none_or(BackReport::is_good);
+        report.equal = self.safe && self.owner == home && digests && went_back;
         let said = report.job["ok"] == Value::Bool(true) && report.cause.is_none();
         report.ok = report.equal && said && self.leftovers.is_empty();
         report.goodput_bit_per_s = report.used_bytes as f64 * 8.0 / report.seconds.max(1e-3);
@@ -135,6 +141,12 @@ fn cause(report: &LiveReport, one: bool, memory: bool, digests: bool) -> String 
     }
     if let Some(cause) = job {
         return cause.to_owned();
+    }
+    if let Some(back) = report.back.as_ref().filter(|back| !back.is_good()) {
+        return format!(
+            "the way back: {}",
+            back.cause.as_deref().unwrap_or("the disks differ")
+        );
     }
     if let Some(first) = report.leftovers.first() {
         return format!("something is left behind: {first}");

@@ -247,6 +247,8 @@ async fn tasks(link: &Link) -> usize {
         needed: size,
         preallocate: false,
         overwrite: true,
+        shadow: true,
+        since: None,
     };
     let many = vec![disk("/x", 1); 5000];
     let hostile = [

@@ -61,6 +61,7 @@ fn opened(size: u64) -> OpenedDisk {
         notes: vec!["\u{1b}[31mred\nsecond line".to_owned()],
         scan_ms: u64::MAX,
         sent_before: 0,
+        since: None,
     }
 }
 
@@ -291,6 +292,7 @@ async fn lie(script: u32, open: &TargetOpen, mut send: SendStream, mut recv: Rec
         first: 0,
         count: u64::MAX,
         digests: vec![],
+        shadow: None,
     };
     if script == 0 {
         say(&mut send, &FromTarget::Have(everything)).await;
@@ -425,6 +427,8 @@ async fn target(link: &Link, path: &std::path::Path, size: u64) -> (Option<Refus
         needed: 0,
         preallocate: false,
         overwrite: false,
+        shadow: false,
+        since: None,
     };
     let open = TargetOpen {
         job: JobId::random(),
@@ -525,6 +529,7 @@ async fn flood(link: &Link, path: &std::path::Path) -> (Option<Refusal>, String)
         first: 0,
         count: SIZE >> 20,
         digests: vec![],
+        shadow: None,
     };
     for _ in 0..10_000 {
         if frame::write(&mut send, &ToSource::Have(have.clone()))

@@ -124,6 +124,7 @@ impl World {
             format: "raw".to_owned(),
             target_format: "raw".to_owned(),
             connections: None,
+            both_ways: false,
             ideas: Ideas::default(),
         };
         programs.prepare(&lab, &link, &job).unwrap();

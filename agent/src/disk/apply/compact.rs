@@ -58,19 +58,22 @@ fn write(log: &ProgressLog, file: &File, keep: impl Fn(u64) -> bool) -> io::Resu
         let said = replay::window(log.records(), &range)?;
         let mut record: Option<Record> = None;
         for (leaf, said) in range.zip(said) {
-            let (version, digest) = match said {
-                Said::Zero(version) if keep(leaf) => (version, None),
-                Said::Data(version, digest) if keep(leaf) => (version, Some((leaf, digest))),
+            let (kind, version, digest) = match said {
+                Said::Zero(version) if keep(leaf) => (Kind::Written, version, None),
+                Said::Data(version, digest) if keep(leaf) => (Kind::Written, version, Some((leaf, digest))),
+                Said::Shadow(version) if keep(leaf) => (Kind::Shadow, version, None),
                 _ => continue,
             };
             let full = record.as_ref().is_some_and(|record| {
-                record.leaves.end != leaf || record.version != version || record.digests.len() == ENTRIES_MAX
+                record.leaves.end != leaf
+                    || (record.kind, record.version) != (kind, version)
+                    || record.digests.len() == ENTRIES_MAX
             });
             if let Some(full) = record.take_if(|_| full) {
                 full.encode(&mut bytes);
             }
             let begun = || Record {
-                kind: Kind::Written,
+                kind,
                 version,
                 leaves: leaf..leaf,
                 digests: Vec::new(),

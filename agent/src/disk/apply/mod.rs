@@ -35,6 +35,7 @@ mod qcow2_store;
 mod record;
 mod replay;
 mod scratch;
+mod shadow;
 mod space;
 mod store;
 mod target;
@@ -54,6 +55,7 @@ pub use place::partial_name;
 pub use placed::{Placed, link_early, promote_after_crash, unlink_after_crash};
 pub use replay::{Durable, Have};
 pub use scratch::Scratch;
+pub use shadow::{Left, Returned, Seal, Shadow};
 pub use space::check_space;
 pub use target::{Applied, Flushed, Target, Ticket};
 

@@ -22,6 +22,7 @@ use super::qcow2_server;
 use super::qcow2_store::{self, Qcow2Store};
 use super::record::{ENTRY, Header, Version};
 use super::replay::{self, Have};
+use super::shadow::{self, Shadow, Taken};
 use super::store::{self, Store};
 use super::target::{Outcome, Target};
 use super::{DISK_SIZE_MAX, TargetError, TargetFormat, TargetOptions, compact, image_lock, verify};
@@ -36,6 +37,8 @@ struct Opened {
     resumed: bool,
     /// The store reads as zeros where nothing was written.
     blank: bool,
+    /// What is known of the shadow that the store was until now.
+    shadow: Option<shadow::Content>,
     notes: Vec<String>,
 }
 
@@ -49,6 +52,7 @@ impl Opened {
             header,
             resumed,
             blank: true,
+            shadow: None,
             notes: Vec::new(),
         }
     }
@@ -60,6 +64,15 @@ impl Target {
     /// The second value lists what is durable already. Errors: `Exists`, `InUse`, `Refused`, `TooSmall`, `NoSpace`,
     /// `AlreadyPromoted` (this job completed the copy before), `Tool`, `Io`.
     pub fn open(options: &TargetOptions, size: u64) -> Result<(Self, Have), TargetError> {
+        Self::open_with(options, size, None)
+    }
+
+    /// The same, but where no partial copy lies there `shadow` becomes it, if it can: what is not known of it is read.
+    pub fn open_with(
+        options: &TargetOptions,
+        size: u64,
+        shadow: Option<&Shadow>,
+    ) -> Result<(Self, Have), TargetError> {
         if size > DISK_SIZE_MAX {
             return Err(TargetError::refused(
                 &options.path,
@@ -74,7 +87,7 @@ impl Target {
                     "a block device takes format raw only",
                 ));
             }
-            (false, _) => open_file(options, size)?,
+            (false, _) => open_file(options, size, shadow)?,
         };
         finish(options, size, opened)
     }
@@ -97,12 +110,14 @@ fn finish(options: &TargetOptions, size: u64, opened: Opened) -> Result<(Target,
         header,
         resumed,
         blank,
+        shadow,
         notes,
     } = opened;
     let path = &options.path;
     let untouched = LeafState::new(Version::default(), false, !blank);
     let mut states = LeafStates::new(leaf_count(size), untouched);
-    let log = if resumed {
+    let begun = shadow.is_some();
+    let mut log = if resumed {
         if blank {
             mark_touched(&*store, size, &mut states).map_err(TargetError::during("examine", path))?;
         }
@@ -110,7 +125,11 @@ fn finish(options: &TargetOptions, size: u64, opened: Opened) -> Result<(Target,
     } else {
         log.start(header)?
     };
-    let have = Have::new(&log, &states)?;
+    let as_left = match shadow {
+        Some(shadow) => shadow.enter(&*store, size, &mut log, &mut states)?,
+        None => false,
+    };
+    let have = Have::new(&log, &states, as_left)?;
     let target = Target {
         options: options.clone(),
         size,
@@ -122,6 +141,7 @@ fn finish(options: &TargetOptions, size: u64, opened: Opened) -> Result<(Target,
         failed: AtomicBool::new(false),
         notes,
         patched: Mutex::default(),
+        begun_with_shadow: begun,
     };
     Ok((target, have))
 }
@@ -164,7 +184,7 @@ fn take_up(
     Ok(log)
 }
 
-fn open_file(options: &TargetOptions, size: u64) -> Result<Opened, TargetError> {
+fn open_file(options: &TargetOptions, size: u64, shadow: Option<&Shadow>) -> Result<Opened, TargetError> {
     let place = Place::of(options)?;
     let log = LockedLog::open(&place.dir, &place.log_name, false)?;
     let known = log.as_ref().map(LockedLog::header).transpose()?.flatten();
@@ -188,6 +208,20 @@ fn open_file(options: &TargetOptions, size: u64) -> Result<Opened, TargetError> 
         }
     }
     log.clear()?;
+    let taken = shadow.map(|shadow| shadow.take(options, size, &place, &log));
+    if let Some(Taken {
+        file,
+        header,
+        content,
+    }) = taken.transpose()?.flatten()
+    {
+        let store = store_for(options, file, size, &place, true)?;
+        return Ok(Opened {
+            blank: false,
+            shadow: Some(content),
+            ..Opened::file(store, place, log, header, false)
+        });
+    }
     match begin(options, size, &place) {
         Ok((store, header)) => Ok(Opened::file(store, place, log, header, false)),
         Err(error) => {
@@ -375,6 +409,7 @@ fn open_device(options: &TargetOptions, size: u64) -> Result<Opened, TargetError
         header,
         resumed,
         blank: false,
+        shadow: None,
         notes: notes.into_iter().collect(),
     })
 }

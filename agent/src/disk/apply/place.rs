@@ -123,10 +123,15 @@ impl Place {
 
     /// The partial copy; `None` where there is none.
     pub(crate) fn partial_file(&self) -> Result<Option<File>, TargetError> {
-        let Some(file) = self.existing(&self.partial_name, OFlags::RDWR)? else {
+        self.own_file(&self.partial_name)
+    }
+
+    /// A file of ours beside it, to be written; `None` where there is none.
+    pub(crate) fn own_file(&self, name: &OsStr) -> Result<Option<File>, TargetError> {
+        let Some(file) = self.existing(name, OFlags::RDWR)? else {
             return Ok(None);
         };
-        let path = self.partial_path();
+        let path = self.dir.join(name);
         let links = file
             .metadata()
             .map_err(TargetError::during("examine", &path))?
@@ -135,7 +140,7 @@ impl Place {
             1 => Ok(Some(file)),
             _ => Err(TargetError::refused(
                 &path,
-                "a partial copy must have one name only: remove it",
+                "a partial copy or shadow must have one name only: remove the others",
             )),
         }
     }
@@ -228,6 +233,22 @@ impl Place {
         self.rename(options.overwrite)?;
         self.dir.sync()?;
         Ok(path)
+    }
+
+    /// Renames a file of ours beside it to another name that is free.
+    pub(crate) fn rename_own(&self, from: &OsStr, to: &OsStr) -> Result<(), TargetError> {
+        let (dir, path) = (&self.dir.fd, self.dir.join(to));
+        let renamed = match rustix::fs::renameat_with(dir, from, dir, to, RenameFlags::NOREPLACE) {
+            // File systems without RENAME_NOREPLACE (NFS).
+            Err(Errno::INVAL) => rustix::fs::linkat(dir, from, dir, to, AtFlags::empty())
+                .and_then(|()| rustix::fs::unlinkat(dir, from, AtFlags::empty())),
+            renamed => renamed,
+        };
+        match renamed {
+            Err(Errno::EXIST) => Err(TargetError::Exists { path }),
+            renamed => renamed.map_err(TargetError::during("rename a copy to", &path)),
+        }?;
+        self.dir.sync()
     }
 
     fn rename(&self, overwrite: bool) -> Result<(), TargetError> {

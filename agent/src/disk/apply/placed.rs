@@ -11,9 +11,9 @@ use super::{TargetError, TargetOptions};
 
 /// A complete copy that nobody here writes any more.
 pub struct Placed {
-    options: TargetOptions,
-    outcome: Outcome,
-    log: Option<(std::sync::Arc<super::place::Dir>, String)>,
+    pub(super) options: TargetOptions,
+    pub(super) outcome: Outcome,
+    pub(super) log: Option<(std::sync::Arc<super::place::Dir>, String)>,
 }
 
 impl Target {

@@ -95,13 +95,17 @@ impl LockedLog {
 
     /// Writes a header to the cleared log.
     pub(crate) fn start(self, header: Header) -> Result<ProgressLog, TargetError> {
-        let path = self.path();
+        self.bind(&header)?;
+        Ok(self.resume(header, HEADER as u64))
+    }
+
+    /// Says what the cleared log belongs to, before anything else is done with that.
+    pub(crate) fn bind(&self, header: &Header) -> Result<(), TargetError> {
         self.file
             .write_all_at(&header.encode(), 0)
             .and_then(|()| self.file.sync_all())
-            .map_err(TargetError::during("write", &path))?;
-        self.dir.sync()?;
-        Ok(self.resume(header, HEADER as u64))
+            .map_err(TargetError::during("write", &self.path()))?;
+        self.dir.sync()
     }
 
     /// Goes on with a log whose first `len` bytes are good.

@@ -10,7 +10,8 @@
 //!         | 32 entries u32 | 36 crc32c of 0..36 u32 | entries: leaf u64, digest 32 | crc32c of the entries u32
 //! ```
 //! Little endian. Kind 1, written: the leaves are durable, those without an entry are zero. Kind 2, void: what was said of
-//! the leaves holds no more, they are about to be written again.
+//! the leaves holds no more, they are about to be written again. Kind 3, shadow: the leaves are as the shadow was left that the copy
+//! began with; no entries.
 
 use std::ops::Range;
 
@@ -62,6 +63,17 @@ impl Version {
 pub(crate) enum Kind {
     Written,
     Void,
+    Shadow,
+}
+
+impl Kind {
+    fn code(self) -> u8 {
+        match self {
+            Self::Written => 1,
+            Self::Void => 2,
+            Self::Shadow => 3,
+        }
+    }
 }
 
 /// One statement about a range of leaves.
@@ -137,7 +149,7 @@ impl Record {
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
         let start = out.len();
         out.extend_from_slice(&RECORD.to_le_bytes());
-        out.extend_from_slice(&[if self.kind == Kind::Written { 1 } else { 2 }, 0, 0, 0]);
+        out.extend_from_slice(&[self.kind.code(), 0, 0, 0]);
         out.extend_from_slice(&self.version.attempt().to_le_bytes());
         out.extend_from_slice(&self.version.round().to_le_bytes());
         out.extend_from_slice(&self.leaves.start.to_le_bytes());
@@ -168,6 +180,7 @@ impl Head {
         let kind = match bytes[4..8] {
             [1, 0, 0, 0] => Kind::Written,
             [2, 0, 0, 0] => Kind::Void,
+            [3, 0, 0, 0] => Kind::Shadow,
             _ => return None,
         };
         let version = Version::new(Attempt(u32_at(bytes, 8)?), Round(u32_at(bytes, 12)?))?;
@@ -177,7 +190,7 @@ impl Head {
             .filter(|end| count > 0 && *end <= leaves)?;
         let entries = usize::try_from(u32_at(bytes, 32)?)
             .ok()
-            .filter(|entries| *entries <= ENTRIES_MAX)?;
+            .filter(|entries| *entries <= ENTRIES_MAX && (kind != Kind::Shadow || *entries == 0))?;
         let record = Record {
             kind,
             version,
@@ -259,6 +272,25 @@ mod tests {
     }
 
     #[test]
+    fn a_shadow_is_stated_without_digests() {
+        let shadow = Record {
+            kind: Kind::Shadow,
+            digests: Vec::new(),
+            ..record()
+        };
+        let mut bytes = Vec::new();
+        shadow.encode(&mut bytes);
+        assert_eq!(decode(&bytes, 20), Some(shadow));
+        let forged = Record {
+            kind: Kind::Shadow,
+            ..record()
+        };
+        let mut bytes = Vec::new();
+        forged.encode(&mut bytes);
+        assert_eq!(decode(&bytes, 20), None);
+    }
+
+    #[test]
     fn versions_compare_by_attempt_then_round() {
         let version = |attempt, round| Version::new(Attempt(attempt), Round(round));
         assert!(version(1, (1 << 30) - 1) < version(2, 0) && version(2, 0) < version(2, 1));
@@ -276,7 +308,7 @@ mod tests {
 
         /// Even with right checksums, what is said must be possible.
         #[test]
-        fn forged_heads_are_bounded(mut head in any::<[u8; 36]>(), kind in 1u8..3) {
+        fn forged_heads_are_bounded(mut head in any::<[u8; 36]>(), kind in 1u8..4) {
             head[..4].copy_from_slice(&RECORD.to_le_bytes());
             head[4..8].copy_from_slice(&[kind, 0, 0, 0]);
             let mut bytes = [0; HEAD];

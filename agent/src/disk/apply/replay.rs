@@ -55,13 +55,17 @@ pub(crate) fn states(mut records: Records, states: &mut LeafStates) -> io::Resul
 }
 
 fn lay_over(states: &mut LeafStates, record: &Record) {
-    let written = record.kind == Kind::Written;
+    let (claimed, touched) = match record.kind {
+        Kind::Written => (true, false),
+        Kind::Void => (false, true),
+        Kind::Shadow => (true, true),
+    };
     states.set(
         record.leaves.clone(),
-        LeafState::new(record.version, written, !written),
+        LeafState::new(record.version, claimed, touched),
     );
     for (leaf, _) in &record.digests {
-        states.set(*leaf..*leaf + 1, LeafState::new(record.version, written, true));
+        states.set(*leaf..*leaf + 1, LeafState::new(record.version, claimed, true));
     }
 }
 
@@ -72,6 +76,8 @@ pub(crate) enum Said {
     Nothing,
     Zero(Version),
     Data(Version, Digest),
+    /// As the shadow was left.
+    Shadow(Version),
 }
 
 /// What the log says of the leaves of `range`, at most `WINDOW` of them.
@@ -85,9 +91,11 @@ pub(crate) fn window(mut records: Records, range: &Range<u64>) -> io::Result<Vec
         if start >= end {
             continue;
         }
-        let (word, slots) = match record.kind {
-            Kind::Written => (Said::Zero(record.version), start - range.start..end - range.start),
-            Kind::Void => (Said::Nothing, start - range.start..end - range.start),
+        let slots = start - range.start..end - range.start;
+        let word = match record.kind {
+            Kind::Written => Said::Zero(record.version),
+            Kind::Void => Said::Nothing,
+            Kind::Shadow => Said::Shadow(record.version),
         };
         said[slots.start as usize..slots.end as usize].fill(word);
         for (leaf, digest) in record.digests.iter().filter(|(leaf, _)| range.contains(leaf)) {
@@ -107,11 +115,23 @@ pub(crate) fn windows(leaves: u64) -> impl Iterator<Item = Range<u64>> {
 /// Leaves that are durable at the target and need not be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Durable {
-    Data { leaf: u64, digest: Digest },
-    Zeros { first: u64, count: u64 },
+    Data {
+        leaf: u64,
+        digest: Digest,
+    },
+    Zeros {
+        first: u64,
+        count: u64,
+    },
+    /// As the shadow was left that the copy began with, whatever that is.
+    Shadow {
+        first: u64,
+        count: u64,
+    },
 }
 
-/// The durable leaves as they were when the target was opened, in ascending order, runs of zero leaves as one.
+/// The durable leaves as they were when the target was opened, in ascending order, runs of zero leaves and of leaves of a shadow as
+/// one.
 ///
 /// Reads the log as it goes: use it up before leaves it lists are written again.
 pub struct Have {
@@ -125,11 +145,12 @@ pub struct Have {
     window_start: u64,
     next: u64,
     failed: bool,
+    has_shadow: bool,
 }
 
 impl Have {
     /// `bytes` of the disk are durable already.
-    pub(crate) fn new(log: &ProgressLog, states: &LeafStates) -> Result<Self, TargetError> {
+    pub(crate) fn new(log: &ProgressLog, states: &LeafStates, has_shadow: bool) -> Result<Self, TargetError> {
         // Opened anew: through the log's own file it would keep the lock when the target is dropped.
         let file = log.dir.open_file(log.name.as_ref(), OFlags::RDONLY)?;
         let (size, leaves) = (log.header.size, log.header.leaves());
@@ -147,12 +168,18 @@ impl Have {
             window_start: 0,
             next: 0,
             failed: false,
+            has_shadow,
         })
     }
 
     /// Bytes of the disk that are durable, zeros among them.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Whether some leaves may be as the shadow was left that the copy began with.
+    pub fn has_shadow(&self) -> bool {
+        self.has_shadow
     }
 
     /// Bytes of the whole disk.
@@ -186,6 +213,15 @@ impl Have {
                         self.next += 1;
                     }
                     return Ok(Some(Durable::Zeros {
+                        first,
+                        count: self.next - first,
+                    }));
+                }
+                Said::Shadow(_) => {
+                    while let Some(Said::Shadow(_)) = self.peek()? {
+                        self.next += 1;
+                    }
+                    return Ok(Some(Durable::Shadow {
                         first,
                         count: self.next - first,
                     }));

@@ -70,6 +70,8 @@ pub struct Target {
     pub(crate) notes: Vec<String>,
     /// Leaves that are whole, but whose digest no log states: a later round wrote parts of them.
     pub(crate) patched: Mutex<BTreeSet<u64>>,
+    /// In this life it was a shadow until it was opened.
+    pub(crate) begun_with_shadow: bool,
 }
 
 /// Neither the pending list nor the log is left half changed by a panic: both change in one step each.
@@ -86,6 +88,16 @@ impl Target {
     /// Where the copy will be once it is promoted.
     pub fn path(&self) -> &Path {
         &self.options.path
+    }
+
+    /// Whether the copy was a shadow until it was opened.
+    pub fn began_with_shadow(&self) -> bool {
+        self.begun_with_shadow
+    }
+
+    /// Something more that the operator should know.
+    pub fn note(&mut self, text: String) {
+        self.notes.push(text);
     }
 
     /// What the operator should know, one sentence each.

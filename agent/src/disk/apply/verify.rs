@@ -13,6 +13,7 @@ use longhaul_common::extent::Extent;
 use super::TargetError;
 use super::board::{LeafState, LeafStates};
 use super::progress_log::ProgressLog;
+use super::record::{ENTRIES_MAX, Kind, Record, Version};
 use super::replay::{self, Said};
 use super::store::Store;
 use super::target::{Target, lock};
@@ -56,7 +57,8 @@ impl ZeroLeaves {
     /// The digest that a statement in the log means.
     fn expected(&self, leaf: u64, said: Said) -> Option<Digest> {
         match said {
-            Said::Nothing => None,
+            // Nobody has stated what the leaves of a shadow hold.
+            Said::Nothing | Said::Shadow(_) => None,
             Said::Zero(_) => Some(self.digest(leaf)),
             Said::Data(_, digest) => Some(digest),
         }
@@ -152,6 +154,50 @@ pub(crate) fn recheck(
                 Ok(())
             })?;
         }
+    }
+    Ok(())
+}
+
+/// Reads everything that is there and states it in `log`, as if it had been written in `version`.
+pub(crate) fn state_all(
+    store: &dyn Store,
+    size: u64,
+    log: &mut ProgressLog,
+    states: &mut LeafStates,
+    version: Version,
+) -> Result<(), TargetError> {
+    let path = log.path();
+    let zeros = ZeroLeaves::of(size);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
+    for range in replay::windows(leaf_count(size)) {
+        let mut digests = Vec::new();
+        read_back(store, size, range.clone(), threads, &mut |read| {
+            if let Read::Leaf(leaf, found) = read.map_err(TargetError::during("read the copy of", &path))?
+                && found != zeros.digest(leaf)
+            {
+                digests.push((leaf, found));
+            }
+            Ok(())
+        })?;
+        digests.sort_unstable_by_key(|(leaf, _)| *leaf);
+        let written = |leaves: Range<u64>, digests: &[(u64, Digest)]| Record {
+            kind: Kind::Written,
+            version,
+            leaves,
+            digests: digests.to_vec(),
+        };
+        let mut records = Vec::new();
+        let mut first = range.start;
+        for digests in digests.chunks(ENTRIES_MAX) {
+            let end = digests.last().map_or(first, |(leaf, _)| leaf + 1);
+            records.push(written(first..end, digests));
+            first = end;
+        }
+        if first < range.end {
+            records.push(written(first..range.end, &[]));
+        }
+        log.append(&records)?;
+        states.set(range, LeafState::new(version, true, true));
     }
     Ok(())
 }

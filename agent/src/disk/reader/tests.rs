@@ -72,7 +72,7 @@ proptest! {
         let mut copy = vec![0xaa; size];
         for (leaf, bytes) in (0usize..).zip(expected.chunks(LEAF as usize)).filter(|(leaf, _)| held[*leaf]) {
             let digest = if bytes.iter().all(|b| *b == 0) { vec![] } else { vec![(leaf as u64, Digest::of(bytes))] };
-            have.add(&Have { disk: DiskIndex(0), first: leaf as u64, count: 1, digests: digest }, size as u64).unwrap();
+            have.add(&Have { disk: DiskIndex(0), first: leaf as u64, count: 1, digests: digest, shadow: None }, size as u64).unwrap();
             copy[leaf * LEAF as usize..][..bytes.len()].copy_from_slice(bytes);
         }
         let (digest, counts, batches) = read(&image, &free, &have);
@@ -112,6 +112,7 @@ fn a_leaf_whose_content_changed_is_sent_again() {
             first: 0,
             count: 2,
             digests,
+            shadow: None,
         },
         2 * LEAF,
     )

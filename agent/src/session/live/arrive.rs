@@ -19,6 +19,7 @@ use super::record::Arriving;
 use super::resolve::Resolved;
 use super::target::{Arrived, LiveTarget};
 use super::target_vm::TargetQemuVm;
+use super::way_back;
 use super::word::{ToSource, ToTarget};
 use crate::disk::apply::Placed;
 use crate::session::threads::on_thread;
@@ -406,6 +407,9 @@ impl Arrive {
         let (agent, open) = (Arc::clone(&self.s.agent), self.s.open.clone());
         let named = on_thread("promote", move || {
             let named = target_disks::promote_live(&open, &mut placed, &agent.settings);
+            if named.is_ok() {
+                way_back::used_up(open.job, &agent.settings.paths.state);
+            }
             (named, placed)
         });
         let paths = match named.await {
@@ -440,23 +444,15 @@ impl Arrive {
             return false;
         }
         self.qemu.kill().await;
-        let mut placed = std::mem::take(&mut self.placed);
+        let placed = std::mem::take(&mut self.placed);
         let targets = if placed.is_empty() {
             self.take_targets().await.unwrap_or_default()
         } else {
             Vec::new()
         };
-        let discarded = on_thread("discard", move || {
-            placed.iter_mut().try_for_each(Placed::discard)?;
-            targets.into_iter().try_for_each(|target| {
-                target.unlink()?;
-                target.discard()
-            })
-        });
-        match discarded.await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(job = %self.s.job, "a partial copy is left: {error}"),
-            Err(error) => tracing::warn!(job = %self.s.job, "a partial copy is left: {error}"),
+        let given = way_back::give_back(&self.s.agent, self.s.job, targets, placed).await;
+        if let Err(why) = given {
+            tracing::warn!(job = %self.s.job, "a partial copy is left: {why}");
         }
         let (agent, job) = (Arc::clone(&self.s.agent), self.s.job);
         let _ = on_thread("record", move || {

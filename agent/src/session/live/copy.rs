@@ -35,7 +35,7 @@ const DIRTY_BATCH: usize = 256 << 10;
 #[derive(Clone, Debug)]
 pub(super) struct Batch {
     pub disk: DiskIndex,
-    pub(super) pieces: Vec<Piece>,
+    pieces: Vec<Piece>,
     pub data: Vec<u8>,
 }
 
@@ -62,6 +62,11 @@ impl Batch {
         let made = header.digest_of(&self.data);
         header.digest = made.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
         Ok((header, self.data.clone()))
+    }
+
+    /// What of the disk it stands for.
+    pub(super) fn extents(&self) -> impl Iterator<Item = Extent> + '_ {
+        self.pieces.iter().map(|piece| piece.extent)
     }
 
     /// Bytes of the disk that it stands for.

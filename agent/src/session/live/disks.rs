@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::disk::free_map::FreeMap;
 use crate::disk::image::{Allocation, LiveImage};
-use crate::vm::qmp::Qmp;
+use crate::vm::qmp::{Qmp, QmpError};
 use crate::vm::rounds::{RoundExport, Rounds, RoundsError};
 
 /// One disk of the VM.
@@ -83,6 +83,22 @@ pub(super) async fn find(qmp: &Qmp, wanted: &[SourceDisk]) -> Result<Vec<VmDisk>
         inserted.disk(&name).map_err(refuse)
     });
     disks.collect()
+}
+
+/// Of each file the root node of the disk that is stored in it; none where no disk is.
+pub(super) async fn nodes_of(qmp: &Qmp, files: &[PathBuf]) -> Result<Vec<Option<String>>, QmpError> {
+    let devices: Vec<Device> = qmp.query("query-block").await?;
+    let disks: Vec<_> = devices
+        .iter()
+        .filter_map(|device| device.inserted.as_ref()?.disk("").ok())
+        .collect();
+    let of = |file: &PathBuf| {
+        disks
+            .iter()
+            .find(|disk| disk.file == *file)
+            .map(|disk| disk.node.clone())
+    };
+    Ok(files.iter().map(of).collect())
 }
 
 impl Device {
@@ -176,6 +192,7 @@ pub(super) fn report(disk: &VmDisk, image: &LiveImage) -> Result<OpenedDisk, Ref
         notes: Vec::new(),
         scan_ms: started.elapsed().as_millis() as u64,
         sent_before: 0,
+        since: None,
     })
 }
 
@@ -220,6 +237,7 @@ pub(super) fn unread(disk: &VmDisk) -> OpenedDisk {
         notes: Vec::new(),
         scan_ms: 0,
         sent_before: 0,
+        since: None,
     }
 }
 

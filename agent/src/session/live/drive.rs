@@ -11,11 +11,14 @@ mod leave;
 mod put_off;
 mod round;
 mod switch;
+mod way_back;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use longhaul_common::wire::session::{FromSource, LiveOutcome, LiveStage, LiveState, Refusal, RefusalKind};
+use longhaul_common::wire::session::{
+    FromSource, LiveOutcome, LiveStage, LiveState, Refusal, RefusalKind, ShadowId,
+};
 use tokio::sync::mpsc;
 
 use self::foretell::Foretold;
@@ -98,6 +101,8 @@ pub(super) struct Drive {
     ram_left: u64,
     /// Since when the VM has run without a stop.
     clock: RunClock,
+    /// Of each disk: the shadow that the target's copy began with, where everything that was written since counts to the rounds.
+    taken_over: Vec<Option<ShadowId>>,
     /// The hook of this handover was begun.
     pub at_handover: bool,
     foretold: Foretold,
@@ -130,6 +135,7 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
         counted: false,
         ram_left: 0,
         clock: RunClock::stopped(),
+        taken_over: vec![None; disks],
         at_handover: false,
         foretold: Foretold::begin(session),
         looked: None,
@@ -162,7 +168,11 @@ pub(super) async fn settle(session: &Arc<LiveSource>, words: mpsc::Receiver<Told
     let session = Arc::clone(session);
     tokio::spawn(async move {
         let end = match vm.await_answer().await {
-            Ok(outcome) => Ok(session.moved(outcome).await),
+            Ok(outcome) => {
+                // How the images were left is not known: this agent was away.
+                session.keep_way_back(outcome.generation, &[]).await;
+                Ok(session.moved(outcome).await)
+            }
             Err(refusal) => {
                 let refusal = session.stayed(refusal).await;
                 session.forget().await;
@@ -289,6 +299,7 @@ impl Drive {
             self.rounds.open_base().await?;
             self.look_anew().await?;
         }
+        let have = self.begin_with_shadows(have).await;
         let reach = self.reach().await?;
         let session = Arc::clone(&self.s);
         let mut copying = Box::pin(copy::base(&session, uplink, reach, have));
@@ -307,6 +318,7 @@ impl Drive {
         if !self.counted {
             for (index, (digest, counts)) in (0..).map(longhaul_common::ids::DiskIndex).zip(counts) {
                 let disk = index;
+                self.note_kept(disk, counts.kept);
                 uplink.say(FromSource::DiskDone { disk, digest, counts }).await;
             }
             self.counted = true;

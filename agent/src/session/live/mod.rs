@@ -34,6 +34,7 @@ pub(super) mod thaw;
 mod trial;
 mod trim;
 mod uplink;
+mod way_back;
 mod word;
 
 use std::collections::HashMap;

@@ -11,7 +11,7 @@ use longhaul_common::ids::JobId;
 
 use super::disks::VmDisk;
 use super::record::Shadow;
-use crate::disk::apply::image_lock;
+use crate::disk::apply::{Seal, image_lock};
 use crate::session::threads::on_thread;
 
 /// The images of one VM.
@@ -19,6 +19,8 @@ pub(super) struct OldCopy {
     files: Vec<PathBuf>,
     job: JobId,
     held: Vec<File>,
+    /// Of each image its seal, taken when it was barred; none of a block device.
+    seals: Vec<Option<Seal>>,
 }
 
 impl OldCopy {
@@ -29,7 +31,13 @@ impl OldCopy {
             files: owned.map(|disk| disk.file.clone()).collect(),
             job,
             held: Vec::new(),
+            seals: Vec::new(),
         })
+    }
+
+    /// By which to know later whether anybody touched the images since they were barred.
+    pub(super) fn seals(&self) -> &[Option<Seal>] {
+        &self.seals
     }
 
     /// Renames and locks the images.
@@ -45,7 +53,8 @@ impl OldCopy {
                 .map(|file| bar(file, job))
                 .collect::<Result<Vec<_>, _>>()
         });
-        self.held = held.await.map_err(|error| error.to_string())??;
+        let held = held.await.map_err(|error| error.to_string())??;
+        (self.held, self.seals) = held.into_iter().unzip();
         Ok(())
     }
 
@@ -73,6 +82,7 @@ impl OldCopy {
     /// Gives them their names back.
     pub(super) async fn free(&mut self) -> Result<(), String> {
         self.held.clear();
+        self.seals.clear();
         let (files, job) = (self.files.clone(), self.job);
         let freed = on_thread("free", move || files.iter().try_for_each(|file| free(file, job)));
         freed.await.map_err(|error| error.to_string())?
@@ -86,7 +96,7 @@ pub(super) fn shadow_of(file: &Path, job: JobId) -> PathBuf {
     file.with_file_name(name)
 }
 
-fn bar(file: &Path, job: JobId) -> Result<File, String> {
+fn bar(file: &Path, job: JobId) -> Result<(File, Option<Seal>), String> {
     let shadow = shadow_of(file, job);
     let said = |error: std::io::Error| format!("{}: {error}", file.display());
     let regular = std::fs::symlink_metadata(file).is_ok_and(|meta| meta.is_file());
@@ -106,8 +116,10 @@ fn bar(file: &Path, job: JobId) -> Result<File, String> {
         .write(true)
         .open(&place)
         .map_err(said)?;
+    let seal = image.metadata().is_ok_and(|meta| meta.is_file());
+    let seal = seal.then(|| Seal::of(&image)).transpose().map_err(said)?;
     if image_lock::hold_beside_readers(&image).map_err(said)? {
-        Ok(image)
+        Ok((image, seal))
     } else {
         Err(format!("{} is in use by somebody else", place.display()))
     }
@@ -161,6 +173,7 @@ mod tests {
         let (file, job) = (dir.path().join("web.img"), JobId::random());
         std::fs::write(&file, "disk").unwrap();
         let held = bar(&file, job).unwrap();
+        assert_eq!(held.1, Some(Seal::of(&held.0).unwrap()));
         assert!(!file.exists() && shadow_of(&file, job).exists());
         drop(bar(&file, job).err());
         drop(held);

@@ -141,6 +141,39 @@ impl FreeProof {
         self.disks().get(disk).map(|disk| disk.deferred.clone())
     }
 
+    /// Nothing of this disk is left behind: the target holds it already, free or not.
+    pub(super) fn drop_disk(&self, disk: usize) {
+        if let Some(disk) = self.disks().get_mut(disk) {
+            let size = disk.image.size();
+            let rules = Rules {
+                started: Instant::now(),
+                age: None,
+                frozen: Vec::new(),
+            };
+            disk.deferred = FreeMap::new(size);
+            disk.left_out = FreeMap::new(size);
+            disk.proofs = Proofs::new(size, rules);
+        }
+    }
+
+    /// What of a disk was never sent, as offset and length of each run; after the last round. None where there are more than `max` runs.
+    pub(super) fn left_behind(&self, disk: usize, max: usize) -> Option<Vec<(u64, u64)>> {
+        let disks = self.disks();
+        let left_out = &disks.get(disk)?.left_out;
+        let (size, mut runs, mut at) = (disks.get(disk)?.image.size(), Vec::new(), 0);
+        while at < size {
+            let (free, run) = left_out.run(at, size);
+            if free {
+                runs.push((run.offset(), run.len()));
+            }
+            if runs.len() > max {
+                return None;
+            }
+            at = run.end();
+        }
+        Some(runs)
+    }
+
     /// Has the next look come at once: something may be proven by now.
     pub(super) fn hurry(&self) {
         *self.next.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
@@ -224,10 +257,13 @@ impl FreeProof {
         skipped.collect()
     }
 
-    /// A round has sent this of a disk.
+    /// This of a disk was sent: it is not left behind.
     pub(super) fn sent(&self, disk: usize, extents: impl Iterator<Item = Extent>) {
         if let Some(disk) = self.disks().get_mut(disk) {
-            extents.for_each(|extent| disk.left_out.clear(&extent));
+            extents.for_each(|extent| {
+                disk.deferred.clear(&extent);
+                disk.left_out.clear(&extent);
+            });
         }
     }
 

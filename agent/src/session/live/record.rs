@@ -96,7 +96,7 @@ fn path(state: &Path, kind: &str, job: JobId) -> PathBuf {
     state.join(kind).join(format!("{job}.json"))
 }
 
-fn save(state: &Path, kind: &str, job: JobId, content: &impl Serialize) -> Result<(), String> {
+pub(super) fn save(state: &Path, kind: &str, job: JobId, content: &impl Serialize) -> Result<(), String> {
     let path = path(state, kind, job);
     let said =
         |error: &dyn std::fmt::Display| format!("the record {} cannot be written: {error}", path.display());
@@ -104,7 +104,13 @@ fn save(state: &Path, kind: &str, job: JobId, content: &impl Serialize) -> Resul
     write_durably(&path, &text).map_err(|error| said(&error))
 }
 
-fn all<T: DeserializeOwned>(state: &Path, kind: &str) -> Vec<(JobId, T)> {
+/// One job's record, where it is there and can be used.
+pub(super) fn one<T: DeserializeOwned>(state: &Path, kind: &str, job: JobId) -> Option<T> {
+    let text = std::fs::read(path(state, kind, job)).ok()?;
+    serde_json::from_slice(&text).ok()
+}
+
+pub(super) fn all<T: DeserializeOwned>(state: &Path, kind: &str) -> Vec<(JobId, T)> {
     let Ok(folder) = std::fs::read_dir(state.join(kind)) else {
         return Vec::new();
     };
@@ -128,7 +134,7 @@ fn all<T: DeserializeOwned>(state: &Path, kind: &str) -> Vec<(JobId, T)> {
     folder.flatten().filter_map(read).collect()
 }
 
-fn remove(state: &Path, kind: &str, job: JobId) {
+pub(super) fn remove(state: &Path, kind: &str, job: JobId) {
     let path = path(state, kind, job);
     if let Err(error) = std::fs::remove_file(&path)
         && error.kind() != std::io::ErrorKind::NotFound

@@ -114,6 +114,7 @@ fn forget(state: &Path, job: JobId, record: &Leaving) -> Result<Vec<String>, Str
     if !problems.is_empty() {
         return Err(problems.join("; "));
     }
+    super::way_back::forget(state, job);
     // The record first: with a journal alone, a restarted agent has nothing to settle.
     Leaving::remove(state, job);
     journal.remove().map_err(|error| error.to_string())?;

@@ -15,8 +15,8 @@ use longhaul_common::ids::{Attempt, JobId};
 use longhaul_common::link::{Link, RecvStream, SendStream};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
-    AgentWord, FromSource, LiveOutcome, LiveSurvey, OpenedDisk, Refusal, RefusalKind, SourceOpen, SourceVm,
-    ToSource,
+    AgentWord, FromSource, LiveOutcome, LiveSurvey, OpenedDisk, Refusal, RefusalKind, ShadowId, SourceOpen,
+    SourceVm, ToSource,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -83,6 +83,8 @@ pub(crate) struct LiveSource {
     /// The guest agent's socket, after links were resolved.
     pub(super) guest_agent: Option<PathBuf>,
     pub(super) disks: Vec<VmDisk>,
+    /// Of each disk the shadow since which QEMU knows all writes.
+    pub(super) since: Vec<Option<ShadowId>>,
     reports: Vec<OpenedDisk>,
     /// What was found before a byte moved; not by a session that only settles.
     survey: Option<Box<LiveSurvey>>,
@@ -235,6 +237,7 @@ impl LiveSource {
             guest_agent: None,
             old_copy: OldCopy::of(&record.disks, job),
             disks: record.disks.clone(),
+            since: Vec::new(),
             reports: record.disks.iter().map(disks::unread).collect(),
             survey: None,
             ram_size: 0,

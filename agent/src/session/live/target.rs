@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use longhaul_common::ids::{DiskIndex, JobId};
 use longhaul_common::link::{RecvStream, SendStream};
-use longhaul_common::wire::session::{FromTarget, Refusal, RefusalKind, TargetOpen, TargetVm, ToTarget};
+use longhaul_common::wire::session::{
+    FromTarget, Refusal, RefusalKind, ShadowId, TargetOpen, TargetVm, ToTarget,
+};
 use tokio::sync::{mpsc, watch};
 
 use super::arrive::{self, Event};
@@ -18,8 +20,9 @@ use super::ram_in::RamIn;
 use super::record::Arriving;
 use super::stream::{listen, speak};
 use super::trial;
+use super::way_back;
 use super::word::{self, ToSource, ToTarget as Word};
-use crate::disk::apply::{Have, Target};
+use crate::disk::apply::Target;
 use crate::session::arrivals::Seat;
 use crate::session::target::tell_have;
 use crate::session::threads::on_thread;
@@ -35,6 +38,9 @@ const WRITTEN_EVERY: Duration = Duration::from_millis(5);
 const WRITTEN_AGAIN: Duration = Duration::from_millis(500);
 /// How long a gateway may take to hear the end.
 const LAST_WORD: Duration = Duration::from_secs(5);
+
+/// What a copy holds already, and the shadow that some of it may be.
+type Held = (crate::disk::apply::Have, Option<ShadowId>);
 
 /// How the VM arrived.
 #[derive(Clone, Debug)]
@@ -147,7 +153,7 @@ impl LiveTarget {
         agent: &Arc<Agent>,
         open: TargetOpen,
         vm: TargetVm,
-    ) -> Result<(Arc<Self>, Vec<Have>), Refusal> {
+    ) -> Result<(Arc<Self>, Vec<Held>), Refusal> {
         arrive::check_template(agent, &open, &vm)?;
         let machine = arrive::Machine::open(agent, open.job).await?;
         let (with, record) = (
@@ -172,12 +178,18 @@ impl LiveTarget {
         } else {
             trial::run(agent, &open, &vm).await?;
             super::hooks::before_at_target(agent, &open, &vm).await?;
-            let opened = on_thread("target-open", move || target_disks::open(&asked, &with.settings));
-            opened
-                .await
-                .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??
+            let left = way_back::release(agent, &open).await;
+            let opened = on_thread("target-open", move || {
+                way_back::open_disks(&asked, &with.settings)
+            })
+            .await;
+            way_back::hold_again(&left).await;
+            opened.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))??
         };
-        let (targets, have): (Vec<_>, Vec<_>) = disks.into_iter().unzip();
+        let parts = disks
+            .into_iter()
+            .map(|(target, have, shadow)| (target, (have, shadow)));
+        let (targets, have): (Vec<_>, Vec<_>) = parts.unzip();
         let session = Self::start(agent, open, vm, machine, targets, arrived);
         Ok((session, have))
     }
@@ -228,7 +240,7 @@ impl LiveTarget {
     async fn attach(
         self: &Arc<Self>,
         mut seat: Seat<'_>,
-        have: Vec<Have>,
+        have: Vec<Held>,
         say: &mpsc::Sender<FromTarget>,
         mut heard: mpsc::Receiver<ToTarget>,
         attempt: u32,
@@ -246,7 +258,7 @@ impl LiveTarget {
             (0..)
                 .map(DiskIndex)
                 .zip(have)
-                .try_for_each(|(disk, have)| tell_have(disk, have, &telling))
+                .try_for_each(|(disk, (have, shadow))| tell_have(disk, have, shadow, &telling))
         });
         let told = told
             .await

@@ -6,6 +6,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use longhaul_common::ids::DiskIndex;
+use longhaul_common::wire::session::ShadowId;
+
 use super::ram_in::RamIn;
 use super::target::LiveTarget;
 use super::trial;
@@ -14,6 +17,7 @@ use crate::vm::handover::{Generation, TargetQemu};
 use crate::vm::incoming::{Files, Incoming, Template, Values};
 use crate::vm::outgoing::stats;
 use crate::vm::qmp::MigrationStatus;
+use crate::vm::rounds;
 
 /// The QEMU that a VM arrives in.
 pub(super) struct TargetQemuVm {
@@ -68,13 +72,14 @@ impl TargetQemuVm {
             Some(words) => trial::compare(words, &incoming).await,
             None => Ok(Vec::new()),
         };
-        let notes = match compared {
+        let mut notes = match compared {
             Ok(notes) => notes,
             Err(why) => {
                 incoming.abort().await;
                 return Err(why);
             }
         };
+        notes.extend(self.note_changes(&incoming, disks, generation).await);
         let socket = self.file("ram");
         let _ = std::fs::remove_file(&socket);
         if let Err(error) = incoming.listen(&socket).await {
@@ -88,6 +93,43 @@ impl TargetQemuVm {
         self.s.ram.send_replace(Some(ram));
         self.incoming = Some(incoming);
         Ok(notes)
+    }
+
+    /// Has QEMU note what the VM will write, for the way back. Gives why it does not. Now, so that it costs no blackout: the VM does not
+    /// run before its stream was loaded.
+    async fn note_changes(
+        &self,
+        incoming: &Incoming,
+        disks: &[PathBuf],
+        generation: Generation,
+    ) -> Option<String> {
+        let settings = &self.s.agent.settings.vm;
+        if !settings.note_changes {
+            return None;
+        }
+        let why = match super::disks::nodes_of(incoming.qmp(), disks).await {
+            Ok(nodes) => {
+                let (job, generation) = (self.s.job, generation.0);
+                let noted = (0..).map(DiskIndex).zip(nodes).filter_map(|(disk, node)| {
+                    let shadow = ShadowId {
+                        job,
+                        generation,
+                        disk,
+                    };
+                    Some((node?, shadow))
+                });
+                let noted: Vec<_> = noted.collect();
+                let granularity =
+                    u32::try_from(settings.changes_granularity.0).unwrap_or(rounds::GRANULARITY);
+                match rounds::start_since(incoming.qmp(), &noted, granularity).await {
+                    Ok(()) if noted.len() == disks.len() => return None,
+                    Ok(()) => "not every disk is found in the target's QEMU".to_owned(),
+                    Err(error) => error.to_string(),
+                }
+            }
+            Err(error) => error.to_string(),
+        };
+        Some(format!("a way back will have to compare digests: {why}"))
     }
 
     async fn launch(&self, disks: &[PathBuf]) -> Result<Incoming, String> {

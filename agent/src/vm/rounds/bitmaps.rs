@@ -102,14 +102,18 @@ pub(super) async fn swap(
 
 /// What `from` holds is held by `into` too, and `from` is gone.
 pub(super) async fn merge(qmp: &Qmp, nodes: &[String], from: &str, into: &str) -> Result<(), RoundsError> {
+    // Not in one transaction with the removal: a removal that could not be undone would lose what a failed merge needs.
+    add_up(qmp, nodes, from, into).await?;
+    remove_bitmaps(qmp, nodes, from).await
+}
+
+/// What `from` holds is held by `into` too.
+pub(super) async fn add_up(qmp: &Qmp, nodes: &[String], from: &str, into: &str) -> Result<(), RoundsError> {
     let merges = nodes.iter().map(|node| {
         let data = json!({ "node": node, "target": into, "bitmaps": [from] });
         action("merge", &data)
     });
-    let merges = merges.collect();
-    // Not in one transaction with the removal: a removal that could not be undone would lose what a failed merge needs.
-    transact(qmp, merges).await?;
-    remove_bitmaps(qmp, nodes, from).await
+    transact(qmp, merges.collect()).await
 }
 
 /// Empties the bitmap `name` of each node, all at the same moment.

@@ -14,6 +14,7 @@ mod bitmaps;
 mod error;
 mod exports;
 mod server;
+mod since;
 mod sockets;
 mod sweep;
 
@@ -27,6 +28,7 @@ pub use self::bitmaps::{BitmapInfo, add_bitmaps, bitmaps, remove_bitmaps};
 pub use self::error::RoundsError;
 pub use self::exports::{ExportInfo, exports};
 pub use self::server::NbdServer;
+pub use self::since::{find_since, read_since, since_name, start_since};
 pub use self::sweep::{Swept, sweep};
 
 /// How much of a disk one bit stands for unless the config says otherwise.
@@ -214,6 +216,30 @@ impl Rounds {
     /// Forgets what was written until now: only where nothing was read yet that is relied on.
     pub async fn forget_writes(&self) -> Result<(), RoundsError> {
         bitmaps::clear(&self.qmp, &self.options.nodes, &self.bitmap(self.recording)).await
+    }
+
+    /// What the bitmap `name` of disk `disk` holds counts to the next round too. It must have recorded all along, and goes on recording.
+    ///
+    /// # Errors
+    /// What QEMU refused, such as a bitmap that is gone.
+    pub async fn inherit(&self, disk: usize, name: &str) -> Result<(), RoundsError> {
+        let lost = || RoundsError::BitmapLost {
+            node: self.options.nodes.get(disk).cloned().unwrap_or_default(),
+            bitmap: name.to_owned(),
+        };
+        let node = self.options.nodes.get(disk).ok_or_else(lost)?;
+        let all = bitmaps(&self.qmp).await?;
+        let found = |info: &BitmapInfo| info.node == *node && info.name == name && info.recording;
+        if !all.iter().any(found) {
+            return Err(lost());
+        }
+        bitmaps::add_up(
+            &self.qmp,
+            std::slice::from_ref(node),
+            name,
+            &self.bitmap(self.recording),
+        )
+        .await
     }
 
     /// Bytes that were written since the last swap, for each disk, in steps of the granularity.

@@ -9,8 +9,8 @@ use longhaul_common::link::{Link, SendStream};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
     AgentTask, AgentWord, DISK_SIZE_MAX, FromSource, FromTarget, LiveOutcome, LiveStage, LiveState,
-    LiveSurvey, OpenedDisk, PeerTask, Refusal, RefusalKind, SourceOpen, TargetDisk, TargetOpen, ToSource,
-    ToTarget,
+    LiveSurvey, OpenedDisk, PeerTask, Refusal, RefusalKind, ShadowId, SourceOpen, TargetDisk, TargetOpen,
+    ToSource, ToTarget,
 };
 
 use super::{Context, out_of_turn};
@@ -98,6 +98,11 @@ impl Source {
             heard,
             link,
         })
+    }
+
+    /// Of each disk the shadow since which the source agent knows all changes.
+    pub fn since(&self) -> Vec<Option<ShadowId>> {
+        self.disks.iter().map(|disk| disk.since).collect()
     }
 
     /// What the target agent is to compare its QEMU with.
@@ -222,6 +227,8 @@ pub fn target_open(
         needed: *needed,
         preallocate: spec.target.preallocate,
         overwrite: spec.target.overwrite,
+        shadow: spec.kind == Kind::Live && spec.target.shadow,
+        since: None,
     };
     let disks = spec.disk.iter().zip(sizes).map(disk).collect();
     TargetOpen {

@@ -21,6 +21,8 @@ impl Drive {
             }
             self.vm.undo_slowing().await;
             self.vm.insert_media().await;
+        } else {
+            self.keep_way_back().await;
         }
         let socket = self.rounds.socket().to_owned();
         if end.is_err()

@@ -43,6 +43,7 @@ impl Drive {
                     break;
                 };
                 for batch in batches {
+                    self.s.free.sent(usize::from(disk.0), batch.extents());
                     let (header, data) = batch.addressed(uplink, Round(self.round), false)?;
                     uplink.send_disk(&header, data).await?;
                 }

@@ -59,9 +59,7 @@ impl Drive {
             *bytes += batch.data.len() as u64;
         }
         let disk = usize::from(batch.disk.0);
-        self.s
-            .free
-            .sent(disk, batch.pieces.iter().map(|piece| piece.extent));
+        self.s.free.sent(disk, batch.extents());
         self.pace.sent(disk, batch.covered());
     }
 }

@@ -87,17 +87,22 @@ impl LiveSource {
             shadows: Vec::new(),
         };
         save(agent, open.job, record.clone()).await?;
+        let noted = preflight::known_since(&qmp, &options.nodes).await?;
         let since = Instant::now();
         let mut rounds = Rounds::start(&qmp, options)
             .await
             .map_err(|error| refused(&error))?;
-        let read = match read(agent, open, &vm, &qmp, &mut rounds, &found, since).await {
+        let mut read = match read(agent, open, &vm, &qmp, &mut rounds, &found, since).await {
             Ok(read) => read,
             Err(refusal) => {
                 let _ = rounds.remove().await; // The first error is the one to tell.
                 return Err(refusal);
             }
         };
+        read.reports
+            .iter_mut()
+            .zip(&noted)
+            .for_each(|(report, noted)| report.since = *noted);
         let (words, heard) = mpsc::channel(QUEUE);
         Ok(Arc::new(Self {
             agent: Arc::clone(agent),
@@ -110,6 +115,7 @@ impl LiveSource {
             ram_size: found.facts.ram,
             eject: found.media.eject,
             disks: found.disks,
+            since: noted,
             reports: read.reports,
             free: read.free,
             definition: read.definition,

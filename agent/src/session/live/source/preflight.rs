@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use longhaul_common::wire::session::{LivePolicy, OpenedDisk, Refusal, RefusalKind, SourceVm};
+use longhaul_common::wire::session::{LivePolicy, OpenedDisk, Refusal, RefusalKind, ShadowId, SourceVm};
 
 use super::IOTHREADS_FROM;
 use crate::disk::roots;
@@ -15,6 +15,7 @@ use crate::session::live::proof::FreeProof;
 use crate::session::threads::on_thread;
 use crate::vm::facts::{self, VmFacts};
 use crate::vm::qmp::Qmp;
+use crate::vm::rounds;
 
 /// The monitor's socket, where this agent may use it.
 pub(in crate::session::live) fn allowed_socket(
@@ -39,6 +40,15 @@ pub(in crate::session::live) fn allowed_guest_agent(
         })
     };
     vm.guest_agent.as_ref().map(allowed).transpose()
+}
+
+/// Of each disk the shadow since which its QEMU has noted every write.
+pub(in crate::session::live) async fn known_since(
+    qmp: &Qmp,
+    nodes: &[String],
+) -> Result<Vec<Option<ShadowId>>, Refusal> {
+    let found = rounds::find_since(qmp, nodes).await;
+    found.map_err(|error| Refusal::because(RefusalKind::Refused, &error))
 }
 
 /// Looks at the disks for the first time: what is stored, and what of it may be free.

@@ -1,4 +1,4 @@
-//! The VM stands: the rest of its RAM, the handover, and the wait for the target's word.
+//! The VM stands: the rest of its RAM, the handover, the wait for the target's word, and what stays behind.
 //!
 //! Owns these last steps and how the source's QEMU is asked. Leaves the decision to `vm::handover`. Promises that nothing but the target's
 //! answer ends the wait once the VM is handed over.

@@ -3,6 +3,7 @@
 //! Owns these messages. Leaves the dialogue that they are part of to `session`, and what one agent says to the other past the gateways to
 //! the agents.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -10,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::session::PartReport;
 use super::words;
 use crate::digest::Digest;
+use crate::ids::{DiskIndex, JobId};
 
 /// A running VM to be moved.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -191,4 +193,21 @@ pub struct TargetVm {
     pub source: Place,
     /// What the source agent says of the VM, for a comparison before a byte moves; not known where the source has moved it already.
     pub vm: Option<AgentWord>,
+}
+
+/// A disk's copy that stayed behind when its VM was moved while it ran.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShadowId {
+    /// The job that moved the VM away.
+    pub job: JobId,
+    /// Which of its RAM streams the VM was moved by.
+    pub generation: u32,
+    /// The disk's number in that job.
+    pub disk: DiskIndex,
+}
+
+impl fmt::Display for ShadowId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}-{}", self.job, self.generation, self.disk)
+    }
 }

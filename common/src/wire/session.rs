@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 pub use super::live::{
     AgentWord, LinkForecast, LiveForecast, LiveOutcome, LivePolicy, LiveStage, LiveState, LiveSurvey,
-    MediaRule, Place, SourceVm, TargetVm,
+    MediaRule, Place, ShadowId, SourceVm, TargetVm,
 };
 use super::operator::OperatorTask;
 use super::prepare::PrepareTask;
@@ -79,23 +79,6 @@ pub struct SourceDisk {
     pub format: Option<String>,
     /// Whether backing chains and internal snapshots are flattened; refused otherwise.
     pub flatten: bool,
-}
-
-/// A disk's copy that stayed behind when its VM was moved while it ran.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ShadowId {
-    /// The job that moved the VM away.
-    pub job: JobId,
-    /// Which of its RAM streams the VM was moved by.
-    pub generation: u32,
-    /// The disk's number in that job.
-    pub disk: DiskIndex,
-}
-
-impl fmt::Display for ShadowId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}-{}-{}", self.job, self.generation, self.disk)
-    }
 }
 
 /// One disk as the source agent found it.

@@ -39,14 +39,17 @@ pub(super) struct Written {
     /// Bytes that are written or about to be, and not known to be durable.
     unflushed: Mutex<u64>,
     /// Of urgent batches that are not durable yet: the attempt and round, and where on the disk each begins.
-    urgent: Mutex<BTreeMap<Ticket, ((Attempt, Round), u64)>>,
+    urgent: Mutex<BTreeMap<Ticket, (RoundOf, u64)>>,
 }
+
+/// A round, and the attempt that it came on.
+type RoundOf = (Attempt, Round);
 
 /// What of a last round is durable: distinct batches, by disk and where they begin.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct LastRound {
     /// A new attempt sends all of it once more, and may be of another life of the source, which counts rounds anew.
-    pub of: (Attempt, Round),
+    pub of: RoundOf,
     pub batches: BTreeSet<(DiskIndex, u64)>,
 }
 

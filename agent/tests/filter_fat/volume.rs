@@ -119,6 +119,11 @@ impl Volume {
         }
     }
 
+    /// Beside the root.
+    pub(crate) fn has_directories(&self) -> bool {
+        self.dirs.len() > 1
+    }
+
     /// Creates and deletes files and directories at random.
     pub(crate) fn stir(&mut self, rng: &mut StdRng, steps: u32, max: usize) {
         for step in 0..steps {

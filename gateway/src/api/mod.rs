@@ -309,14 +309,16 @@ async fn make_plan(State(api): State<Api>, body: axum::body::Bytes) -> Response 
 
 /// Switches the dirty bitmaps of a running VM on ahead of a run.
 #[utoipa::path(post, path = "/v1/prepare", request_body = JobSpec,
-    responses((status = 200, body = PreparedReport), (status = 422, body = Problem), (status = 503, body = Problem)))]
+    responses((status = 200, body = PreparedReport), (status = 409, body = Problem), (status = 422, body = Problem),
+        (status = 503, body = Problem)))]
 async fn prepare(State(api): State<Api>, body: axum::body::Bytes) -> Response {
     ask_to_prepare(&api, &body, preparing::Wish::Begin).await
 }
 
 /// Takes them away again.
 #[utoipa::path(post, path = "/v1/prepare/end", request_body = JobSpec,
-    responses((status = 200, body = PreparedReport), (status = 422, body = Problem), (status = 503, body = Problem)))]
+    responses((status = 200, body = PreparedReport), (status = 409, body = Problem), (status = 422, body = Problem),
+        (status = 503, body = Problem)))]
 async fn end_prepared(State(api): State<Api>, body: axum::body::Bytes) -> Response {
     ask_to_prepare(&api, &body, preparing::Wish::End).await
 }

@@ -124,7 +124,7 @@ async fn once(
     let (mut send, mut recv) = link.open_bi().await.map_err(|error| lost(&error))?;
     let task = AgentTask::Operator(OperatorTask {
         job: job.to_owned(),
-        word: word.clone(),
+        word: *word,
     });
     frame::write(&mut send, &task)
         .await

@@ -281,7 +281,10 @@ impl Converge {
         if due && !view.round_running && view.ram.is_none() {
             return (Decision::Round, "the disks are kept in sync meanwhile".to_owned());
         }
-        (Decision::HoldInSync, format!("memory waits, for {why}"))
+        (
+            Decision::HoldInSync,
+            format!("memory waits and only the disks are kept in sync, for {why}"),
+        )
     }
 }
 

@@ -104,16 +104,21 @@ impl Hearing {
 
     /// The longest time between two beats that were heard between `from` and `until`, on any console.
     pub fn longest_gap(&self, from: Duration, until: Duration) -> Option<Gap> {
-        let beats = self
-            .beats
-            .iter()
-            .filter(|beat| beat.at >= from && beat.at <= until);
-        let times: Vec<_> = beats.map(|beat| beat.at).collect();
-        let gaps = times.windows(2).map(|pair| Gap {
+        self.longest_gaps(from, until, 1).pop()
+    }
+
+    /// The longest times between two beats, longest first, at most `most`.
+    pub fn longest_gaps(&self, from: Duration, until: Duration, most: usize) -> Vec<Gap> {
+        let heard = |beat: &&Beat| beat.at >= from && beat.at <= until;
+        let times: Vec<_> = self.beats.iter().filter(heard).map(|beat| beat.at).collect();
+        let gap = |pair: &[Duration]| Gap {
             at: pair[0],
             length: pair[1].saturating_sub(pair[0]),
-        });
-        gaps.max_by_key(|gap| gap.length)
+        };
+        let mut gaps: Vec<_> = times.windows(2).map(gap).collect();
+        gaps.sort_by_key(|gap| std::cmp::Reverse(gap.length));
+        gaps.truncate(most);
+        gaps
     }
 
     /// Beats that were said and not heard, or heard twice: the counter must go up by one.

@@ -297,7 +297,7 @@ fn machine(
     machine.ram_mib = args.ram_mib();
     machine.core = args.core;
     if let Some(qemu) = &args.qemu {
-        machine.program = qemu.display().to_string();
+        machine.set_program(qemu.display().to_string());
     }
     Ok(machine)
 }

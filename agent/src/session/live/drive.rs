@@ -29,6 +29,7 @@ use super::resolve::Told;
 use super::source::{End, LiveSource};
 use super::source_vm::SourceVm;
 use super::uplink::{Detached, Uplink};
+use super::word::ToTarget;
 use crate::vm::converge::{Converge, Decision, Policy, Verdict};
 use crate::vm::handover::Reason;
 use crate::vm::rounds::{Rounds, RoundsError};
@@ -108,6 +109,10 @@ pub(super) struct Drive {
     foretold: Foretold,
     /// When what round 0 left out was looked at again.
     looked: Option<Instant>,
+    /// The number of the last probe of the way, and when it left.
+    probed: Option<(u64, Instant)>,
+    /// What the target was asked ahead of the time to make ready.
+    ahead: Option<ToTarget>,
 }
 
 /// Moves the VM.
@@ -139,6 +144,8 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
         at_handover: false,
         foretold: Foretold::begin(session),
         looked: None,
+        probed: None,
+        ahead: None,
     };
     let mut heard = session.heard.subscribe();
     // A freeze goes on to its thaw by itself.
@@ -283,6 +290,8 @@ impl Drive {
     /// Round 0: everything that the target does not hold yet.
     async fn base(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
         self.state(LiveStage::Copy, 0, 0, String::new()).await;
+        // Before anything else is on the way.
+        self.probe().await;
         let mut have = None;
         self.s.heard.send_if_modified(|heard| {
             have = heard.have.take_if(|(attempt, _)| *attempt == uplink.attempt);
@@ -309,7 +318,9 @@ impl Drive {
                 () = tokio::time::sleep(LOOK) => {
                     self.pace.sample(self.began.elapsed(), uplink, 0, true);
                     self.s.free.look(self.clock.since()).await;
+                    self.probe().await;
                     self.foretell(uplink).await?;
+                    self.prepare_ahead(uplink).await;
                 }
             }
         };
@@ -333,17 +344,12 @@ impl Drive {
 
     /// Rounds, RAM and the handover, as `vm::converge` says. `Ok`: the VM runs at the target.
     async fn follow(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
-        let mut probed = 0;
-        let mut last_probe = Instant::now() - SAY_AGAIN;
         loop {
             self.check_cancel()?;
             if uplink.is_gone() {
                 return Err(Stop::Detached);
             }
-            if last_probe.elapsed() >= SAY_AGAIN {
-                (probed, last_probe) = (probed + 1, Instant::now());
-                self.s.probe(probed).await;
-            }
+            self.probe().await;
             if let Some(words) = self.vm.watch().await {
                 self.note(&format!("{words}; the RAM stream is begun anew"));
             }
@@ -392,6 +398,15 @@ impl Drive {
         }
     }
 
+    /// Measures the way to the target and back, now and then.
+    async fn probe(&mut self) {
+        if self.probed.is_none_or(|(_, at)| at.elapsed() >= SAY_AGAIN) {
+            let number = self.probed.map_or(0, |(number, _)| number + 1);
+            self.probed = Some((number, Instant::now()));
+            self.s.probe(number).await;
+        }
+    }
+
     /// How much memory may be left for the tail, in bytes. What is on its way already and what changes until the stop need room, too.
     fn tail_max(&self) -> u64 {
         self.s.agent.settings.vm.ram_memory.0 / 2
@@ -403,8 +418,8 @@ impl Drive {
         let rtt = self.s.heard.borrow().rtt();
         let now = self.began.elapsed();
         let ram = self.vm.ram_view();
-        if let Some((out, ram)) = self.vm.ram_out().zip(ram) {
-            out.set_window(self.pace.window(&ram, rtt));
+        if let Some(out) = self.vm.ram_out() {
+            out.set_window(self.pace.window(rtt));
         }
         let mut view = self
             .pace

@@ -19,7 +19,8 @@ pub(super) const DEVICE_STATE: u64 = 172 << 10;
 /// Stopping, loading, flushing and starting, besides the bytes: measured on small machines.
 pub(super) const STEPS: Duration = Duration::from_millis(90);
 /// Beyond twice the round trip the window allows for QEMU's and the disks' uneven pace.
-const WINDOW_SLACK: Duration = Duration::from_millis(120);
+/// The gateways hold some tenths of a second of it: only with a queue for the link there is time for the best compression.
+const WINDOW_SLACK: Duration = Duration::from_millis(400);
 
 /// The counters of one migration.
 pub(super) struct Pace {
@@ -64,12 +65,18 @@ impl Pace {
     }
 
     /// How far the tap may read ahead: enough that the link never runs dry, no more than that.
-    pub(super) fn window(&self, tap: &Tap, rtt: Option<Duration>) -> u64 {
+    pub(super) fn window(&self, rtt: Option<Duration>) -> u64 {
         let reach = rtt.unwrap_or(Duration::from_millis(100)) * 2 + WINDOW_SLACK;
-        let rate = self.acked.per_second().unwrap_or(0.0);
+        // A stream that has only begun says nothing of the link, but the disks do.
+        let rate = self.acked.per_second().unwrap_or(0.0).max(self.busy);
         let wanted = (rate * reach.as_secs_f64()) as u64;
-        // Where the window itself is the limit, the rate says little: it may always double.
-        wanted.max(WINDOW_START).max(tap.buffered.min(WINDOW_START))
+        wanted.max(WINDOW_START)
+    }
+
+    /// How long the link would take for so many bytes; nothing while it is not known.
+    pub(super) fn takes(&self, bytes: u64) -> Option<Duration> {
+        let rate = self.link.per_second().filter(|rate| *rate > 1.0)?;
+        Some(Duration::from_secs_f64((bytes as f64 / rate).min(1e9)))
     }
 
     /// Takes what the link carried, between decisions, too. `busy`: there was more to send than it took.

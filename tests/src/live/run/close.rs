@@ -7,6 +7,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use super::super::faults::{SOURCE_QEMU, TARGET_QEMU};
+use super::super::hearing::Gap;
 use super::super::{leftovers, pause};
 use super::{Run, TICK};
 use crate::lab::End;
@@ -14,6 +15,8 @@ use crate::report::{LinkReport, ProgramReport};
 
 /// After the job, how long it may take until exactly one machine runs the guest.
 const SETTLE_LIMIT: Duration = Duration::from_secs(30);
+/// So many of the longest times without a heartbeat are told.
+const SILENCES: usize = 5;
 /// After the job, how long clearing up may take.
 const TIDY_LIMIT: Duration = Duration::from_secs(10);
 
@@ -63,6 +66,14 @@ impl Run<'_> {
         };
         report.heartbeat_before_ms = gap(up, began);
         report.blackout_heartbeat_ms = gap(began.saturating_sub(TICK * 10), now);
+        let silences = hearing.longest_gaps(began, now, SILENCES).into_iter();
+        let told = |gap: Gap| {
+            (
+                gap.at.saturating_sub(began).as_secs_f64(),
+                gap.length.as_secs_f64() * 1e3,
+            )
+        };
+        report.silences = silences.map(told).collect();
         report.irregular_heartbeats = hearing.irregular_beats();
         report.guest_before_per_s = hearing.throughput(up, began);
         let slack = Duration::from_millis(1100);

@@ -28,8 +28,6 @@ pub(super) struct Foretold {
     ram: Option<Measured>,
     /// When it was measured last.
     at: Instant,
-    /// The way there and back is being measured.
-    probed: bool,
     told: bool,
 }
 
@@ -48,7 +46,6 @@ impl Foretold {
             measuring: Some(measure(session)),
             ram: None,
             at: Instant::now(),
-            probed: false,
             told: false,
         }
     }
@@ -89,9 +86,6 @@ impl Drive {
     /// Tells once, as soon as enough was seen, whether the job will come to its end.
     pub(super) async fn foretell(&mut self, uplink: &Uplink) -> Result<(), Stop> {
         self.foretold.take().await;
-        if !std::mem::replace(&mut self.foretold.probed, true) {
-            self.s.probe(0).await;
-        }
         if self.foretold.told || self.began.elapsed() < WATCH {
             return Ok(());
         }

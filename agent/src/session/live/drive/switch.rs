@@ -4,7 +4,8 @@
 //! here wherever a step ends early.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use longhaul_common::ids::Round;
 use longhaul_common::wire::session::{LiveStage, Refusal, RefusalKind};
@@ -16,6 +17,9 @@ use crate::session::live::uplink::Uplink;
 use crate::session::live::word::ToTarget;
 use crate::vm::converge::Decision;
 use crate::vm::handover::{Generation, Reason};
+
+/// So long before the end of round 0 the target is asked to make a QEMU ready.
+const AHEAD: Duration = Duration::from_secs(5);
 
 impl Drive {
     /// QEMU has stopped an idle VM: finished where what is left fits, undone otherwise.
@@ -36,14 +40,40 @@ impl Drive {
         }
     }
 
+    /// Has the target start a QEMU while the last of round 0 is on its way. Without an answer, it is asked again when RAM is to flow.
+    pub(in crate::session::live) async fn prepare_ahead(&mut self, uplink: &Uplink) {
+        let left = self
+            .s
+            .used()
+            .iter()
+            .sum::<u64>()
+            .saturating_sub(uplink.delivered.load(Ordering::Relaxed));
+        if self.ahead.is_some() || self.pace.takes(left).is_none_or(|left| left > AHEAD) {
+            return;
+        }
+        let generation = self.vm.next_generation();
+        // What the VM cannot tell now is asked again.
+        if let Ok(vm) = self.vm.words().await {
+            let vm = Box::new(vm);
+            let ask = self.ahead.insert(ToTarget::Prepare { generation, vm });
+            self.s.tell(ask).await;
+        }
+    }
+
     pub(in crate::session::live) async fn prepare(
         &mut self,
         uplink: &Arc<Uplink>,
         generation: Generation,
     ) -> Result<(), Stop> {
-        let ask = ToTarget::Prepare {
-            generation,
-            vm: Box::new(self.vm.words().await?),
+        let ahead = self.ahead.take();
+        let ahead =
+            ahead.filter(|ask| matches!(ask, ToTarget::Prepare { generation: of, .. } if *of == generation));
+        let ask = match ahead {
+            Some(ask) => ask,
+            None => ToTarget::Prepare {
+                generation,
+                vm: Box::new(self.vm.words().await?),
+            },
         };
         let mut heard = self.s.heard.subscribe();
         let limit = Instant::now() + PREPARE;

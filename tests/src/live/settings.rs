@@ -79,10 +79,8 @@ pub fn write_job_back(
 ) -> io::Result<&'static str> {
     let socket = format!("vm-{}.qmp", arrived.get(..8).unwrap_or_default());
     let socket = qmp_folder(directory, End::Target).join(socket);
-    let machine = Machine {
-        qmp: socket.display().to_string(),
-        ..machine.clone()
-    };
+    let mut machine = machine.clone();
+    machine.qmp = socket.display().to_string();
     let text = job(directory, &machine, [End::Target, End::Source], args);
     fs::write(directory.join("back.toml"), text)?;
     Ok("back.toml")

@@ -7,6 +7,7 @@
 mod at_handover;
 mod machine;
 mod resolve;
+mod steps;
 
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 use self::at_handover::HandoverHook;
+use self::steps::Steps;
 use super::ram_in::RamState;
 use super::record::Arriving;
 use super::resolve::Resolved;
@@ -26,7 +28,7 @@ use crate::session::threads::on_thread;
 use crate::session::{outcome, target_disks};
 use crate::vm::handover::{
     DiskRound, Effect, Generation, Limits, Note, Reason, Record, Resolve, TargetEvent, TargetOwner,
-    TargetState,
+    TargetState, Word,
 };
 use crate::vm::journal::Journal;
 
@@ -66,6 +68,7 @@ struct Arrive {
     unfit: Option<String>,
     notes: Vec<String>,
     cancelled: bool,
+    steps: Steps,
     /// The hook of this generation, from when the source's VM stands.
     at_handover: Option<HandoverHook>,
     /// The hook on failure of an earlier one, while it may run.
@@ -91,6 +94,7 @@ pub(super) async fn run(session: Arc<LiveTarget>, machine: Machine, events: mpsc
         unfit: None,
         notes: Vec::new(),
         cancelled: false,
+        steps: Steps::default(),
         at_handover: None,
         undoing: None,
     };
@@ -260,6 +264,7 @@ impl Arrive {
 
     async fn on(&mut self, event: TargetEvent) {
         let before = *self.owner.state();
+        self.steps.event(&event);
         let effects = self.owner.on(event);
         if *self.owner.state() != before {
             self.since = (*self.owner.state(), Instant::now());
@@ -276,8 +281,11 @@ impl Arrive {
                 continue;
             };
             match self.act(effect).await {
-                Ok(None) => {}
-                Ok(Some(event)) => lists.push(self.owner.on(event).into_iter()),
+                Ok(None) => self.steps.done(&effect),
+                Ok(Some(event)) => {
+                    self.steps.event(&event);
+                    lists.push(self.owner.on(event).into_iter());
+                }
                 Err(why) => {
                     tracing::warn!(job = %self.s.job, ?effect, "a step of the handover failed: {why}");
                     self.unfit = Some(why);
@@ -291,6 +299,10 @@ impl Arrive {
     async fn act(&mut self, effect: Effect) -> Result<Option<TargetEvent>, String> {
         match effect {
             Effect::Journal(record) => self.append(record).await?,
+            Effect::Send(word @ Word::Ack { .. }) => {
+                self.s.tell(&ToSource::Steps(self.steps.taken())).await;
+                self.s.tell(&ToSource::Handover(word)).await;
+            }
             Effect::Send(word) => self.s.tell(&ToSource::Handover(word)).await,
             Effect::Report(note) => self.report(note),
             Effect::Look => return Ok(self.qemu.look().await.map(TargetEvent::Qemu)),

@@ -32,6 +32,7 @@ use super::uplink::{Detached, Uplink};
 use super::word::ToTarget;
 use crate::vm::converge::{Converge, Decision, Policy, Verdict};
 use crate::vm::handover::Reason;
+use crate::vm::qmp::{Event, Events, Heard, MigrationStatus};
 use crate::vm::rounds::{Rounds, RoundsError};
 
 /// Between two looks at the VM.
@@ -109,6 +110,8 @@ pub(super) struct Drive {
     foretold: Foretold,
     /// When what round 0 left out was looked at again.
     looked: Option<Instant>,
+    /// What QEMU says unasked.
+    events: Events,
     /// The number of the last probe of the way, and when it left.
     probed: Option<(u64, Instant)>,
     /// What the target was asked ahead of the time to make ready.
@@ -144,6 +147,7 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
         at_handover: false,
         foretold: Foretold::begin(session),
         looked: None,
+        events: session.qmp.events(),
         probed: None,
         ahead: None,
     };
@@ -364,10 +368,10 @@ impl Drive {
             match verdict.decision {
                 Decision::Round => self.dirty_round(uplink).await?,
                 Decision::StartRam => self.start_ram(uplink).await?,
-                Decision::Continue => tokio::time::sleep(LOOK).await,
+                Decision::Continue => self.rest().await,
                 // The tail is taken whole while the VM stands: it has to fit into the memory for it.
                 Decision::HandOver { .. } if self.ram_left > self.tail_max() => {
-                    tokio::time::sleep(LOOK).await;
+                    self.rest().await;
                 }
                 Decision::HandOver { predicted } => {
                     self.outcome.predicted_blackout_ms = predicted.as_millis() as u64;
@@ -380,7 +384,7 @@ impl Drive {
                         self.note(&words);
                         self.policy.io_throttle = false;
                     }
-                    tokio::time::sleep(LOOK).await;
+                    self.rest().await;
                 }
                 Decision::HoldInSync => {
                     if self.vm.is_migrating() {
@@ -404,6 +408,22 @@ impl Drive {
             let number = self.probed.map_or(0, |(number, _)| number + 1);
             self.probed = Some((number, Instant::now()));
             self.s.probe(number).await;
+        }
+    }
+
+    /// Until the next look; not that long once QEMU stops the VM, for then everybody waits.
+    async fn rest(&mut self) {
+        let until = tokio::time::sleep(LOOK);
+        tokio::pin!(until);
+        loop {
+            tokio::select! {
+                heard = self.events.next() => match heard {
+                    Heard::Event(Event::Stop | Event::Migration(MigrationStatus::PreSwitchover)) => return,
+                    Heard::Event(_) | Heard::Missed => {}
+                    Heard::Lost => return until.await,
+                },
+                () = &mut until => return,
+            }
         }
     }
 

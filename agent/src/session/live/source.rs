@@ -45,6 +45,8 @@ const IOTHREADS_FROM: (u32, u32) = (8, 1);
 const RTT_MEMORY: Duration = Duration::from_secs(30);
 /// Messages that wait for the gateway or the driver.
 const QUEUE: usize = 64;
+/// More steps of an arrival than there are.
+const STEPS_MAX: usize = 16;
 /// How long the gateway may take to hear the end.
 const LAST_WORD: Duration = Duration::from_secs(5);
 
@@ -58,6 +60,8 @@ pub(super) struct Heard {
     /// The target's QEMU waits, or why not.
     pub prepared: Option<(Generation, Result<Vec<String>, String>)>,
     pub cancel: Option<Refusal>,
+    /// How long the target's last steps took, in milliseconds since the first.
+    pub arrival: Vec<(String, u64)>,
     /// There and back without queues: the least of the last seconds, and when it was measured.
     rtt: Option<(Duration, Instant)>,
     /// The last probe, and when it left.
@@ -389,6 +393,10 @@ impl LiveSource {
                 if let Some(ram) = ram.filter(|ram| ram.generation == generation) {
                     ram.written(attempt, position);
                 }
+            }
+            Said::Steps(mut steps) => {
+                steps.truncate(STEPS_MAX);
+                self.heard.send_modify(|heard| heard.arrival = steps);
             }
             // A queue that is full loses words; each is said again.
             Said::Handover(word) => drop(self.words.try_send(Told::Word(word))),

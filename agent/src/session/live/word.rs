@@ -76,6 +76,8 @@ pub(super) enum ToSource {
     },
     Handover(Word),
     Echo(u64),
+    /// How long the last steps took, in milliseconds since the first; said with the answer to COMMIT, and only once.
+    Steps(Vec<(String, u64)>),
 }
 
 /// A word as it crosses the wire.

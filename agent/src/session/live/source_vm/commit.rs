@@ -73,6 +73,9 @@ impl SourceVm {
             SourceState::Released { .. } => {
                 self.close_released().await;
                 step("source QEMU ended");
+                let arrival = self.s.heard.borrow().arrival.clone();
+                let named = |(name, ms): (String, u64)| (format!("at the target: {name}"), ms);
+                outcome.steps_ms.extend(arrival.into_iter().map(named));
                 Ok(true)
             }
             SourceState::Settling { .. } => {

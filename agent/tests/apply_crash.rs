@@ -32,6 +32,7 @@ fn listed(have: Have) -> BTreeMap<u64, Option<Digest>> {
         let (first, count, digest) = match durable.unwrap() {
             Durable::Data { leaf, digest } => (leaf, 1, Some(digest)),
             Durable::Zeros { first, count } => (first, count, None),
+            Durable::Shadow { first, .. } => panic!("leaf {first} is a shadow's, and there is none"),
         };
         assert!(first >= end && count > 0, "leaves come in order");
         end = first + count;

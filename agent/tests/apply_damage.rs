@@ -62,6 +62,7 @@ fn check_claims(options: &TargetOptions, content: &[u8]) -> u64 {
     for durable in have {
         match durable.unwrap() {
             Durable::Data { leaf, digest } => assert_eq!(digest, Digest::of(content_of(leaf))),
+            Durable::Shadow { first, .. } => panic!("leaf {first} is a shadow's, and there is none"),
             Durable::Zeros { first, count } => {
                 assert!((first..first + count).all(|leaf| content_of(leaf).iter().all(|byte| *byte == 0)));
             }

@@ -243,18 +243,7 @@ impl Driver {
             board.opened(&source.disks);
             self.record.sizes = source.sizes();
         }
-        let definition = source.definition.take();
-        let mut open = target_open(
-            &self.record.spec,
-            self.job,
-            attempt,
-            &self.record.sizes,
-            definition,
-            source.vm(),
-        );
-        for (disk, since) in open.disks.iter_mut().zip(source.since()) {
-            disk.since = since;
-        }
+        let open = source.target_open(&self.record.spec, self.job, attempt, &self.record.sizes);
         let target = self.open_target(open, &mut source).await?;
         if target.arrived.is_some() {
             let text = "the target says that this job has arrived, the journal does not know of it; was it restored from a copy?";

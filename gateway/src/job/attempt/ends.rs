@@ -9,8 +9,8 @@ use longhaul_common::link::{Link, SendStream};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
     AgentTask, AgentWord, DISK_SIZE_MAX, FromSource, FromTarget, LiveOutcome, LiveStage, LiveState,
-    LiveSurvey, OpenedDisk, PeerTask, Refusal, RefusalKind, ShadowId, SourceOpen, TargetDisk, TargetOpen,
-    ToSource, ToTarget,
+    LiveSurvey, OpenedDisk, PeerTask, Refusal, RefusalKind, SourceOpen, TargetDisk, TargetOpen, ToSource,
+    ToTarget,
 };
 
 use super::{Context, out_of_turn};
@@ -100,9 +100,20 @@ impl Source {
         })
     }
 
-    /// Of each disk the shadow since which the source agent knows all changes.
-    pub fn since(&self) -> Vec<Option<ShadowId>> {
-        self.disks.iter().map(|disk| disk.since).collect()
+    /// What the target agent is asked for, with what this source knows of its disks and its VM. The definition goes along once.
+    pub fn target_open(
+        &mut self,
+        spec: &JobSpec,
+        job: JobId,
+        attempt: Attempt,
+        sizes: &[(u64, u64)],
+    ) -> TargetOpen {
+        let (definition, vm) = (self.definition.take(), self.vm());
+        let mut open = target_open(spec, job, attempt, sizes, definition, vm);
+        for (disk, known) in open.disks.iter_mut().zip(&self.disks) {
+            disk.since = known.since;
+        }
+        open
     }
 
     /// What the target agent is to compare its QEMU with.

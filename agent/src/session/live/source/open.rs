@@ -71,21 +71,7 @@ impl LiveSource {
         rounds::sweep(&qmp, &options.socket, |name| !name.starts_with(&prefix))
             .await
             .map_err(|error| refused(&error))?;
-        let record = Leaving {
-            job: open.job.to_string(),
-            vm: vm.clone(),
-            qmp: socket,
-            nbd: options.socket.clone(),
-            disks: found.disks.clone(),
-            saved: None,
-            limits: Vec::new(),
-            ejected: Vec::new(),
-            outcome: None,
-            definition: open.definition.clone(),
-            hooked: false,
-            told: false,
-            shadows: Vec::new(),
-        };
+        let record = record(open, &vm, socket, options.socket.clone(), &found.disks);
         save(agent, open.job, record.clone()).await?;
         let noted = preflight::known_since(&qmp, &options.nodes).await?;
         let since = Instant::now();
@@ -155,6 +141,31 @@ fn options(agent: &Agent, open: &SourceOpen, vm: &SourceVm, disks: &[VmDisk]) ->
         granularity: vm.policy.granularity,
         socket: agent.settings.paths.run.join(name),
         foreign_socket: None,
+    }
+}
+
+/// What is remembered of a job that has only begun.
+fn record(
+    open: &SourceOpen,
+    vm: &SourceVm,
+    qmp: std::path::PathBuf,
+    nbd: std::path::PathBuf,
+    disks: &[VmDisk],
+) -> Leaving {
+    Leaving {
+        job: open.job.to_string(),
+        vm: vm.clone(),
+        qmp,
+        nbd,
+        disks: disks.to_vec(),
+        saved: None,
+        limits: Vec::new(),
+        ejected: Vec::new(),
+        outcome: None,
+        definition: open.definition.clone(),
+        hooked: false,
+        told: false,
+        shadows: Vec::new(),
     }
 }
 

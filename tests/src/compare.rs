@@ -233,8 +233,9 @@ pub fn as_raw(image: &Path, format: &str, raw: &Path) -> io::Result<PathBuf> {
     if format == "raw" {
         return Ok(image.to_owned());
     }
+    // Nobody writes it, but an agent may hold the lock of an image that it bars.
     let output = Command::new("qemu-img")
-        .args(["convert", "-f", format, "-O", "raw"])
+        .args(["convert", "-U", "-f", format, "-O", "raw"])
         .arg(image)
         .arg(raw)
         .output();

@@ -301,6 +301,8 @@ pub enum SpecError {
     NoQmp,
     #[error("{key} is for kind \"live\" only; remove it, or write kind = \"live\"")]
     NotLive { key: &'static str },
+    #[error("only a running VM is prepared; this job is not of kind \"live\"")]
+    NotRunning,
     #[error("live.blackout must lie between 10 ms and 10 min")]
     Blackout,
     #[error("live.granularity must be a power of two from 4 KiB to 64 KiB")]

@@ -2,7 +2,8 @@
 //!
 //! Owns the relay between both agents during one attempt, and giving up on the operator's word. Leaves every decision about the VM
 //! to the agents, and counting to `ledger`. Promises that words pass in both directions for as long as both agents are there,
-//! that a cancel reaches the source agent also while the target is away, and that a move counts as done only when both agents said so.
+//! that a cancel reaches the source agent also while the target is away, and that a move counts as done only when both agents said so: what
+//! one of them has left to say to the other passes until then.
 
 use std::time::Duration;
 
@@ -65,8 +66,10 @@ impl Transfer<'_> {
                 message = self.source.heard.next(), if ends.source.is_none() => {
                     ends.source = self.on_live_source(message?).await?;
                 }
-                message = self.target.heard.next(), if ends.target.is_none() => {
-                    ends.target = self.on_live_target(message?).await?;
+                // A VM that has arrived is not all: its source may still wait for the target's word, which was lost before.
+                message = self.target.heard.next() => {
+                    let arrived = self.on_live_target(message?).await?;
+                    ends.target = arrived.or(ends.target.take());
                 }
                 reason = self.outflow.refused() => return Err(Refusal::new(RefusalKind::Protocol, reason)),
                 _ = count.tick() => self.board.count(&self.outflow),

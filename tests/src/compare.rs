@@ -233,10 +233,11 @@ pub fn as_raw(image: &Path, format: &str, raw: &Path) -> io::Result<PathBuf> {
     if format == "raw" {
         return Ok(image.to_owned());
     }
-    // Nobody writes it, but an agent may hold the lock of an image that it bars.
+    // Nobody writes it, but an agent holds the lock of an image that it bars. QEMU wants commas doubled.
+    let name = image.display().to_string().replace(',', ",,");
+    let unlocked = format!("driver={format},file.driver=file,file.locking=off,file.filename={name}");
     let output = Command::new("qemu-img")
-        .args(["convert", "-U", "-f", format, "-O", "raw"])
-        .arg(image)
+        .args(["convert", "--image-opts", &unlocked, "-O", "raw"])
         .arg(raw)
         .output();
     let output = output.map_err(|error| {

@@ -69,7 +69,7 @@ impl Transfer<'_> {
                 // A VM that has arrived is not all: its source may still wait for the target's word, which was lost before.
                 message = self.target.heard.next() => {
                     let arrived = self.on_live_target(message?).await?;
-                    ends.target = arrived.or(ends.target.take());
+                    ends.target = arrived.or_else(|| ends.target.take());
                 }
                 reason = self.outflow.refused() => return Err(Refusal::new(RefusalKind::Protocol, reason)),
                 _ = count.tick() => self.board.count(&self.outflow),

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use dashmap::DashMap;
 use longhaul_common::link::{Link, LinkError, Listener, Role, TlsState, code};
 use longhaul_common::wire::ALPN_AGENT;
-use longhaul_common::wire::session::{Refusal, RefusalKind};
+use longhaul_common::wire::frame;
+use longhaul_common::wire::session::{AgentTask, Refusal, RefusalKind};
+use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 
 use crate::send::ingest::Ingest;
@@ -32,6 +34,21 @@ impl Agents {
             );
             Refusal::new(RefusalKind::Lost, text)
         })
+    }
+
+    /// Asks an agent on a stream of its own: one frame there, one back.
+    pub async fn ask<A: DeserializeOwned>(&self, name: &str, task: &AgentTask) -> Result<A, Refusal> {
+        let link = self.link(name)?;
+        let lost = |error: &dyn std::fmt::Display| {
+            let text = format!("agent '{name}' was lost: {}", link.reason_or(error));
+            Refusal::new(RefusalKind::Lost, text)
+        };
+        let (mut send, mut recv) = link.open_bi().await.map_err(|error| lost(&error))?;
+        frame::write(&mut send, task)
+            .await
+            .map_err(|error| lost(&error))?;
+        let answer = frame::read(&mut recv).await.map_err(|error| lost(&error))?;
+        answer.ok_or_else(|| lost(&"it ended the stream without an answer"))
     }
 
     /// Names of all linked agents, sorted.

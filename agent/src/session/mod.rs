@@ -10,6 +10,7 @@ mod live;
 mod outcome;
 mod source;
 mod source_disks;
+mod stream;
 mod target;
 mod target_disks;
 mod threads;

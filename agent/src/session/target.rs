@@ -12,13 +12,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use longhaul_common::digest::Digest;
 use longhaul_common::ids::DiskIndex;
 use longhaul_common::link::{RecvStream, SendStream};
-use longhaul_common::wire::frame;
 use longhaul_common::wire::session::{
     FromTarget, HAVE_MAX, Have, Place, Refusal, RefusalKind, ShadowId, TargetOpen, ToTarget,
 };
 use tokio::sync::{mpsc, watch};
 
 use super::hook::{End, Hooks, Moment};
+use super::stream::{listen, speak};
 use super::target_disks::Arrival;
 use super::threads::{ThreadFailed, on_thread};
 use super::writers::{Writers, Written};
@@ -56,30 +56,6 @@ pub(super) async fn run(agent: &Arc<Agent>, send: SendStream, recv: RecvStream, 
     // The speaker ends when all it was given is said, or the gateway is gone.
     let _ = speaker.await;
     listener.abort();
-}
-
-async fn speak(mut send: SendStream, mut outgoing: mpsc::Receiver<FromTarget>) {
-    while let Some(message) = outgoing.recv().await {
-        if frame::write(&mut send, &message).await.is_err() {
-            return;
-        }
-    }
-    let _ = send.finish();
-    let _ = send.stopped().await;
-}
-
-async fn listen(mut recv: RecvStream, hear: mpsc::Sender<ToTarget>) {
-    loop {
-        match frame::read(&mut recv).await {
-            Ok(Some(message)) => {
-                if hear.send(message).await.is_err() {
-                    return;
-                }
-            }
-            Ok(None) => return,
-            Err(error) => return tracing::debug!("the target's control stream ended: {error}"),
-        }
-    }
 }
 
 struct Attempt {

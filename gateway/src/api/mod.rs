@@ -28,7 +28,7 @@ use utoipa::OpenApi;
 use crate::job::driver::Wish;
 use crate::job::plan::{self, Plan};
 use crate::job::prepare::{self as preparing, PreparedReport};
-use crate::job::spec::{JobSpec, Kind, SpecError};
+use crate::job::spec::JobSpec;
 use crate::job::table::{JobError, Jobs};
 use crate::metrics::Gauges;
 use crate::store::JobRecord;
@@ -328,15 +328,8 @@ async fn ask_to_prepare(api: &Api, body: &[u8], wish: preparing::Wish) -> Respon
         Ok(spec) => spec,
         Err(refused) => return *refused,
     };
-    let checked = match spec.kind {
-        Kind::Live => spec.check(),
-        Kind::Move => Err(SpecError::NotRunning),
-    };
-    if let Err(error) = checked {
-        return JobError::from(error).into_response();
-    }
     match preparing::prepare(api.jobs.agents(), &spec, wish).await {
         Ok(report) => Json(report).into_response(),
-        Err(refusal) => JobError::from(refusal).into_response(),
+        Err(error) => error.into_response(),
     }
 }

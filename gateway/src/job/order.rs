@@ -5,7 +5,6 @@
 
 use std::time::{Duration, Instant};
 
-use longhaul_common::wire::frame;
 use longhaul_common::wire::operator::{OperatorAnswer, OperatorTask, OperatorWord, RunAt};
 use longhaul_common::wire::session::{AgentTask, Refusal, RefusalKind};
 use serde::{Deserialize, Serialize};
@@ -89,12 +88,11 @@ pub(super) async fn ask(
     word: OperatorWord,
 ) -> Result<OrderDone, Refusal> {
     let begun = Instant::now();
+    let job = job.to_owned();
+    let task = AgentTask::Operator(OperatorTask { job, word });
     loop {
-        let asking = tokio::time::timeout(
-            ANSWER.saturating_sub(begun.elapsed()),
-            once(agents, agent, job, &word),
-        );
-        match asking.await {
+        let left = ANSWER.saturating_sub(begun.elapsed());
+        match tokio::time::timeout(left, agents.ask(agent, &task)).await {
             Ok(Ok(OperatorAnswer::Done { lines, changed })) => return Ok(OrderDone { lines, changed }),
             Ok(Ok(OperatorAnswer::Refused(refusal))) => return Err(refusal),
             Ok(Err(refusal)) if begun.elapsed() >= RETURN => return Err(refusal),
@@ -108,27 +106,4 @@ pub(super) async fn ask(
             }
         }
     }
-}
-
-async fn once(
-    agents: &Agents,
-    agent: &str,
-    job: &str,
-    word: &OperatorWord,
-) -> Result<OperatorAnswer, Refusal> {
-    let link = agents.link(agent)?;
-    let lost = |error: &dyn std::fmt::Display| {
-        let text = format!("agent '{agent}' was lost: {}", link.reason_or(error));
-        Refusal::new(RefusalKind::Lost, text)
-    };
-    let (mut send, mut recv) = link.open_bi().await.map_err(|error| lost(&error))?;
-    let task = AgentTask::Operator(OperatorTask {
-        job: job.to_owned(),
-        word: *word,
-    });
-    frame::write(&mut send, &task)
-        .await
-        .map_err(|error| lost(&error))?;
-    let answer = frame::read(&mut recv).await.map_err(|error| lost(&error))?;
-    answer.ok_or_else(|| lost(&"it ended the stream without an answer"))
 }

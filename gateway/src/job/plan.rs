@@ -71,6 +71,15 @@ pub struct LivePlan {
     pub verdict: String,
 }
 
+impl Plan {
+    /// The job would begin, but not come to its end: a running VM changes too fast for the link.
+    pub fn is_hopeless(&self) -> bool {
+        self.live
+            .as_ref()
+            .is_some_and(|live| live.converges == Some(false))
+    }
+}
+
 impl LivePlan {
     fn new(forecast: LiveForecast, link: &KnownLink, spec: &JobSpec) -> Self {
         Self {

@@ -2,16 +2,16 @@
 //!
 //! Owns the question and the wait for its answer. Leaves everything else to the agent: this gateway keeps nothing of it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use longhaul_common::link::Link;
-use longhaul_common::wire::frame;
 use longhaul_common::wire::prepare::{PrepareAnswer, PrepareTask, PreparedVm};
 use longhaul_common::wire::session::{AgentTask, Refusal, RefusalKind};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 
 use super::spec::JobSpec;
+use super::table::JobError;
 use crate::agents::Agents;
 
 /// Trimming a guest's file systems takes most of it.
@@ -43,18 +43,15 @@ pub enum Wish {
 }
 
 /// Has the source's agent prepare a VM, or end that.
-pub async fn prepare(agents: &Agents, spec: &JobSpec, wish: Wish) -> Result<PreparedReport, Refusal> {
-    let open = spec.prepare_open().ok_or_else(|| {
-        let text = "only a running VM is prepared; this file is not of kind \"live\"";
-        Refusal::new(RefusalKind::Refused, text)
-    })?;
+pub async fn prepare(agents: &Agents, spec: &JobSpec, wish: Wish) -> Result<PreparedReport, JobError> {
+    spec.check()?;
+    let open = spec.prepare_open()?;
     let task = match wish {
         Wish::Begin => PrepareTask::Begin(open),
         Wish::End => PrepareTask::End(open),
     };
     let agent = &spec.source.agent;
-    let link = agents.link(agent)?;
-    let asked = tokio::time::timeout(ANSWER_TIME, ask(&link, task)).await;
+    let asked = tokio::time::timeout(ANSWER_TIME, ask(agents, agent, task)).await;
     let late = || {
         Refusal::new(
             RefusalKind::Lost,
@@ -66,17 +63,17 @@ pub async fn prepare(agents: &Agents, spec: &JobSpec, wish: Wish) -> Result<Prep
     vms.into_iter()
         .next()
         .map(|vm| report(agent, vm))
-        .ok_or_else(missing)
+        .ok_or_else(|| missing().into())
 }
 
 /// The VMs that are prepared at this site. An agent that does not answer in time has none to show.
-pub async fn list(agents: &Agents) -> Vec<PreparedReport> {
+pub async fn list(agents: &Arc<Agents>) -> Vec<PreparedReport> {
     let mut asked = JoinSet::new();
     for agent in agents.names() {
-        let Ok(link) = agents.link(&agent) else { continue };
+        let agents = Arc::clone(agents);
         // All at once, so that one that is slow does not add to another.
         asked.spawn(async move {
-            let listed = tokio::time::timeout(LIST_TIME, ask(&link, PrepareTask::List)).await;
+            let listed = tokio::time::timeout(LIST_TIME, ask(&agents, &agent, PrepareTask::List)).await;
             let vms = listed.ok().and_then(Result::ok).unwrap_or_default();
             vms.into_iter().map(|vm| report(&agent, vm)).collect::<Vec<_>>()
         });
@@ -86,20 +83,10 @@ pub async fn list(agents: &Agents) -> Vec<PreparedReport> {
     all
 }
 
-/// One question on a stream of its own.
-async fn ask(link: &Link, task: PrepareTask) -> Result<Vec<PreparedVm>, Refusal> {
-    let lost = |error: &dyn std::fmt::Display| {
-        let text = format!("the source agent was lost: {}", link.reason_or(error));
-        Refusal::new(RefusalKind::Lost, text)
-    };
-    let (mut send, mut recv) = link.open_bi().await.map_err(|error| lost(&error))?;
-    let written = frame::write(&mut send, &AgentTask::Prepare(task)).await;
-    written.map_err(|error| lost(&error))?;
-    match frame::read(&mut recv).await {
-        Ok(Some(PrepareAnswer::Prepared(vms))) => Ok(vms),
-        Ok(Some(PrepareAnswer::Failed(refusal))) => Err(refusal),
-        Ok(None) => Err(lost(&"it ended the stream")),
-        Err(error) => Err(lost(&error)),
+async fn ask(agents: &Agents, agent: &str, task: PrepareTask) -> Result<Vec<PreparedVm>, Refusal> {
+    match agents.ask(agent, &AgentTask::Prepare(task)).await? {
+        PrepareAnswer::Prepared(vms) => Ok(vms),
+        PrepareAnswer::Failed(refusal) => Err(refusal),
     }
 }
 

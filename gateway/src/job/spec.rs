@@ -460,12 +460,12 @@ impl JobSpec {
         self.disk.iter().map(disk).collect()
     }
 
-    /// The running VM that is to be prepared; none for kind "move".
-    pub fn prepare_open(&self) -> Option<PrepareOpen> {
-        Some(PrepareOpen {
+    /// The running VM that is to be prepared.
+    pub fn prepare_open(&self) -> Result<PrepareOpen, SpecError> {
+        Ok(PrepareOpen {
             name: self.name.clone(),
             disks: self.source_disks(),
-            vm: self.source_vm()?,
+            vm: self.source_vm().ok_or(SpecError::NotRunning)?,
         })
     }
 

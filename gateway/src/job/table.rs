@@ -92,7 +92,7 @@ impl Jobs {
     }
 
     /// The agents linked right now.
-    pub fn agents(&self) -> &Agents {
+    pub fn agents(&self) -> &Arc<Agents> {
         &self.agents
     }
 

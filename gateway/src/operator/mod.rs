@@ -285,11 +285,7 @@ fn body<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, Failure> {
 async fn plan(client: &Client, spec: &JobSpec, json: bool) -> Result<Code, Failure> {
     let plan: Plan = client.post("/v1/plan", body(spec)?).await?;
     print(json, &plan, show::plan);
-    let hopeless = plan
-        .live
-        .as_ref()
-        .is_some_and(|live| live.converges == Some(false));
-    Ok(if plan.ready && !hopeless {
+    Ok(if plan.ready && !plan.is_hopeless() {
         Code::Done
     } else {
         Code::NotGood

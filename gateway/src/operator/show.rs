@@ -218,11 +218,7 @@ pub(super) fn plan(plan: &Plan) -> String {
     for problem in &plan.problems {
         let _ = writeln!(out, "  Problem: {problem}");
     }
-    let hopeless = plan
-        .live
-        .as_ref()
-        .is_some_and(|live| live.converges == Some(false));
-    out.push_str(match (plan.ready, hopeless) {
+    out.push_str(match (plan.ready, plan.is_hopeless()) {
         (true, false) => "Ready to run.\n",
         (true, true) => "It would begin, but not come to its end.\n",
         (false, _) => "Not ready.\n",

@@ -294,6 +294,8 @@ impl Drive {
     /// Round 0: everything that the target does not hold yet.
     async fn base(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
         self.state(LiveStage::Copy, 0, 0, String::new()).await;
+        // The VM may have been changed since a former attempt asked.
+        self.ahead = None;
         // Before anything else is on the way.
         self.probe().await;
         let mut have = None;

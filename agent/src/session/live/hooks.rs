@@ -3,7 +3,6 @@
 //! Owns what they are told of the VM, and noting that they began. Leaves the moments to the sessions and programs to `session::hook`.
 
 use std::path::PathBuf;
-use std::sync::PoisonError;
 
 use longhaul_common::wire::session::{Refusal, RefusalKind, TargetOpen, TargetVm};
 
@@ -23,10 +22,6 @@ pub(super) async fn ended(hook: Running) -> Result<(), String> {
 
 impl LiveSource {
     fn hooks(&self) -> Hooks {
-        let definition = {
-            let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
-            record.definition.clone()
-        };
         Hooks {
             job: self.job,
             name: self.vm.name.clone(),
@@ -34,7 +29,7 @@ impl LiveSource {
             site: self.agent.site(),
             other: self.vm.target.clone(),
             disks: self.disks.iter().map(|disk| disk.file.clone()).collect(),
-            definition,
+            definition: self.record().definition.clone(),
         }
     }
 
@@ -77,8 +72,7 @@ impl LiveSource {
 
     /// Whether any hook of this job may have run.
     pub(super) fn is_hooked(&self) -> bool {
-        let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
-        record.hooked
+        self.record().hooked
     }
 }
 

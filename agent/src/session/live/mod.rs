@@ -27,7 +27,6 @@ pub(super) mod settle;
 mod shadow;
 pub(super) mod source;
 mod source_vm;
-mod stream;
 pub(super) mod target;
 mod target_vm;
 pub(super) mod thaw;

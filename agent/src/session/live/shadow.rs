@@ -5,7 +5,7 @@
 //! name that only `old_copy` gives, with the inode that was noted; and that a removal which was cut is taken up again.
 
 use std::path::Path;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use longhaul_common::ids::JobId;
 use longhaul_common::units::ByteSize;
@@ -56,7 +56,7 @@ impl LiveSource {
     /// A former life of this agent saw the VM move: the locks are held again, and a hook that was cut runs once more.
     pub(super) async fn settle_moved(self: &Arc<Self>) {
         let (shadows, told) = {
-            let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+            let record = self.record();
             (record.shadows.clone(), record.told)
         };
         self.old_copy.lock().await.hold(&shadows).await;
@@ -76,7 +76,7 @@ impl LiveSource {
     /// # Errors
     /// A sentence, where it was not moved or a file is not the one that was noted; the others are removed all the same.
     pub(super) async fn remove_shadows(&self) -> Result<Vec<String>, String> {
-        let record = self.record.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let record = self.record().clone();
         if record.outcome.is_none() {
             return Err(
                 "the source has not seen this VM run at the target: only what a completed move left can be forgotten"

@@ -8,7 +8,7 @@ mod open;
 mod preflight;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use longhaul_common::ids::{Attempt, JobId};
@@ -27,10 +27,10 @@ use super::old_copy::OldCopy;
 use super::proof::FreeProof;
 use super::record::Leaving;
 use super::resolve::Told;
-use super::stream::{listen, speak};
 use super::uplink::Uplink;
 use super::word::{self, ToSource as Said, ToTarget};
 use crate::disk::have::HaveLeaves;
+use crate::session::stream::{listen, speak};
 use crate::session::threads::on_thread;
 use crate::session::{Agent, outcome};
 use crate::vm::handover::{Generation, SourceState};
@@ -107,7 +107,7 @@ pub(crate) struct LiveSource {
     pub(super) old_copy: tokio::sync::Mutex<OldCopy>,
     /// Where the RAM stream of the current generation is told how far the target is.
     pub(super) ram: Mutex<Option<Arc<super::ram_out::RamOut>>>,
-    pub(super) record: Mutex<Leaving>,
+    record: Mutex<Leaving>,
     /// What the driver begins with, until it does.
     parts: Mutex<Option<Parts>>,
     ended: watch::Sender<Option<End>>,
@@ -162,10 +162,14 @@ impl LiveSource {
         self.reports.iter().map(|report| report.used).collect()
     }
 
+    /// What is remembered of this job.
+    pub(super) fn record(&self) -> MutexGuard<'_, Leaving> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether this session, which is not over, has that monitor's VM.
     fn has_vm(&self, socket: &std::path::Path) -> bool {
-        let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
-        self.ended.borrow().is_none() && record.qmp == socket
+        self.ended.borrow().is_none() && self.record().qmp == socket
     }
 
     fn has_failed(&self) -> bool {
@@ -213,7 +217,7 @@ impl LiveSource {
     /// Writes the record down, changed.
     pub(super) async fn remember(&self, change: impl FnOnce(&mut Leaving)) -> Result<(), Refusal> {
         let record = {
-            let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut record = self.record();
             change(&mut record);
             record.clone()
         };

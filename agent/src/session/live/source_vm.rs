@@ -123,13 +123,7 @@ impl SourceVm {
             self.look().await;
             tokio::time::sleep(LOOK).await;
         }
-        let saved = self
-            .s
-            .record
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .saved
-            .clone();
+        let saved = self.s.record().saved.clone();
         if let Some(saved) = saved.filter(|_| !self.is_in_doubt())
             && let Err(error) = saved.put_back(&self.s.qmp).await
         {
@@ -427,7 +421,7 @@ impl SourceVm {
         let started = Outgoing::start(&self.s.qmp, &options, |saved| {
             // A few hundred bytes, written down before QEMU is changed; a second thread takes over what this one does besides.
             before = Some(tokio::task::block_in_place(|| {
-                let mut record = self.s.record.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut record = self.s.record();
                 record.saved = Some(saved.clone());
                 record.save(&self.s.agent.settings.paths.state, self.s.job)
             }));

@@ -6,7 +6,7 @@
 //! over which anything was written is from then on compared by digests, never taken on trust.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use longhaul_common::ids::{DiskIndex, JobId};
 use longhaul_common::wire::session::{Refusal, ShadowId, TargetDisk, TargetOpen};
@@ -144,12 +144,7 @@ async fn sessions_of(agent: &Arc<Agent>, mut jobs: Vec<JobId>) -> Vec<Arc<LiveSo
 /// Takes the locks again on what was not taken.
 pub(super) async fn hold_again(sessions: &[Arc<LiveSource>]) {
     for session in sessions {
-        let shadows = session
-            .record
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .shadows
-            .clone();
+        let shadows = session.record().shadows.clone();
         session.old_copy.lock().await.hold(&shadows).await;
     }
 }

@@ -23,6 +23,8 @@ use tokio::net::UnixStream;
 use crate::vm::qmp::wire::{self, Lines, Message, WireError};
 
 pub use self::fsinfo::{FsDisk, FsInfo, PciPlace};
+#[cfg(test)]
+pub(crate) use self::place::tests::told;
 pub use self::place::{DiskPlace, Pci, places};
 
 /// Before a synchronising answer; no byte of any JSON text.

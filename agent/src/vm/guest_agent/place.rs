@@ -154,11 +154,12 @@ fn list(value: &Value) -> impl Iterator<Item = &Value> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::super::PciPlace;
     use super::*;
 
-    fn told(bus_type: &str, slot: i32, target: u32) -> FsDisk {
+    /// A disk behind a PCI slot, as the guest's agent tells of it.
+    pub(crate) fn told(bus_type: &str, slot: i32, target: u32) -> FsDisk {
         FsDisk {
             bus_type: bus_type.into(),
             bus: 0,

@@ -3,7 +3,7 @@
 //! Owns their order. Leaves each to its module. Promises that whatever fails here costs a proof and a sentence in the report, never the job;
 //! and that a guest whose thaw is not confirmed is not handed over.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use longhaul_common::wire::session::LiveStage;
@@ -46,13 +46,7 @@ impl Drive {
 
     /// The bitmaps of a VM that was prepared count from when they were switched on. `true`: they were taken over.
     async fn take_over(&mut self) -> bool {
-        let socket = self
-            .s
-            .record
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .qmp
-            .clone();
+        let socket = self.s.record().qmp.clone();
         let agent = Arc::clone(&self.s.agent);
         let Some(vm) = agent.prepared.of(&socket) else {
             return false;
@@ -129,13 +123,7 @@ impl Drive {
         };
         let reach = disks::reach(&mut self.rounds, 1).await?;
         let images = on_thread("freeze-open", move || disks::connect(reach)).await??;
-        let qmp = self
-            .s
-            .record
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .qmp
-            .clone();
+        let qmp = self.s.record().qmp.clone();
         let nodes: Vec<_> = self.s.disks.iter().map(|disk| disk.node.clone()).collect();
         let wish = freeze::Wish {
             job,

@@ -92,6 +92,9 @@ impl Drive {
         let Some(ram) = self.foretold.ram.clone() else {
             return Ok(());
         };
+        let Some(rtt) = self.s.heard.borrow().rtt() else {
+            return Ok(());
+        };
         self.foretold.told = true;
         // Rounds that ended meanwhile took their bytes with them: then the rate is that since the last one, and no forecast.
         if self.rounds.round() > 0 || self.vm.is_migrating() {
@@ -100,7 +103,6 @@ impl Drive {
         let dirty = self.rounds.dirty_bytes().await?;
         let sample = Sample::new(&dirty, ram, self.began.elapsed());
         let used = self.s.used();
-        let rtt = self.s.heard.borrow().rtt().unwrap_or_default();
         let view = self
             .pace
             .view(self.began.elapsed(), &dirty, None, None, uplink, Some(rtt));

@@ -7,31 +7,14 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixListener;
 
 use super::*;
-use crate::vm::guest_agent::{FsDisk, Pci, PciPlace};
-
-fn disk(slot: i32) -> FsDisk {
-    FsDisk {
-        bus_type: "virtio".into(),
-        bus: 0,
-        target: 0,
-        unit: 0,
-        pci_controller: Some(PciPlace {
-            domain: 0,
-            bus: 0,
-            slot,
-            function: 0,
-        }),
-        serial: None,
-        dev: None,
-    }
-}
+use crate::vm::guest_agent::{Pci, told};
 
 fn fs(name: &str, point: &str, kind: &str, disks: &[i32]) -> FsInfo {
     FsInfo {
         name: name.into(),
         mountpoint: point.into(),
         kind: kind.into(),
-        disks: disks.iter().map(|slot| disk(*slot)).collect(),
+        disks: disks.iter().map(|slot| told("virtio", *slot, 0)).collect(),
     }
 }
 

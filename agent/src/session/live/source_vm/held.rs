@@ -123,8 +123,7 @@ impl SourceVm {
     /// What a former life of this agent did to the guest.
     pub(super) async fn undo_former_life(&mut self) {
         let (limits, ejected) = {
-            let record = self.s.record.lock();
-            let record = record.unwrap_or_else(std::sync::PoisonError::into_inner);
+            let record = self.s.record();
             (record.limits.clone(), record.ejected.clone())
         };
         if !limits.is_empty() {

@@ -9,6 +9,8 @@ RTT ?= 80ms
 # Where `make install` puts things; DESTDIR for packagers.
 PREFIX ?= /usr/local
 DESTDIR ?=
+# What was built is run as it is: cargo would build it anew for another choice of packages.
+RELEASE := $(or $(CARGO_TARGET_DIR),target)/release
 
 .PHONY: help
 help: ## Show this list
@@ -18,13 +20,13 @@ help: ## Show this list
 demo: ## Move a running Linux VM over an emulated WAN, and let it prove itself there
 	@.ci/bootstrap demo
 	@cargo build --release --locked --bins -p longhaul-agent -p longhaul-gateway -p longhaul-lab
-	@cargo lab demo --kind $(KIND) --rate $(RATE) --rtt $(RTT)
+	@LONGHAUL_BIN=$(RELEASE) $(RELEASE)/lab demo --kind $(KIND) --rate $(RATE) --rtt $(RTT)
 
 .PHONY: demo-cold
 demo-cold: ## Move a Linux VM's disk over an emulated WAN, prove it equal, boot it
 	@.ci/bootstrap demo
 	@cargo build --release --locked --bins -p longhaul-agent -p longhaul-gateway -p longhaul-lab
-	@cargo lab demo --cold --kind $(KIND) --rate $(RATE) --rtt $(RTT)
+	@LONGHAUL_BIN=$(RELEASE) $(RELEASE)/lab demo --cold --kind $(KIND) --rate $(RATE) --rtt $(RTT)
 
 .PHONY: test
 test: ## Run every test

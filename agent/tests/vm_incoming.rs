@@ -24,7 +24,27 @@ use vm_qemu::{DISK, Qemu, UUID, write};
 
 const LIMIT: Duration = Duration::from_secs(15);
 
+/// Ends the QEMU with this pid file, which lies in a folder of this test's own: a QEMU outlives whoever started it.
+struct EndOnDrop(PathBuf);
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        let pid = std::fs::read_to_string(&self.0)
+            .ok()
+            .and_then(|text| text.trim().parse().ok());
+        let ours = |pid: &i32| {
+            let words = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            words.contains(&self.0.display().to_string())
+        };
+        let pid = pid.filter(ours);
+        if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+}
+
 struct Target {
+    _end: EndOnDrop,
     folder: tempfile::TempDir,
     incoming: Incoming,
     raw: PathBuf,
@@ -58,6 +78,7 @@ async fn target() -> Target {
     };
     let incoming = Incoming::start(&template(), &values, &files).await.unwrap();
     Target {
+        _end: EndOnDrop(files.pid.clone()),
         incoming,
         raw,
         qcow2,

@@ -101,7 +101,7 @@ pub fn run(
         running.push(Process::start(&mut lab, launch)?);
     }
     programs
-        .wait_ready(&lab)
+        .wait_ready(&lab, &[])
         .map_err(|error| explain(&error, &running))?;
     let began = Instant::now();
     let link_began = lab
@@ -174,12 +174,7 @@ fn settle(
 ) -> io::Result<()> {
     for process in running {
         process.stop()?;
-        let (kills, deaths) = process.ends();
-        let part = ProgramReport {
-            usage: process.usage(),
-            kills,
-            deaths,
-        };
+        let part = ProgramReport::of(process);
         report.programs.insert(process.name().to_owned(), part);
     }
     if let Some(link) = lab.take_link() {

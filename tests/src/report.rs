@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::compare::Comparison;
+use crate::process::Process;
 use crate::usage::Usage;
 use crate::wan::control::Stats;
 use crate::wan::spec::LinkSpec;
@@ -73,6 +74,18 @@ pub struct ProgramReport {
     pub kills: u32,
     /// Times it ended by itself.
     pub deaths: u32,
+}
+
+impl ProgramReport {
+    /// Of one that has ended.
+    pub fn of(process: &Process) -> Self {
+        let (kills, deaths) = process.ends();
+        Self {
+            usage: process.usage(),
+            kills,
+            deaths,
+        }
+    }
 }
 
 /// The link's part.

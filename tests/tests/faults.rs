@@ -227,7 +227,7 @@ fn the_end_of_a_cut_is_noticed_soon() {
     );
     let record = world.until_state(&job, "completed");
     world.assert_arrived(&record, &["copy"]);
-    assert_eq!(record["report"]["attempts"], 1, "{record:#}");
+    assert_eq!(record["report"]["attempts"], 1, "{record:#}\n{}", world.story());
 }
 
 #[test]

@@ -324,7 +324,7 @@ impl Refusing {
 impl Refusing {
     /// The VMs that are prepared, as the operator is shown them.
     fn prepared(&self) -> Vec<Value> {
-        let mut command = self.programs.status(&self.stage.lab);
+        let mut command = self.programs.status(&self.stage.lab, End::Source);
         let output = command.stdin(Stdio::null()).output().unwrap();
         let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
         status["prepared"].as_array().cloned().unwrap_or_default()

@@ -157,14 +157,25 @@ fn journey(page: &mut String, live: &LiveReport) {
 
 /// The handover's steps, each with the time since the guest stood and what it took itself.
 fn steps(page: &mut String, live: &LiveReport) {
-    let mut before = 0;
+    let (mut before, mut there) = (0, false);
     for (name, ms) in &live.steps_ms {
         if name == "round 0" {
             row(page, "  copy of the disks", format!("{ms:>9} ms"));
             continue;
         }
+        // The target counts from its own first step.
+        let name = match name.strip_prefix("at the target: ") {
+            Some(name) => {
+                if !std::mem::replace(&mut there, true) {
+                    before = 0;
+                    let _ = writeln!(page, "      at the target");
+                }
+                format!("      {name}")
+            }
+            None => format!("    {name}"),
+        };
         let took = ms.saturating_sub(std::mem::replace(&mut before, *ms));
-        row(page, &format!("    {name}"), format!("{ms:>9} ms  (+{took})"));
+        let _ = writeln!(page, "  {name:<33}{ms:>6} ms  (+{took})");
     }
 }
 

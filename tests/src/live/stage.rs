@@ -98,7 +98,7 @@ impl Stage {
             for launch in programs.launches(&lab) {
                 running.push(Process::start(&mut lab, launch)?);
             }
-            programs.wait_ready(&lab)?;
+            programs.wait_ready(&lab, &[])?;
         }
         let mut stage = Self {
             running,

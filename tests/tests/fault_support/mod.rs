@@ -147,7 +147,7 @@ impl World {
                 running.push(Process::start(&mut lab, launch).unwrap());
             }
         }
-        programs.wait_ready(&lab).unwrap();
+        programs.wait_ready(&lab, &setup.without).unwrap();
         Self {
             running,
             _mounted: mounted,

@@ -86,13 +86,7 @@ impl Run<'_> {
         let programs = &mut self.report.report.programs;
         for process in &mut self.stage.running {
             process.stop()?;
-            let (kills, deaths) = process.ends();
-            let part = ProgramReport {
-                usage: process.usage(),
-                kills,
-                deaths,
-            };
-            programs.insert(process.name().to_owned(), part);
+            programs.insert(process.name().to_owned(), ProgramReport::of(process));
         }
         let machines = [
             (SOURCE_QEMU, Some(self.stage.source.usage())),

@@ -96,7 +96,7 @@ fn head(records: &[Record]) -> String {
          silence of a guest that speaks every 50 ms, \"guest at\" what it got done during the move, \"link full\" what\n\
          the link carried in the middle of it. \"CPU\" is all programs together, the guest's own work included. A contestant is given up\n\
          at six times Longhaul's time, and not tried again there. QEMU alone means: `blockdev-mirror` to the target's NBD server with holes skipped and\n\
-         zeros found at the source, then RAM over TCP, unencrypted, pausing before the switchover, downtime limit 300 ms; XBZRLE with a\n\
+         zeros found at the source, then RAM over TCP, unencrypted, pausing before the switchover, downtime limit 300 ms unless said otherwise; XBZRLE with a\n\
          cache of the guest's memory, multifd with four channels. Rivals' TCP runs BBR where the kernel has it, with buffers of 16 MiB.\n\n",
     );
     if records.is_empty() {

@@ -11,6 +11,8 @@ pub struct Profile {
     pub title: &'static str,
     /// The lab's words.
     pub words: &'static [&'static str],
+    /// What else a running guest's move is told here.
+    pub live: &'static [&'static str],
     /// Mbit/s, where there is a limit.
     pub rate: Option<u32>,
 }
@@ -24,42 +26,50 @@ pub const PROFILES: [Profile; 7] = [
         name: "veth",
         title: "unshaped veth pair",
         words: &["--veth", "--rate=0", "--rtt=0ms"],
+        live: &[],
         rate: None,
     },
     Profile {
         name: "250-2",
         title: "250 Mbit/s, 2 ms",
         words: &["--rate=250mbit", "--rtt=2ms"],
+        live: &[],
         rate: Some(250),
     },
     Profile {
         name: "200-40",
         title: "200 Mbit/s, 40 ms",
         words: &["--rate=200mbit", "--rtt=40ms"],
+        live: &[],
         rate: Some(200),
     },
     Profile {
         name: MAIN,
         title: "100 Mbit/s, 80 ms",
         words: &["--rate=100mbit", "--rtt=80ms"],
+        live: &[],
         rate: Some(100),
     },
     Profile {
         name: "50-100",
         title: "50 Mbit/s, 100 ms, 0.5 % loss",
         words: &["--rate=50mbit", "--rtt=100ms", "--loss=0.5%"],
+        live: &[],
         rate: Some(50),
     },
     Profile {
         name: "20-200",
         title: "20 Mbit/s, 200 ms, 1 % loss",
         words: &["--rate=20mbit", "--rtt=200ms", "--loss=1%"],
+        live: &[],
         rate: Some(20),
     },
     Profile {
         name: "100-300",
-        title: "100 Mbit/s, 300 ms, 3 % loss",
+        title: "100 Mbit/s, 300 ms, 3 % loss (600 ms of pause allowed)",
         words: &["--rate=100mbit", "--rtt=300ms", "--loss=3%"],
+        // The usual 300 ms do not hold a round trip and a stop.
+        live: &["--blackout=600ms"],
         rate: Some(100),
     },
 ];

@@ -86,6 +86,10 @@ impl Lab {
             .env("LONGHAUL_BIN", &self.programs)
             .args(run.contestant.words(run.cell.case, &text(&self.image)))
             .args(run.cell.profile.words)
+            .args(match run.cell.case {
+                Case::Cold => &[],
+                Case::Live(_) | Case::Template => run.cell.profile.live,
+            })
             .arg(format!("--limit={}s", run.limit.as_secs()))
             // Loss and the guest's dice differ between runs, and are the same for all contestants of a round.
             .arg(format!("--seed={}", run.number))

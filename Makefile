@@ -92,7 +92,7 @@ bench-wan: ## Longhaul beside QEMU alone and others (PROFILES, WORKLOADS, CONTES
 	@.ci/bench-wan "$(PROFILES)" "$(WORKLOADS)" "$(CONTESTANTS)" $(or $(RUNS),3)
 
 # Runs (10 by default) with faults drawn at random: programs killed, the link cut. The same SEED draws the same faults.
-# A campaign that was stopped goes on at run FIRST. WHICH is cold, live or all.
+# A campaign that was stopped goes on at run FIRST. WHICH is cold, live, full (running guests of the full size) or all.
 SEED ?= 1
 FIRST ?= 1
 WHICH ?= all

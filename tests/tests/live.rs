@@ -464,6 +464,21 @@ fn xfs_under_load_leaves_its_free_blocks_behind_once_it_was_frozen() {
     assert!(report.records_acknowledged > 100);
 }
 
+/// ntfs-3g keeps no journal, cannot be frozen, and leaves the volume looking clean while it is written: nothing may be believed of it.
+#[test]
+fn ntfs_under_load_goes_whole_and_loses_nothing() {
+    if no_link() {
+        return;
+    }
+    let report = moved("--workload fsync --seed 35 --guest-agent --fs ntfs");
+    let (proofs, skipped) = proofs(&report);
+    assert!(
+        proofs.is_empty() && skipped == 0,
+        "{proofs:?}, {skipped} bytes stayed behind"
+    );
+    assert!(report.records_acknowledged > 100);
+}
+
 #[test]
 fn an_agent_that_dies_while_the_guest_is_frozen_thaws_it_first() {
     if no_link() {

@@ -2,7 +2,8 @@
 //! the guest and nothing that it acknowledged is lost.
 //!
 //! `LONGHAUL_LIVE_SEED` and `LONGHAUL_LIVE_CASES` set which cases and how many, `LONGHAUL_LIVE_FIRST` where to go on: case
-//! n of a seed is always the same. Each case is printed as the words of one `lab live`. The default run is a short slice.
+//! n of a seed is always the same. `LONGHAUL_LIVE_SIZE=full` takes the guest of the standard run, over its link. Each case is
+//! printed as the words of one `lab live`. The default run is a short slice.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests fail like tests
 
@@ -34,8 +35,27 @@ fn number(name: &str, usual: u64) -> u64 {
     })
 }
 
+/// Which guest, over which link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Size {
+    /// 128 MiB of RAM, 1 GiB of disk, 300 Mbit/s
+    Small,
+    /// 512 MiB of RAM, 4 GiB of disk, 100 Mbit/s, 80 ms
+    Full,
+}
+
+impl Size {
+    fn told() -> Self {
+        match std::env::var("LONGHAUL_LIVE_SIZE").as_deref() {
+            Err(_) | Ok("small") => Self::Small,
+            Ok("full") => Self::Full,
+            Ok(other) => panic!("LONGHAUL_LIVE_SIZE is small or full, not {other}"),
+        }
+    }
+}
+
 /// A moment of the move, the short phases more often than their length would say.
-fn moment(rng: &mut StdRng) -> String {
+fn moment(rng: &mut StdRng, size: Size) -> String {
     let (phase, most_ms) = *[
         ("copy", 2500),
         ("rounds", 300),
@@ -50,25 +70,45 @@ fn moment(rng: &mut StdRng) -> String {
     ]
     .choose(rng)
     .unwrap();
+    // Those that carry the data are longer; the others are not.
+    let most_ms = match (size, phase) {
+        (Size::Full, "copy" | "ram") => most_ms * 4,
+        _ => most_ms,
+    };
     format!("{phase}+{}ms", rng.random_range(0..most_ms))
 }
 
-/// The words of case `number`.
-fn draw(seed: u64, number: u64) -> String {
-    let rng = &mut StdRng::seed_from_u64(seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    let workload = ["mixed", "mixed", "fsync", "fsync", "compile", "idle"]
-        .choose(rng)
-        .unwrap();
+/// The guest and the link of a case.
+fn setting(rng: &mut StdRng, size: Size) -> String {
     let format = ["raw", "raw", "raw", "qcow2"].choose(rng).unwrap();
     let target = ["raw", "raw", "raw", "qcow2"].choose(rng).unwrap();
-    let rtt = ["5ms", "20ms", "80ms"].choose(rng).unwrap();
-    let mut words = format!(
-        "--kind tiny --workload {workload} --format {format} --target-format {target} --rate 300mbit --rtt {rtt} \
-         --seed {number} --before 2s --after 2s --limit 4min"
-    );
+    let (workloads, rest): (&[&str], _) = match size {
+        Size::Small => {
+            let rtt = ["5ms", "20ms", "80ms"].choose(rng).unwrap();
+            let fs = ["ext4", "ext4", "ext4", "xfs", "xfs", "ntfs"]
+                .choose(rng)
+                .unwrap();
+            (
+                &["mixed", "mixed", "fsync", "fsync", "compile", "idle"],
+                format!("--kind tiny --fs {fs} --rate 300mbit --rtt {rtt} --limit 4min"),
+            )
+        }
+        Size::Full => (
+            &["mixed", "mixed", "redis", "fsync"],
+            "--kind standard --rate 100mbit --rtt 80ms --limit 10min".to_owned(),
+        ),
+    };
+    let workload = workloads.choose(rng).unwrap();
+    format!("{rest} --workload {workload} --format {format} --target-format {target} --before 2s --after 2s")
+}
+
+/// The words of case `number`.
+fn draw(seed: u64, number: u64, size: Size) -> String {
+    let rng = &mut StdRng::seed_from_u64(seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    let mut words = format!("{} --seed {number}", setting(rng, size));
     const PROGRAMS: [&str; 4] = ["source-agent", "target-agent", "source-gateway", "target-gateway"];
     for _ in 0..rng.random_range(0..=2) {
-        let when = moment(rng);
+        let when = moment(rng, size);
         match rng.random_range(0..10) {
             0..=1 => words += &format!(" --cut {when}/{}ms", rng.random_range(200..6000)),
             2 => words += &format!(" --cut {when}/14s"),
@@ -77,7 +117,7 @@ fn draw(seed: u64, number: u64) -> String {
         }
     }
     if rng.random_range(0..10) == 0 {
-        words += &format!(" --cancel {}", moment(rng));
+        words += &format!(" --cancel {}", moment(rng, size));
     }
     // Half of the guests have their agent and are frozen at the start; a freeze is a moment of its own to be killed in.
     if rng.random_bool(0.5) {
@@ -85,9 +125,6 @@ fn draw(seed: u64, number: u64) -> String {
         if rng.random_range(0..4) == 0 {
             words += &format!(" --kill source-agent@freeze+{}ms", rng.random_range(0..150));
         }
-    }
-    if rng.random_range(0..3) == 0 {
-        words += " --fs xfs";
     }
     words
 }
@@ -130,6 +167,7 @@ fn whatever_fails_one_machine_owns_the_guest_and_nothing_is_lost() {
         return;
     }
     let seed = number("LONGHAUL_LIVE_SEED", 1);
+    let size = Size::told();
     let first = number("LONGHAUL_LIVE_FIRST", 1);
     let cases = number("LONGHAUL_LIVE_CASES", CASES);
     let limit = Duration::from_secs(number("LONGHAUL_LIVE_SECONDS", u64::MAX / 4));
@@ -141,7 +179,7 @@ fn whatever_fails_one_machine_owns_the_guest_and_nothing_is_lost() {
             eprintln!("the time is over; go on with LONGHAUL_LIVE_FIRST={case}");
             break;
         }
-        let words = draw(seed, case);
+        let words = draw(seed, case, size);
         eprintln!("case {case} of seed {seed}: lab live {words}");
         let (story, wrong) = play(&words);
         played += 1;

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Unpacks Debian's cloud kernel and makes an initial RAM disk for it: busybox, the modules for a virtio disk with ext4 or XFS, and an
+# Unpacks Debian's cloud kernel and makes an initial RAM disk for it: busybox, the modules for a virtio disk with ext4, XFS or FUSE, and an
 # init that starts the guest's own check, or a workload if the kernel's command line names one. Installs nothing on the host.
 # Usage: kernel.sh OUTPUT_DIRECTORY WORK_DIRECTORY
 set -eu
@@ -22,7 +22,7 @@ modules=kernel/lib/modules/$version
 : > initrd/modules/order
 needs() {
     # crc32c is asked for at run time and in no dependency list.
-    for name in virtio_pci virtio_blk virtio_console crc32c_generic crc32c-intel ext4 xfs; do
+    for name in virtio_pci virtio_blk virtio_console crc32c_generic crc32c-intel ext4 xfs fuse; do
         awk -F: -v name="/$name.ko" 'substr($1, length($1) - length(name) + 1) == name {
             n = split($2, list, " ")
             for (i = n; i > 0; i--) print list[i]
@@ -43,12 +43,18 @@ cat > initrd/init <<'INIT'
 root=$(/bin/busybox sed -n 's/.*longhaul.root=\([^ ]*\).*/\1/p' /proc/cmdline)
 fs=$(/bin/busybox sed -n 's/.*longhaul.fs=\([^ ]*\).*/\1/p' /proc/cmdline)
 for module in $(/bin/busybox cat /modules/order); do
-    case $module in */xfs.ko*) [ "$fs" = xfs ] || continue ;; esac
+    case $module in
+        xfs.ko*) [ "$fs" = xfs ] || continue ;;
+        fuse.ko*) [ "$fs" = ntfs ] || continue ;;
+    esac
     /bin/busybox insmod "/modules/$module"
 done
 # The small guest has no memory to spare for files that nobody reads again.
 /bin/busybox rm -rf /modules
-/bin/busybox mount -t "${fs:-ext4}" "$root" /disk || { echo "LONGHAUL-GUEST-FAILED cannot mount $root"; /bin/busybox poweroff -f; }
+case $fs in
+    ntfs) /usr/bin/ntfs-3g -o no_mtab "$root" /disk ;;
+    *) /bin/busybox mount -t "${fs:-ext4}" "$root" /disk ;;
+esac || { echo "LONGHAUL-GUEST-FAILED cannot mount $root"; /bin/busybox poweroff -f; }
 if /bin/busybox grep -q longhaul.workload= /proc/cmdline; then
     # One console for words in both directions: nothing is echoed, lines end as they are written.
     /bin/busybox stty -echo -onlcr < /dev/console

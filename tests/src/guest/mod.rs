@@ -20,6 +20,7 @@ const ROOT_RECIPE: &str = include_str!("root.sh");
 const DISK_RECIPE: &str = include_str!("disk.sh");
 const TINY_RECIPE: &str = include_str!("tiny.sh");
 const TINY_XFS_RECIPE: &str = include_str!("tiny-xfs.sh");
+const TINY_NTFS_RECIPE: &str = include_str!("tiny-ntfs.sh");
 
 /// What a recipe mounts goes away with it, however it ends: a cache is never cleared through a mount.
 const PRIVATE_MOUNTS: [&str; 4] = ["unshare", "--mount", "--propagation", "private"];
@@ -68,6 +69,8 @@ pub enum Fs {
     Ext4,
     /// For the tiny disk only
     Xfs,
+    /// For the tiny disk only; mounted with ntfs-3g, and so without a journal and without a freeze
+    Ntfs,
 }
 
 impl Fs {
@@ -76,6 +79,7 @@ impl Fs {
         match self {
             Self::Ext4 => "ext4",
             Self::Xfs => "xfs",
+            Self::Ntfs => "ntfs",
         }
     }
 }
@@ -132,6 +136,7 @@ pub fn tiny(fs: Fs, say: &dyn Fn(&str)) -> io::Result<PathBuf> {
     let (text, name) = match fs {
         Fs::Ext4 => (TINY_RECIPE, "tiny.sh"),
         Fs::Xfs => (TINY_XFS_RECIPE, "tiny-xfs.sh"),
+        Fs::Ntfs => (TINY_NTFS_RECIPE, "tiny-ntfs.sh"),
     };
     cached(
         "tiny.raw",

@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use super::{Fs, Kernel, cached, kernel, key, recipe};
 
 const LOAD_RECIPE: &str = include_str!("load.sh");
-const AGENT_RECIPE: &str = include_str!("agent.sh");
+const PROGRAM_RECIPE: &str = include_str!("program.sh");
 const PROGRAM: &str = "mod load;\nfn main() {\n    load::main();\n}\n";
 /// Every file of the program, by its name under `load/`.
 const SOURCES: [(&str, &str); 9] = [
@@ -66,21 +66,42 @@ pub fn command_line(root: &str, fs: Fs, workload: Workload, seed: u64) -> String
     )
 }
 
-/// The same kernel for guests in which QEMU's guest agent runs, from the cache or made now.
+/// What may be added to a guest's initial RAM disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Program {
+    /// QEMU's guest agent; it runs from the start on.
+    GuestAgent,
+    /// The driver of NTFS.
+    Ntfs3g,
+}
+
+impl Program {
+    /// Debian's package, and the program's place in it.
+    fn place(self) -> [&'static str; 2] {
+        match self {
+            Self::GuestAgent => ["qemu-guest-agent", "/usr/sbin/qemu-ga"],
+            Self::Ntfs3g => ["ntfs-3g", "/usr/bin/ntfs-3g"],
+        }
+    }
+}
+
+/// The same kernel for guests with one more program, from the cache or made now.
 ///
 /// # Errors
 /// A sentence with the last words of the recipe that failed.
-pub fn with_guest_agent(kernel: Kernel, say: &dyn Fn(&str)) -> io::Result<Kernel> {
+pub fn with_program(kernel: Kernel, program: Program, say: &dyn Fn(&str)) -> io::Result<Kernel> {
     let base = kernel.initrd.display().to_string();
+    let [package, path] = program.place();
     let initrd = cached(
-        "agent-initrd",
-        &key(&[AGENT_RECIPE, &base]),
+        &format!("{package}-initrd"),
+        &key(&[PROGRAM_RECIPE, package, path, &base]),
         say,
-        "the guest's agent",
+        &format!("{package} for the guest"),
         |out, work| {
+            let [out, work, initrd] = [out.as_os_str(), work.as_os_str(), kernel.initrd.as_os_str()];
             recipe(
-                &["sh", "-c", AGENT_RECIPE, "agent.sh"],
-                &[out.as_os_str(), work.as_os_str(), kernel.initrd.as_os_str()],
+                &["sh", "-c", PROGRAM_RECIPE, "program.sh"],
+                &[out, work, initrd, package.as_ref(), path.as_ref()],
             )
         },
     )?;

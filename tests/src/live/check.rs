@@ -1,7 +1,7 @@
 //! Which acknowledged records a disk holds, looked at offline after its guest has ended.
 //!
 //! Owns taking the workload's files out of an image (`e2fsck` on a copy after a power loss, then `debugfs`;
-//! only XFS has to be mounted for it) and holding them against what the seed says must be there. Leaves alone how the records got there.
+//! XFS and NTFS have to be mounted for it) and holding them against what the seed says must be there. Leaves alone how the records got there.
 //! Promises to find every acknowledged record that is missing, torn or different, and to say so by name.
 
 use std::collections::BTreeMap;
@@ -20,6 +20,7 @@ use crate::guest::load::record::decode;
 use crate::guest::load::{FOLDER, redis};
 
 const XFS_RECIPE: &str = include_str!("xfs.sh");
+const NTFS_RECIPE: &str = include_str!("ntfs.sh");
 /// Steps that may be durable beyond the last acknowledgement that was heard.
 const AHEAD_MAX: u64 = 20_000;
 /// Steps in a row that leave no number behind (renames and deletions); more than this is not plausible.
@@ -82,8 +83,8 @@ pub fn check(
     };
     let out = work.join("files");
     fs::create_dir(&out)?;
-    if fs == Fs::Xfs {
-        take_out_of_xfs(disk, &out, ended, &mut records)?;
+    if fs != Fs::Ext4 {
+        take_out_by_mounting(disk, fs, &out, ended, &mut records)?;
         check_folder(&out.join(FOLDER), seed, acknowledged, ended, &mut records)?;
         return Ok(records);
     }
@@ -113,16 +114,26 @@ pub fn check(
     Ok(records)
 }
 
-/// Looks at an XFS disk and takes the workload's files out of it. It has no tool that does that without a mount.
-fn take_out_of_xfs(disk: &Path, out: &Path, ended: Ended, records: &mut Records) -> io::Result<()> {
+/// Looks at a disk whose file system has no tool that takes files out of it without a mount, and takes out those of the workload.
+fn take_out_by_mounting(
+    disk: &Path,
+    fs: Fs,
+    out: &Path,
+    ended: Ended,
+    records: &mut Records,
+) -> io::Result<()> {
+    let (text, name) = match fs {
+        Fs::Ntfs => (NTFS_RECIPE, "ntfs.sh"),
+        Fs::Xfs | Fs::Ext4 => (XFS_RECIPE, "xfs.sh"),
+    };
     let mut words = vec![
         "--mount".as_ref(),
         "--propagation".as_ref(),
         "private".as_ref(),
         "sh".as_ref(),
         "-c".as_ref(),
-        XFS_RECIPE.as_ref(),
-        "xfs.sh".as_ref(),
+        text.as_ref(),
+        name.as_ref(),
         disk.as_os_str(),
         FOLDER.as_ref(),
         out.as_os_str(),
@@ -134,7 +145,7 @@ fn take_out_of_xfs(disk: &Path, out: &Path, ended: Ended, records: &mut Records)
     records.clean = taken.status.success();
     if !records.clean {
         let said = [taken.stdout, taken.stderr].concat();
-        records.problem(format!("XFS: {}", last_words(&said)));
+        records.problem(format!("{}: {}", fs.name(), last_words(&said)));
     }
     Ok(())
 }

@@ -16,7 +16,7 @@ use super::machine::{Disk, Machine};
 use super::monitor::Monitor;
 use super::vm::Vm;
 use super::{rival, settings, template};
-use crate::guest::workload::{with_guest_agent, workload_kernel};
+use crate::guest::workload::{Program, with_program, workload_kernel};
 use crate::guest::{self, Fs, Kind};
 use crate::lab::{End, Lab};
 use crate::process::Process;
@@ -248,7 +248,11 @@ fn make_disk(args: &LiveArgs, image: &Path, say: &dyn Fn(&str)) -> io::Result<()
         Some(disk) => disk.clone(),
         None if args.fs == Fs::Ext4 => guest::disk(args.kind, say)?,
         None if args.kind == Kind::Tiny => guest::tiny(args.fs, say)?,
-        None => return Err(io::Error::other("only the tiny disk can have XFS: --kind tiny")),
+        None => {
+            return Err(io::Error::other(
+                "only the tiny disk can have another file system: --kind tiny",
+            ));
+        }
     };
     if args.format == "raw" {
         return guest::copy(&raw, image);
@@ -275,7 +279,10 @@ fn machine(
     let say = |step: &str| eprintln!("{step} ...");
     let mut kernel = workload_kernel(&say)?;
     if args.guest_agent {
-        kernel = with_guest_agent(kernel, &say)?;
+        kernel = with_program(kernel, Program::GuestAgent, &say)?;
+    }
+    if args.fs == Fs::Ntfs {
+        kernel = with_program(kernel, Program::Ntfs3g, &say)?;
     }
     let disk = Disk {
         path: settings::disk(directory, End::Source, 0).display().to_string(),

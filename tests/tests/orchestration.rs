@@ -26,6 +26,7 @@ const AGENT: &str = "#!/bin/sh\nexec sleep 600\n";
 /// An operator's program that copies the disk, then does MISDEED to the copy, then reports success.
 const OPERATOR: &str = r#"#!/bin/sh
 [ "$1" = pki ] && exit 0
+[ "$3" = status ] && { [ -S "$2" ] && echo '{"agents":["source-agent","target-agent"]}'; exit; }
 job=$4
 source=$(sed -n 's/^source = "\(.*\)"/\1/p' "$job")
 target=$(sed -n 's/^target = "\(.*\)"/\1/p' "$job")

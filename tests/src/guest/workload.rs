@@ -76,7 +76,7 @@ pub enum Program {
 }
 
 impl Program {
-    /// Debian's package, and the program's place in it.
+    /// Debian's package, and the program's place in the guest.
     fn place(self) -> [&'static str; 2] {
         match self {
             Self::GuestAgent => ["qemu-guest-agent", "/usr/sbin/qemu-ga"],

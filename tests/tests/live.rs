@@ -161,6 +161,35 @@ fn a_cancel_during_ram_leaves_the_vm_running_and_nothing_behind() {
     assert!(cause.contains("cancelled"), "{cause}");
 }
 
+#[test]
+fn a_cancel_that_comes_too_late_ends_with_the_vm_at_its_target() {
+    if no_link() {
+        return;
+    }
+    // The target has just begun to run the VM; the source waits for its word.
+    let report = moved("--workload mixed --seed 10 --cancel resume+1ms");
+    assert!(report.report.seconds < 60.0, "{} s", report.report.seconds);
+}
+
+#[test]
+fn a_target_whose_qemu_dies_says_so_and_gets_another() {
+    if no_link() {
+        return;
+    }
+    let report = moved("--workload compile --seed 6 --kill target-qemu@ram+500ms");
+    let job = &report.report.job;
+    let given_up = report
+        .decisions
+        .iter()
+        .any(|words| words.contains("the target gave the VM up"));
+    assert!(given_up, "{:?}", report.decisions);
+    assert!(
+        report.report.seconds < 45.0,
+        "{} s: {job:#}",
+        report.report.seconds
+    );
+}
+
 /// There and back: what arrived is what was left, and most of the disk did not have to go.
 fn came_back(words: &str) -> BackReport {
     let report = play(words);

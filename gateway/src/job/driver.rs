@@ -1,8 +1,10 @@
 //! A job from its first attempt to its end.
 //!
-//! Owns trying again, pausing, cancelling, and what the journal says at each step. One task for each job. Leaves one attempt to
-//! `attempt`. Promises that a job that is not at rest goes on by itself after any crash, that its attempts count up over restarts, and
+//! Owns trying again, pausing, and what the journal says at each step. One task for each job. Leaves one attempt to
+//! `attempt` and cancelling to `cancel`. Promises that a job that is not at rest goes on by itself after any crash, that its attempts count up over restarts, and
 //! that a commit which may have happened is never undone.
+
+mod cancel;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,7 +18,6 @@ use super::board::Board;
 use super::finish;
 use super::kept::KeepLedger;
 use super::ledger::Ledger;
-use super::live::{self, Cancelled};
 use super::progress::{JobState, Phase};
 use super::report::Report;
 use super::spec::Kind;
@@ -26,8 +27,6 @@ use crate::store::{JobRecord, Store, StoreError};
 const BACKOFF: [u64; 6] = [200, 500, 1000, 2000, 3000, 5000];
 /// An attempt that lasted so long starts the waits anew.
 const GOOD_ATTEMPT: Duration = Duration::from_secs(20);
-/// How long an abort may take before the target's partial copy is left to itself.
-const ABORT_TIME: Duration = Duration::from_secs(30);
 /// Between two saves of progress while an attempt runs.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
 
@@ -269,7 +268,8 @@ impl Driver {
         };
         let sending = Instant::now();
         let mut report = if self.record.spec.kind == Kind::Live {
-            let moved = transfer.transfer.move_live().await?;
+            let cancelled = self.record.cancelling.then(cancel::by_operator);
+            let moved = transfer.transfer.move_live(cancelled).await?;
             self.stages.push(("transfer", elapsed_ms(sending)));
             finish::moved_live(&self.record, &transfer.transfer, moved)
         } else {
@@ -373,83 +373,6 @@ impl Driver {
         self.record.message = None;
         self.save(JobState::Completed).await;
         tracing::info!(job = %self.job, "the job is completed");
-    }
-
-    /// Removes what the target has. False where the target cannot be reached: then it is tried again, over restarts of this
-    /// program, until the operator says `cancel` a second time.
-    async fn cancel(&mut self) -> bool {
-        let asked_twice = std::mem::replace(&mut self.record.cancelling, true) && self.asked_again;
-        let attempt = match self.next_attempt(JobState::Waiting).await {
-            Ok(attempt) => attempt,
-            Err(refusal) => {
-                self.rest(JobState::Waiting, Some(refusal.text)).await;
-                return false;
-            }
-        };
-        let removed = tokio::time::timeout(ABORT_TIME, self.remove_copy(attempt)).await;
-        let (why, transient) = match removed {
-            Ok(Ok(true)) => {
-                self.complete_instead().await;
-                return true;
-            }
-            Ok(Ok(false)) => (None, false),
-            Ok(Err(refusal)) => (Some(refusal.text), refusal.kind.is_transient()),
-            Err(_) => (Some("the target did not answer".to_owned()), true),
-        };
-        if let Some(why) = why.as_ref().filter(|_| transient && !asked_twice) {
-            let text = format!(
-                "cancelled, but the partial copy cannot be removed yet: {why}; cancel once more to leave it there"
-            );
-            self.rest(JobState::Waiting, Some(text)).await;
-            return false;
-        }
-        self.record.finished = Some(now());
-        let message = why.map(|why| format!("the partial copy may still be there: {why}"));
-        self.rest(JobState::Cancelled, message).await;
-        true
-    }
-
-    /// True where the target says that everything has arrived already: too late to cancel.
-    async fn remove_copy(&mut self, attempt: Attempt) -> Result<bool, Refusal> {
-        let spec = &self.record.spec;
-        if self.record.sizes.is_empty() {
-            // No attempt came as far as the target.
-            return Ok(false);
-        }
-        if spec.kind == Kind::Live {
-            match self.cancel_live(attempt).await? {
-                Cancelled::RunsOn => {}
-                Cancelled::Moved => return Ok(true),
-                Cancelled::InDoubt => {
-                    let text = "the VM was handed over and the target has not answered: it cannot be cancelled; bring the link to the target and its agent back, which know whether the VM runs there, or decide without them: longhaul resolve";
-                    return Err(Refusal::new(RefusalKind::Lost, text));
-                }
-            }
-        }
-        let mut open = target_open(spec, self.job, attempt, &self.record.sizes, None, None);
-        // What is about to be removed needs no room.
-        for disk in &mut open.disks {
-            disk.preallocate = false;
-            disk.shadow = false;
-        }
-        let target = Target::open(&self.context, spec, open, None).await?;
-        if target.arrived.is_some() {
-            return Ok(true);
-        }
-        target
-            .abort(&Refusal::new(
-                RefusalKind::Cancelled,
-                "the operator cancelled the job",
-            ))
-            .await?;
-        Ok(false)
-    }
-
-    async fn cancel_live(&self, attempt: Attempt) -> Result<Cancelled, Refusal> {
-        let asked = self.record.spec.source_open(self.job, attempt);
-        let source = Source::open(&self.context, &self.record.spec, asked).await?;
-        let why = Refusal::new(RefusalKind::Cancelled, "the operator cancelled the job");
-        live::cancel(source, &why).await
     }
 
     async fn complete_instead(&mut self) {

@@ -2,7 +2,7 @@
 //!
 //! Owns the relay between both agents during one attempt, and giving up on the operator's word. Leaves every decision about the VM
 //! to the agents, and counting to `ledger`. Promises that words pass in both directions for as long as both agents are there,
-//! that a cancel reaches the source agent also while the target is away, and that a move counts as done only when both agents said so: what
+//! that a cancel reaches the source agent also while the target is away (an agent in doubt only waits for the target's word then), and that a move counts as done only when both agents said so: what
 //! one of them has left to say to the other passes until then.
 
 use std::time::Duration;
@@ -45,8 +45,9 @@ impl Ends {
 }
 
 impl Transfer<'_> {
-    /// Carries words and batches until the VM runs at the target and both agents have settled it.
-    pub async fn move_live(&mut self) -> Result<Moved, Refusal> {
+    /// Carries words and batches until the VM runs at the target and both agents have settled it. Where the job was cancelled, the source
+    /// begins nothing any more.
+    pub async fn move_live(&mut self, cancelled: Option<Refusal>) -> Result<Moved, Refusal> {
         let mut ends = Ends {
             source: self.source.moved.take(),
             target: None,
@@ -54,6 +55,9 @@ impl Transfer<'_> {
         if ends.source.is_none() {
             self.board.phase(Phase::Transfer);
             self.context.ingest.open(std::sync::Arc::clone(&self.outflow));
+            if let Some(why) = cancelled {
+                self.source.tell(&ToSource::Cancel(why)).await?;
+            }
             self.source.tell(&ToSource::Start).await?;
         }
         let mut count = tokio::time::interval(COUNT_EVERY);
@@ -104,16 +108,14 @@ impl Transfer<'_> {
 pub enum Cancelled {
     /// The VM runs on at the source.
     RunsOn,
-    /// Too late: it runs at the target.
-    Moved,
-    /// It was handed over; only the target knows.
-    InDoubt,
+    /// Too late: it runs at the target, or only the target knows.
+    HandedOver,
 }
 
 /// Has the source agent bring its VM back.
 pub async fn cancel(mut source: Source, why: &Refusal) -> Result<Cancelled, Refusal> {
-    if source.moved.is_some() {
-        return Ok(Cancelled::Moved);
+    if source.moved.is_some() || source.doubt.is_some() {
+        return Ok(Cancelled::HandedOver);
     }
     source.tell(&ToSource::Cancel(why.clone())).await?;
     let answer = async {
@@ -123,9 +125,9 @@ pub async fn cancel(mut source: Source, why: &Refusal) -> Result<Cancelled, Refu
                     return Ok(Cancelled::RunsOn);
                 }
                 FromSource::Failed(refusal) => return Err(refusal),
-                FromSource::Moved(_) => return Ok(Cancelled::Moved),
+                FromSource::Moved(_) => return Ok(Cancelled::HandedOver),
                 FromSource::Live(state) if state.stage == LiveStage::InDoubt => {
-                    return Ok(Cancelled::InDoubt);
+                    return Ok(Cancelled::HandedOver);
                 }
                 // Words for a target that is not there, progress.
                 _ => {}

@@ -55,7 +55,7 @@ pub struct LiveArgs {
     /// What the guest does
     #[arg(long, value_enum, default_value = "mixed")]
     pub workload: Workload,
-    /// The guest's memory; default: 128M for the tiny disk, else 512M
+    /// The guest's memory; default: 128M for the tiny disk and 32M more for the guest agent or ntfs-3g, else 512M
     #[arg(long)]
     pub ram: Option<Ram>,
     /// QEMU's program, for both sides
@@ -129,8 +129,14 @@ pub struct LiveArgs {
 impl LiveArgs {
     /// The guest's memory in MiB.
     pub fn ram_mib(&self) -> u64 {
+        // Programs that the lab adds lie in the guest's memory.
+        let added = if self.guest_agent || self.fs == Fs::Ntfs {
+            32
+        } else {
+            0
+        };
         let usual = if self.kind == Kind::Tiny && self.disk.is_none() {
-            128
+            128 + added
         } else {
             512
         };

@@ -95,7 +95,7 @@ impl Consoles {
     pub fn wait_for(&self, beginning: &str, from: Duration, limit: Duration) -> io::Result<String> {
         let heard = wait_until(limit, || {
             let hearing = self.hearing();
-            let failed = ["LONGHAUL-GUEST-FAILED", "Kernel panic"]
+            let failed = ["LONGHAUL-GUEST-FAILED", "Kernel panic", "Out of memory: Killed"]
                 .iter()
                 .find_map(|words| hearing.said(words, Duration::ZERO));
             let said = hearing.said(beginning, from).map(|(_, rest)| Ok(rest));

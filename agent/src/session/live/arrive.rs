@@ -123,6 +123,10 @@ impl Arrive {
         let mut feeds = self.s.ram.subscribe();
         let mut reminded = Instant::now();
         loop {
+            // What a reopened session found may be nothing: it would hold the journal for ever.
+            if self.s.closed && is_given_up(&self.s) {
+                return self.end_closed().await;
+            }
             let feed = feeds.borrow_and_update().clone();
             let mut ram = feed.as_ref().map(|feed| feed.state());
             let close = self.owner.has_stream() || self.owner.commit().is_some();
@@ -150,9 +154,6 @@ impl Arrive {
             self.watch().await;
             self.undo_handover_hook();
             self.show();
-            if self.s.closed && self.is_aborted() {
-                return self.end_closed().await;
-            }
             if self.owner.owns() && self.s.arrived.borrow().is_none() && self.is_started() {
                 self.arrive().await;
             }
@@ -188,8 +189,7 @@ impl Arrive {
                 self.start_handover_hook(generation);
             }
             Event::Word(ToTarget::Handover(word)) => self.hear(word).await,
-            // Answered where it is heard.
-            Event::Word(ToTarget::Probe(_)) => {}
+            Event::Word(ToTarget::Probe(_)) => {} // Answered where it is heard.
             Event::GiveUp => {
                 self.cancelled = true;
                 self.on(TargetEvent::Stop(Reason::Cancelled)).await;
@@ -210,10 +210,14 @@ impl Arrive {
             self.notes.clear();
             self.on(TargetEvent::Prepare(generation)).await;
         }
-        if generation != self.owner.generation() {
-            return;
-        }
-        let answer = match (self.owner.state(), self.unfit.clone()) {
+        let upto = self.owner.generation();
+        let answer = match (*self.owner.state(), self.unfit.clone()) {
+            (TargetState::Aborted { reason }, None) => ToSource::GivenUp {
+                generation,
+                upto,
+                reason,
+            },
+            _ if generation != upto => return,
             (TargetState::Waiting, None) => ToSource::Prepared {
                 generation,
                 notes: self.notes.clone(),

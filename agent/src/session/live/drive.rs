@@ -116,6 +116,8 @@ pub(super) struct Drive {
     probed: Option<(u64, Instant)>,
     /// What the target was asked ahead of the time to make ready.
     ahead: Option<ToTarget>,
+    /// How often in a row the target gave up what RAM flowed to, and when last.
+    given_up: (u32, Instant),
 }
 
 /// Moves the VM.
@@ -150,6 +152,7 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
         events: session.qmp.events(),
         probed: None,
         ahead: None,
+        given_up: (0, Instant::now()),
     };
     let mut heard = session.heard.subscribe();
     // A freeze goes on to its thaw by itself.
@@ -333,8 +336,7 @@ impl Drive {
         drop(copying);
         uplink.settle().await?;
         if !self.counted {
-            for (index, (digest, counts)) in (0..).map(longhaul_common::ids::DiskIndex).zip(counts) {
-                let disk = index;
+            for (disk, (digest, counts)) in (0..).map(longhaul_common::ids::DiskIndex).zip(counts) {
                 self.note_kept(disk, counts.kept);
                 uplink.say(FromSource::DiskDone { disk, digest, counts }).await;
             }
@@ -356,8 +358,8 @@ impl Drive {
                 return Err(Stop::Detached);
             }
             self.probe().await;
-            if let Some(words) = self.vm.watch().await {
-                self.note(&format!("{words}; the RAM stream is begun anew"));
+            if let Some(over) = self.vm.watch().await? {
+                self.begin_anew(&over)?;
             }
             if self.waits_for_thaw().await {
                 continue;

@@ -21,6 +21,7 @@ use crate::vm::journal::{Journal, Role};
 impl LiveSource {
     /// The target runs the VM: notes what is left here, and runs the hook.
     pub(super) async fn moved(&self, mut outcome: Box<LiveOutcome>) -> Box<LiveOutcome> {
+        self.remove_socket();
         let shadows = self.old_copy.lock().await.shadows().await;
         let shadows = shadows.unwrap_or_else(|why| {
             tracing::warn!(job = %self.job, "what is left of the VM here is not noted: {why}");
@@ -43,6 +44,11 @@ impl LiveSource {
         outcome
     }
 
+    /// QEMU has ended, and left its NBD server's socket where this agent did not stop that before, as after a crash.
+    fn remove_socket(&self) {
+        let _ = std::fs::remove_file(&self.record().nbd);
+    }
+
     /// The VM is not moved: runs the hook, where any has run before. Gives the refusal with what came of that.
     pub(super) async fn stayed(&self, mut refusal: Refusal) -> Refusal {
         if self.is_hooked()
@@ -59,6 +65,7 @@ impl LiveSource {
             let record = self.record();
             (record.shadows.clone(), record.told)
         };
+        self.remove_socket();
         self.old_copy.lock().await.hold(&shadows).await;
         if !told {
             let session = Arc::clone(self);

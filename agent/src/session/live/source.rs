@@ -33,7 +33,7 @@ use crate::disk::have::HaveLeaves;
 use crate::session::stream::{listen, speak};
 use crate::session::threads::on_thread;
 use crate::session::{Agent, outcome};
-use crate::vm::handover::{Generation, SourceState};
+use crate::vm::handover::{Generation, Reason, SourceState};
 use crate::vm::media::Medium;
 use crate::vm::qmp::Qmp;
 
@@ -50,6 +50,15 @@ const STEPS_MAX: usize = 16;
 /// How long the gateway may take to hear the end.
 const LAST_WORD: Duration = Duration::from_secs(5);
 
+/// Why the target's QEMU does not wait for the VM.
+#[derive(Clone, Debug)]
+pub(super) enum Unready {
+    /// It does not start or does not fit, in words.
+    Unfit(String),
+    /// It did, and no generation up to this one is waited for any more.
+    GivenUp(Generation, Reason),
+}
+
 /// What is known from the target and the operator.
 #[derive(Default)]
 pub(super) struct Heard {
@@ -58,7 +67,7 @@ pub(super) struct Heard {
     /// The life of the target's session, as told to this attempt.
     pub session: Option<(Attempt, u64)>,
     /// The target's QEMU waits, or why not.
-    pub prepared: Option<(Generation, Result<Vec<String>, String>)>,
+    pub prepared: Option<(Generation, Result<Vec<String>, Unready>)>,
     pub cancel: Option<Refusal>,
     /// How long the target's last steps took, in milliseconds since the first.
     pub arrival: Vec<(String, u64)>,
@@ -390,7 +399,16 @@ impl LiveSource {
             }
             Said::Unfit { generation, why } => {
                 self.heard
-                    .send_modify(|heard| heard.prepared = Some((generation, Err(why))));
+                    .send_modify(|heard| heard.prepared = Some((generation, Err(Unready::Unfit(why)))));
+            }
+            Said::GivenUp {
+                generation,
+                upto,
+                reason,
+            } => {
+                let given_up = Err(Unready::GivenUp(upto, reason));
+                self.heard
+                    .send_modify(|heard| heard.prepared = Some((generation, given_up)));
             }
             Said::Written { generation, position } => {
                 let ram = self.ram.lock().unwrap_or_else(PoisonError::into_inner).clone();

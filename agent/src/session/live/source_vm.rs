@@ -8,6 +8,7 @@ mod commit;
 mod held;
 mod resolve;
 
+use std::fmt;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -41,6 +42,23 @@ const CANCEL_LIMIT: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(5);
 /// Between two repetitions of a word that was not answered.
 const REMIND: Duration = Duration::from_secs(1);
+
+/// Why a RAM stream is over before the VM stood.
+pub(super) enum Over {
+    /// The target gave it up.
+    ByTarget(Reason),
+    /// Something went on too long.
+    Stalled(String),
+}
+
+impl fmt::Display for Over {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ByTarget(reason) => write!(f, "the target gave the VM up: {reason}"),
+            Self::Stalled(words) => f.write_str(words),
+        }
+    }
+}
 
 /// The VM at its source.
 pub(super) struct SourceVm {
@@ -222,14 +240,27 @@ impl SourceVm {
         self.ram.as_ref().map(|ram| ram.view())
     }
 
-    /// What goes on too long becomes an event; gives the words for it.
-    pub(super) async fn watch(&mut self) -> Option<String> {
-        let still = self.ram_view()?.still;
-        let overdue = self.owner.overdue(still, still, &self.limits)?;
-        let words = overdue.to_string();
-        self.on(overdue.event).await;
-        self.let_go().await;
-        Some(words)
+    /// What the target has said, and what goes on too long, become events; gives why this generation is over, where it is.
+    pub(super) async fn watch(&mut self) -> Result<Option<Over>, Stop> {
+        let migrated = self.is_migrating();
+        while let Ok(told) = self.words.try_recv() {
+            self.hear(told).await;
+        }
+        let over = match (*self.owner.state(), self.ram_view()) {
+            (SourceState::Settling { reason } | SourceState::Kept { reason, .. }, _) if migrated => {
+                Over::ByTarget(reason)
+            }
+            (_, Some(ram)) => match self.owner.overdue(ram.still, ram.still, &self.limits) {
+                Some(overdue) => {
+                    self.on(overdue.event).await;
+                    Over::Stalled(overdue.to_string())
+                }
+                None => return Ok(None),
+            },
+            _ => return Ok(None),
+        };
+        self.end_generation().await?;
+        Ok(Some(over))
     }
 
     /// Whether QEMU has stopped the VM by itself: nothing was left to send.
@@ -273,6 +304,11 @@ impl SourceVm {
     /// Gives this generation up; the VM runs on here.
     pub(super) async fn give_up(&mut self, reason: Reason) -> Result<(), Stop> {
         self.on(SourceEvent::Stop(reason)).await;
+        self.end_generation().await
+    }
+
+    /// Until QEMU is out of a migration that is given up.
+    async fn end_generation(&mut self) -> Result<(), Stop> {
         let limit = Instant::now() + CANCEL_LIMIT;
         while matches!(self.owner.state(), SourceState::Settling { .. }) && Instant::now() < limit {
             tokio::time::sleep(LOOK).await;

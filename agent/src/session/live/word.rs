@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::vm::facts::{DiskFacts, VmFacts};
-use crate::vm::handover::{Generation, Stream, Word};
+use crate::vm::handover::{Generation, Reason, Stream, Word};
 use crate::vm::media::Medium;
 
 /// From the source agent.
@@ -68,6 +68,12 @@ pub(super) enum ToSource {
     Unfit {
         generation: Generation,
         why: String,
+    },
+    /// This one was given up before RAM flowed, as by a crash; one above `upto` may be asked for.
+    GivenUp {
+        generation: Generation,
+        upto: Generation,
+        reason: Reason,
     },
     /// QEMU has been given the stream up to here.
     Written {

@@ -9,10 +9,11 @@ mod slot;
 mod tests;
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use longhaul_common::ids::JobId;
 use serde::{Deserialize, Serialize};
@@ -26,6 +27,8 @@ const SLOTS_NEW: usize = 64;
 const SLOTS_MAX: usize = 1024;
 /// Records that `rewrite` takes: a snapshot has three at most.
 const REWRITE_MAX: usize = 8;
+/// How long a journal may be another's before that is an error.
+const LOCK_TIME: Duration = Duration::from_secs(3);
 
 /// Whose journal it is: a host may be both ends of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -74,6 +77,11 @@ pub enum JournalError {
          move the file away, and start it there by hand; a source's images may be named IMAGE.longhaul-JOB.moved", .path.display()
     )]
     Damaged { path: PathBuf, damage: Damage },
+    #[error(
+        "the handover journal {} is used by another program: does a second agent run with the same paths.state?",
+        .0.display()
+    )]
+    Locked(PathBuf),
     #[error("the handover journal {} is full: that is a fault of the program, not of the disk", .path.display())]
     Full { path: PathBuf },
 }
@@ -345,10 +353,19 @@ fn put(path: &Path, bytes: &[u8]) -> Result<File, JournalError> {
     Ok(file)
 }
 
-/// Against a second agent with the same state folder.
+/// Against a second agent with the same state folder. A session of this agent that has just ended is waited for.
 fn lock(file: &File, path: &Path) -> Result<(), JournalError> {
-    file.try_lock()
-        .map_err(|error| during("lock", path)(error.into()))
+    let limit = Instant::now() + LOCK_TIME;
+    loop {
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) if Instant::now() < limit => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(TryLockError::WouldBlock) => return Err(JournalError::Locked(path.to_owned())),
+            Err(TryLockError::Error(error)) => return Err(during("lock", path)(error)),
+            Ok(()) => return Ok(()),
+        }
+    }
 }
 
 fn sync_folder(path: &Path) -> Result<(), JournalError> {

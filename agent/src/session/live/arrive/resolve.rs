@@ -107,10 +107,6 @@ impl Arrive {
         }
     }
 
-    pub(super) fn is_aborted(&self) -> bool {
-        matches!(self.owner.state(), TargetState::Aborted { .. })
-    }
-
     /// A session that has no copies open cannot receive another generation: the next attempt opens one that can.
     pub(super) async fn end_closed(&mut self) {
         self.s.over.send_replace(true);

@@ -13,11 +13,17 @@ use longhaul_common::wire::session::{LiveStage, Refusal, RefusalKind};
 use super::{Drive, PREPARE, SAY_AGAIN, Stop};
 use crate::session::live::copy::{self, Batch};
 use crate::session::live::hooks;
+use crate::session::live::source::Unready;
+use crate::session::live::source_vm::Over;
 use crate::session::live::uplink::Uplink;
 use crate::session::live::word::ToTarget;
 use crate::vm::converge::Decision;
 use crate::vm::handover::{Generation, Reason};
 
+/// So often in a row the target may give up what RAM flows to: a QEMU that dies once is nobody's fault.
+const GIVEN_UP_MAX: u32 = 3;
+/// What lies further apart is not in a row.
+const IN_A_ROW: Duration = Duration::from_secs(600);
 /// So long before the end of round 0 the target is asked to make a QEMU ready.
 const AHEAD: Duration = Duration::from_secs(5);
 
@@ -60,11 +66,25 @@ impl Drive {
         }
     }
 
-    pub(in crate::session::live) async fn prepare(
+    /// Has the target make a QEMU ready for this generation, or for a higher one where that was given up already; gives which.
+    async fn prepare(
+        &mut self,
+        uplink: &Arc<Uplink>,
+        mut generation: Generation,
+    ) -> Result<Generation, Stop> {
+        while let Some((upto, reason)) = self.ask_to_prepare(uplink, generation).await? {
+            self.begin_anew(&Over::ByTarget(reason))?;
+            generation = Generation(upto.max(generation).0.saturating_add(1));
+        }
+        Ok(generation)
+    }
+
+    /// Gives up to which generation the target has given up, and why, where it has.
+    async fn ask_to_prepare(
         &mut self,
         uplink: &Arc<Uplink>,
         generation: Generation,
-    ) -> Result<(), Stop> {
+    ) -> Result<Option<(Generation, Reason)>, Stop> {
         let ahead = self.ahead.take();
         let ahead =
             ahead.filter(|ask| matches!(ask, ToTarget::Prepare { generation: of, .. } if *of == generation));
@@ -92,9 +112,12 @@ impl Drive {
             match answer.filter(|(of, _)| *of == generation) {
                 Some((_, Ok(notes))) => {
                     self.outcome.notes.extend(notes);
-                    return Ok(());
+                    return Ok(None);
                 }
-                Some((_, Err(why))) => return Err(Refusal::new(RefusalKind::Refused, why).into()),
+                Some((_, Err(Unready::GivenUp(upto, reason)))) => return Ok(Some((upto, reason))),
+                Some((_, Err(Unready::Unfit(why)))) => {
+                    return Err(Refusal::new(RefusalKind::Refused, why).into());
+                }
                 None if Instant::now() > limit => {
                     let text = format!(
                         "the target had no QEMU ready within {} s; see its agent's log",
@@ -111,10 +134,27 @@ impl Drive {
     pub(in crate::session::live) async fn start_ram(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
         self.vm.eject_media().await?;
         let generation = self.vm.next_generation();
-        self.prepare(uplink, generation).await?;
+        let generation = self.prepare(uplink, generation).await?;
         self.outcome.generation = generation.0;
         self.vm.begin(generation).await?;
         self.note(&format!("RAM begins to flow, stream {generation}"));
+        Ok(())
+    }
+
+    /// A RAM stream is over before the VM stood; the next one follows unless the target has said often enough that it cannot.
+    pub(in crate::session::live) fn begin_anew(&mut self, over: &Over) -> Result<(), Stop> {
+        if let Over::ByTarget(reason) = *over {
+            let (times, last) = self.given_up;
+            let times = if last.elapsed() > IN_A_ROW { 1 } else { times + 1 };
+            self.given_up = (times, Instant::now());
+            if times >= GIVEN_UP_MAX {
+                let text = format!(
+                    "the VM was not moved: {reason}, {times} times in a row while its RAM flowed; the target agent's log says why"
+                );
+                return Err(Refusal::new(RefusalKind::Refused, text).into());
+            }
+        }
+        self.note(&format!("{over}; the RAM stream is begun anew"));
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 //! Owns these last steps and how the source's QEMU is asked. Leaves the decision to `vm::handover`. Promises that nothing but the target's
 //! answer ends the wait once the VM is handed over.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,9 @@ use crate::session::live::word::ToTarget;
 use crate::vm::handover::{DiskRound, Facts, Reason, SourceEvent, SourceQemu, SourceState, Stream};
 use crate::vm::outgoing;
 use crate::vm::qmp::{MigrationStatus, Qmp};
+
+/// What is being sent once more, while there is something.
+type Again<'a> = Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
 
 impl SourceVm {
     /// The last disk round is on its way: takes the rest of RAM, hands over, waits for the target's word. `true`: the VM is its.
@@ -165,6 +169,8 @@ impl SourceVm {
         let mut on = uplink.attempt;
         let mut since = Instant::now();
         let mut recalled = false;
+        // Beside the words: a target that has it all already gives no credit any more, but says so.
+        let mut again: Again<'_> = Box::pin(std::future::pending());
         while let SourceState::HandedOver { .. } = self.owner.state() {
             let waited = since.elapsed();
             if !recalled && let Some(overdue) = self.owner.overdue(waited, waited, &self.limits) {
@@ -179,6 +185,11 @@ impl SourceVm {
                     None => return,
                 },
                 _ = uplinks.changed() => {}
+                () = &mut again => {
+                    again = Box::pin(std::future::pending());
+                    self.s.tell(&end).await;
+                    self.on(SourceEvent::Remind).await;
+                }
                 () = tokio::time::sleep(REMIND) => {
                     self.s.tell(&end).await;
                     self.on(SourceEvent::Remind).await;
@@ -190,17 +201,7 @@ impl SourceVm {
                 .filter(|uplink| uplink.attempt > on);
             if let Some(uplink) = found {
                 on = uplink.attempt;
-                // The new attempt bars what the old one had on its way: the last round goes once more.
-                for batch in last {
-                    let Ok((header, data)) = batch.addressed(&uplink, Round(round), true) else {
-                        continue;
-                    };
-                    if uplink.send_disk(&header, data).await.is_err() {
-                        break;
-                    }
-                }
-                self.s.tell(&end).await;
-                self.on(SourceEvent::Remind).await;
+                again = Box::pin(send_again(uplink, last, round));
             }
         }
     }
@@ -215,6 +216,18 @@ impl SourceVm {
             ram.close();
         }
         self.outgoing = None;
+    }
+}
+
+/// A new attempt bars what the old one had on its way: the last round goes once more.
+async fn send_again(uplink: Arc<Uplink>, last: &[Batch], round: u32) {
+    for batch in last {
+        let Ok((header, data)) = batch.addressed(&uplink, Round(round), true) else {
+            continue;
+        };
+        if uplink.send_disk(&header, data).await.is_err() {
+            return;
+        }
     }
 }
 

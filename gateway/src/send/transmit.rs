@@ -273,11 +273,12 @@ impl Peer {
         unsent
     }
 
-    /// A stream for a job's control messages, on the first connection there is; waits for one.
+    /// A stream for a job's control messages, on the newest connection there is; waits for one. Where the peer was restarted, older
+    /// ones may not know yet that they are dead.
     pub async fn control(&self) -> Result<(Link, SendStream, RecvStream), Refusal> {
         loop {
             let linked = self.linked.notified();
-            let link = self.links().live.values().next().cloned();
+            let link = self.links().live.values().next_back().cloned();
             let Some(link) = link else {
                 linked.await;
                 continue;
@@ -362,7 +363,7 @@ impl Peer {
             .map_err(|error| chain(&error))
     }
 
-    async fn use_link(&self, link: Link) {
+    async fn use_link(self: &Arc<Self>, link: Link) {
         let id = ConnectionId(self.next.fetch_add(1, Ordering::Relaxed));
         tracing::info!(peer = %self.settings.site, connection = id.0, address = %link.remote_address(), "linked to the peer");
         self.agree(&link).await;
@@ -381,12 +382,17 @@ impl Peer {
             links.lost_packets += stats.lost_packets;
             links.problem = Some(reason.clone());
         }
-        self.rest().await;
-        let again = self.outbox().connection_lost(id);
-        metrics::counter!(SENT_AGAIN).increment(again);
-        self.changed.notify_waiters();
-        tracing::warn!(peer = %self.settings.site, connection = id.0, again, "a connection to the peer ended: {reason}");
-        link.close(link::code::DONE, "the connection failed");
+        tracing::warn!(peer = %self.settings.site, connection = id.0, "a connection to the peer ended: {reason}");
+        // The next one is dialled at once: a VM may stand until there is one.
+        let peer = Arc::clone(self);
+        tokio::spawn(async move {
+            peer.rest().await;
+            let again = peer.outbox().connection_lost(id);
+            metrics::counter!(SENT_AGAIN).increment(again);
+            peer.changed.notify_waiters();
+            tracing::debug!(peer = %peer.settings.site, connection = id.0, again, "what a dead connection carried goes on another");
+            link.close(link::code::DONE, "the connection failed");
+        });
     }
 
     /// Agrees with the peer on the window; without that, payloads refer to nothing.

@@ -6,6 +6,8 @@
 use std::io;
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use super::args::LiveArgs;
 use super::check::{Ended, check};
 use super::settings;
@@ -54,7 +56,18 @@ pub(super) fn prove(
     let monitor = stage.monitor(end);
     let off = wait_until(VERIFY_LIMIT, || (!monitor.is_connected()).then_some(()));
     if stopped.is_err() || off.is_none() {
-        report.report.cause = Some("the guest did not go off".to_owned());
+        let stuck = consoles.hearing().said("LONGHAUL-GUEST-STUCK", from);
+        let stuck = stuck.map_or(String::new(), |(_, who)| {
+            format!(": stuck in an operation: {who}")
+        });
+        report.report.cause = Some(format!("the guest did not go off{stuck}"));
+    }
+    if off.is_none() {
+        // Nothing is said of a disk that somebody still writes.
+        if let Some(pid) = monitor.pid().and_then(|pid| Pid::from_raw(pid.cast_signed())) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        wait_until(VERIFY_LIMIT, || (!monitor.is_connected()).then_some(()));
     }
     watch(Moment::Step(
         "looking for every acknowledged record on its disk".to_owned(),

@@ -15,6 +15,7 @@
 //! | `LONGHAUL-GUEST-RAM ok n` or `... bad WHY` | as answer to `verify`: n writes are where they should be |
 //! | `LONGHAUL-GUEST-VERIFIED` | the answer to `verify` is complete, with every `ACK` at its last value |
 //! | `LONGHAUL-GUEST-STOPPED` | as answer to `stop`: everything is synced, the guest goes off |
+//! | `LONGHAUL-GUEST-STUCK NAMES` | every 20 s while these workers do not end their operation after `verify` or `stop` |
 //! | `LONGHAUL-GUEST-FAILED WHY` | the workload met an error |
 //!
 //! The host says `verify` (the workload pauses for good and is checked), `corrupt` (one byte of the RAM
@@ -37,6 +38,9 @@ use std::time::Duration;
 use console::Console;
 use gate::Gate;
 use memory::Memory;
+
+/// How long an operation may take before its worker is named.
+const STUCK: Duration = Duration::from_secs(20);
 
 /// The guest's disk is mounted here.
 const DISK: &str = "/disk";
@@ -132,6 +136,15 @@ fn work(guest: &Guest) -> io::Result<()> {
     obey(guest, memory.as_deref(), store.as_ref())
 }
 
+/// Nobody begins another operation. Says who does not end the one it is in.
+fn close(guest: &Guest) {
+    while let Err(inside) = guest.gate.close(STUCK) {
+        guest
+            .console
+            .say(&format!("LONGHAUL-GUEST-STUCK {}", inside.join(" ")));
+    }
+}
+
 /// Does what the host says, until `stop`.
 fn obey(guest: &Guest, memory: Option<&Memory>, store: Option<&redis::Store>) -> io::Result<()> {
     for line in io::stdin().lock().lines() {
@@ -143,7 +156,7 @@ fn obey(guest: &Guest, memory: Option<&Memory>, store: Option<&redis::Store>) ->
                 guest.console.say("LONGHAUL-GUEST-CORRUPTED");
             }
             "verify" => {
-                guest.gate.close();
+                close(guest);
                 let found = match (memory, store) {
                     (Some(memory), _) => memory.verify(),
                     (_, Some(store)) => store.verify(),
@@ -157,7 +170,7 @@ fn obey(guest: &Guest, memory: Option<&Memory>, store: Option<&redis::Store>) ->
                 guest.console.say("LONGHAUL-GUEST-VERIFIED");
             }
             "stop" => {
-                guest.gate.close();
+                close(guest);
                 if let Some(store) = store {
                     store.stop();
                 }
@@ -175,14 +188,14 @@ fn obey(guest: &Guest, memory: Option<&Memory>, store: Option<&redis::Store>) ->
 /// Runs one part of the workload on a thread; its error is said, and ends that part only.
 fn worker(guest: &Guest, name: &str, part: impl FnOnce(&Guest) -> io::Result<()> + Send + 'static) {
     let (guest, name) = (guest.clone(), name.to_owned());
-    guest.gate.enter();
+    guest.gate.enter(&name);
     std::thread::spawn(move || {
         if let Err(error) = part(&guest) {
             guest
                 .console
                 .say(&format!("LONGHAUL-GUEST-FAILED {name}: {error}"));
         }
-        guest.gate.leave();
+        guest.gate.leave(&name);
     });
 }
 

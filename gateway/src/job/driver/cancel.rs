@@ -61,12 +61,11 @@ impl Driver {
 
     /// True where the target says that everything has arrived already: too late to cancel.
     async fn remove_copy(&mut self, attempt: Attempt) -> Result<bool, Refusal> {
-        let spec = &self.record.spec;
         if self.record.sizes.is_empty() {
             // No attempt came as far as the target.
             return Ok(false);
         }
-        if spec.kind == Kind::Live {
+        if self.record.spec.kind == Kind::Live {
             match self.cancel_live(attempt).await? {
                 Cancelled::RunsOn => {}
                 Cancelled::HandedOver => return self.hear_the_target().await,

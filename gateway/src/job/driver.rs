@@ -1,8 +1,8 @@
 //! A job from its first attempt to its end.
 //!
 //! Owns trying again, pausing, and what the journal says at each step. One task for each job. Leaves one attempt to
-//! `attempt` and cancelling to `cancel`. Promises that a job that is not at rest goes on by itself after any crash, that its attempts count up over restarts, and
-//! that a commit which may have happened is never undone.
+//! `attempt` and cancelling to `cancel`. Promises that a job that is not at rest goes on by itself after any crash, that its attempts
+//! count up over restarts, and that a commit which may have happened is never undone.
 
 mod cancel;
 

@@ -2,8 +2,8 @@
 //!
 //! Owns the relay between both agents during one attempt, and giving up on the operator's word. Leaves every decision about the VM
 //! to the agents, and counting to `ledger`. Promises that words pass in both directions for as long as both agents are there,
-//! that a cancel reaches the source agent also while the target is away (an agent in doubt only waits for the target's word then), and that a move counts as done only when both agents said so: what
-//! one of them has left to say to the other passes until then.
+//! that a cancel reaches the source agent also while the target is away (one in doubt then only waits for the target's word), and that a
+//! move counts as done only when both agents said so: what one of them has left to say to the other passes until then.
 
 use std::time::Duration;
 

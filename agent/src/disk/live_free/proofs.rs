@@ -20,7 +20,6 @@ use longhaul_common::extent::Extent;
 
 use super::look::{Found, Look, State};
 use super::mounts::Mount;
-use super::second::each_run;
 use crate::disk::free_map::FreeMap;
 use crate::disk::fs::Committed;
 use crate::disk::fs::ext::is_after;
@@ -172,8 +171,7 @@ impl Proofs {
     fn prove(&mut self, index: usize, look: &Look, found: &Found, proof: Proof, line: &Part) {
         let mut bytes = 0;
         for range in &found.ranges {
-            self.free.clear(range);
-            each_run(&look.free, range, &mut |run| bytes += self.free.mark(&run));
+            bytes += self.free.take(&look.free, range);
         }
         self.parts[index].line = Part {
             proof: Some(proof),
@@ -199,8 +197,8 @@ impl Proofs {
     /// Bytes of `deferred` that are not proven free yet.
     pub fn missing(&self, deferred: &FreeMap, size: u64) -> u64 {
         let mut proven = 0;
-        each_run(deferred, &Extent::between(0, size), &mut |run| {
-            each_run(&self.free, &run, &mut |run| proven += run.len());
+        deferred.each_run(&Extent::between(0, size), &mut |run| {
+            self.free.each_run(&run, &mut |run| proven += run.len());
         });
         deferred.free_bytes().saturating_sub(proven)
     }

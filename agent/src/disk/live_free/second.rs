@@ -25,7 +25,7 @@ pub fn second_look(skipped: &FreeMap, last: &Look) -> SecondLook {
     let mut seen = 0;
     let ranges = last.parts.iter().filter_map(|part| part.found.as_ref());
     for range in ranges.flat_map(|found| &found.ranges) {
-        each_run(skipped, range, &mut |run| {
+        skipped.each_run(range, &mut |run| {
             seen += run.len();
             let mut at = run.offset();
             while at < run.end() {
@@ -41,19 +41,4 @@ pub fn second_look(skipped: &FreeMap, last: &Look) -> SecondLook {
     found.send.sort_unstable();
     found.unseen = skipped.free_bytes().saturating_sub(seen);
     found
-}
-
-/// Gives each run of blocks inside `range` that `map` has marked.
-pub(super) fn each_run(map: &FreeMap, range: &Extent, give: &mut dyn FnMut(Extent)) {
-    let mut at = range.offset();
-    while at < range.end() {
-        let (marked, run) = map.run(at, range.end());
-        if run.is_empty() {
-            return; // The range lies beyond the disk.
-        }
-        if marked {
-            give(run);
-        }
-        at = run.end();
-    }
 }

@@ -58,13 +58,22 @@ impl DiskProof {
     fn froze(&mut self, mounts: Vec<Mount>, look: Option<&Look>) {
         let size = self.image.size();
         self.proofs.froze(mounts, look, size);
-        let mut at = 0;
-        while let Some(look) = look.filter(|_| at < size) {
-            let (free, run) = look.free.run(at, size);
-            if free {
-                self.deferred.mark(&run);
-            }
-            at = run.end();
+        if let Some(look) = look {
+            let deferred = &mut self.deferred;
+            look.free.each_run(&Extent::between(0, size), &mut |run| {
+                deferred.mark(&run);
+            });
+            deferred.share(&look.free);
+        }
+    }
+
+    /// Looks again where something that is put off is not proven yet.
+    fn look(&mut self) {
+        if self.proofs.missing(&self.deferred, self.image.size()) > 0 {
+            let mut look = Look::running(&self.image, Instant::now());
+            // Little changes between two looks, and the proofs keep what they saw.
+            look.free.share(&self.deferred);
+            self.proofs.add(&look);
         }
     }
 }
@@ -193,10 +202,7 @@ impl FreeProof {
         let _ = on_thread("free-look", move || {
             for disk in with.disks().iter_mut() {
                 disk.proofs.age_from(runs_since);
-                if disk.proofs.missing(&disk.deferred, disk.image.size()) > 0 {
-                    let look = Look::running(&disk.image, Instant::now());
-                    disk.proofs.add(&look);
-                }
+                disk.look();
             }
         })
         .await;

@@ -190,6 +190,19 @@ fn a_target_whose_qemu_dies_says_so_and_gets_another() {
     );
 }
 
+#[test]
+fn a_target_agent_that_dies_as_the_vm_arrives_is_sent_nothing_that_it_cannot_place() {
+    if no_link() {
+        return;
+    }
+    // It comes back with copies of which it does not hold all; what counts is its word that it gave the VM up.
+    let report = moved(
+        "--fs xfs --rtt 80ms --format qcow2 --target-format raw --workload fsync --seed 104 --guest-agent \
+         --kill source-agent@freeze+51ms --kill target-agent@completed+5ms",
+    );
+    assert!(report.report.seconds < 90.0, "{} s", report.report.seconds);
+}
+
 /// There and back: what arrived is what was left, and most of the disk did not have to go.
 fn came_back(words: &str) -> BackReport {
     let report = play(words);

@@ -105,6 +105,11 @@ impl Board {
         inner.progress.message = inner.doubt.clone();
     }
 
+    /// Whether a VM stands until its target has answered.
+    pub fn is_in_doubt(&self) -> bool {
+        self.inner().doubt.is_some()
+    }
+
     /// `text`, behind the doubt where there is one.
     pub fn in_words(&self, text: String) -> String {
         match &self.inner().doubt {

@@ -119,7 +119,8 @@ impl Driver {
             match self.attempt().await {
                 Ended::Arrived => return,
                 Ended::Interrupted => continue,
-                Ended::Refused(refusal) if refusal.kind.is_transient() => {
+                // A VM that stands is not left standing for a reason that only stops copying.
+                Ended::Refused(refusal) if refusal.kind.is_transient() || self.board.is_in_doubt() => {
                     failures = if began.elapsed() > GOOD_ATTEMPT {
                         0
                     } else {
@@ -233,7 +234,8 @@ impl Driver {
         }
         board.phase(Phase::Scan);
         let asked = self.record.spec.source_open(self.job, attempt);
-        let mut source = Source::open(&self.context, &self.record.spec, asked).await?;
+        let opened = Source::open(&self.context, &self.record.spec, asked).await;
+        let mut source = opened.inspect_err(|refusal| self.refused_by_source(refusal))?;
         board.doubt(source.doubt.take());
         self.stages = vec![("open_source", elapsed_ms(began))];
         let opening = Instant::now();
@@ -286,6 +288,13 @@ impl Driver {
         drop(transfer);
         report.wan_lost_packets = self.context.peer.stats().lost_packets.saturating_sub(lost_before);
         Ok(report)
+    }
+
+    /// What the source agent refuses for good, it has decided: nothing of it is in doubt any more.
+    fn refused_by_source(&self, refusal: &Refusal) {
+        if !refusal.kind.is_transient() {
+            self.board.doubt(None);
+        }
     }
 
     /// Opens the target; says what is missing while there is no way to it.

@@ -87,7 +87,11 @@ impl Transfer<'_> {
             FromSource::Live(state) => self.board.live(&state),
             FromSource::Moved(outcome) => return Ok(Some(outcome)),
             message @ FromSource::DiskDone { .. } => self.on_source(message)?,
-            FromSource::Failed(refusal) => return Err(refusal),
+            FromSource::Failed(refusal) => {
+                // Its last word: whoever runs the VM now, it does not wait for the target any more.
+                self.board.doubt(None);
+                return Err(refusal);
+            }
             other => return Err(out_of_turn("the source agent", &other)),
         }
         Ok(None)

@@ -9,12 +9,14 @@ use std::time::{Duration, Instant};
 
 use longhaul_common::ids::Round;
 use longhaul_common::wire::session::{LiveOutcome, Refusal, RefusalKind};
+use tokio::sync::watch;
 
 use super::{CANCEL_LIMIT, LOOK, REMIND, SourceVm};
 use crate::session::live::copy::Batch;
 use crate::session::live::drive::Stop;
 use crate::session::live::hooks;
 use crate::session::live::ram_out::RamOut;
+use crate::session::live::source::Heard;
 use crate::session::live::uplink::Uplink;
 use crate::session::live::word::ToTarget;
 use crate::vm::handover::{DiskRound, Facts, Reason, SourceEvent, SourceQemu, SourceState, Stream};
@@ -166,6 +168,7 @@ impl SourceVm {
         end: ToTarget,
     ) {
         let mut uplinks = self.s.uplink.subscribe();
+        let life = self.s.heard.borrow().session.map(|(_, life)| life);
         let mut on = uplink.attempt;
         let mut since = Instant::now();
         let mut recalled = false;
@@ -201,7 +204,12 @@ impl SourceVm {
                 .filter(|uplink| uplink.attempt > on);
             if let Some(uplink) = found {
                 on = uplink.attempt;
-                again = Box::pin(send_again(uplink, last, round));
+                let heard = self.s.heard.subscribe();
+                again = Box::pin(async move {
+                    if is_same_life(heard, &uplink, life).await {
+                        send_again(uplink, last, round).await;
+                    }
+                });
             }
         }
     }
@@ -216,6 +224,20 @@ impl SourceVm {
             ram.close();
         }
         self.outgoing = None;
+    }
+}
+
+/// Waits for what the target says of its session. One of another life has opened its copies anew, if at all: the last round is no
+/// use to it, for it may not even hold what that changes, and its answer is a word.
+async fn is_same_life(mut heard: watch::Receiver<Heard>, uplink: &Uplink, life: Option<u64>) -> bool {
+    let of_attempt = |heard: &Heard| heard.session.filter(|(attempt, _)| *attempt == uplink.attempt);
+    let told = async {
+        let told = heard.wait_for(|heard| of_attempt(heard).is_some()).await;
+        told.ok().and_then(|heard| of_attempt(&heard))
+    };
+    tokio::select! {
+        told = told => told.map(|(_, life)| life) == life,
+        () = uplink.ended() => false,
     }
 }
 

@@ -163,6 +163,21 @@ impl Lab {
         namespace::command(site.map(|site| site.namespace.as_str()), program)
     }
 
+    /// Runs `work` at a site: sockets that it opens stay there.
+    ///
+    /// # Errors
+    /// When the site's namespace is gone.
+    pub fn inside<T: Send>(&self, end: End, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+        let Some(sites) = &self.sites else {
+            return Ok(work());
+        };
+        let site = match end {
+            End::Source => &sites.source,
+            End::Target => &sites.target,
+        };
+        namespace::inside(&site.namespace, work)
+    }
+
     /// Gives TCP at both sites what serves it best on a long link: BBR where the kernel has it, and buffers of
     /// [`TCP_BUFFER`] bytes. For rivals; Longhaul uses no TCP there. Gives the congestion control in force.
     ///

@@ -5,6 +5,7 @@
 //! their command lines, settings and printed events (all in `programs`). Promises that nothing it started
 //! outlives it.
 
+pub mod beside;
 pub mod cold_rival;
 pub mod compare;
 pub mod demo;

@@ -195,6 +195,7 @@ fn plain_job(link: LinkSpec) -> MoveArgs {
         cut: Vec::new(),
         kill: Vec::new(),
         connections: None,
+        beside: None,
         ideas: Ideas::default(),
         keep: false,
         directory: None,

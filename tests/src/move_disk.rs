@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use longhaul_common::units::Span;
 
+use crate::beside::{Beside, Neighbour};
 use crate::compare;
 use crate::faults::{Faults, Kill};
 use crate::ideas::Ideas;
@@ -51,6 +52,9 @@ pub struct MoveArgs {
     /// QUIC connections between the gateways
     #[arg(long)]
     pub connections: Option<u32>,
+    /// Have one TCP flow use the link, too, and report what it gets beside the job
+    #[arg(long, value_enum)]
+    pub beside: Option<Neighbour>,
     #[command(flatten)]
     pub ideas: Ideas,
     /// Keep the lab's directory: config files, logs, the copy
@@ -103,6 +107,10 @@ pub fn run(
     programs
         .wait_ready(&lab, &[])
         .map_err(|error| explain(&error, &running))?;
+    let beside = args.beside.map(|congestion| {
+        watch(Moment::Step("watching a TCP flow alone on the link".to_owned()));
+        Beside::start(&mut lab, congestion)
+    });
     let began = Instant::now();
     let link_began = lab
         .link()
@@ -114,6 +122,7 @@ pub fn run(
         lab: &mut lab,
         running: &mut running,
         report: &mut report,
+        beside: beside.transpose()?,
     };
     if let Err(error) = stage.play(&programs, watch) {
         report.cause = Some(error.to_string());
@@ -219,6 +228,7 @@ struct Stage<'a> {
     lab: &'a mut Lab,
     running: &'a mut [Process],
     report: &'a mut Report,
+    beside: Option<Beside>,
 }
 
 impl Stage<'_> {
@@ -242,7 +252,9 @@ impl Stage<'_> {
         let outcome = self.follow(&mut operator, watch);
         let _ = operator.kill();
         operator.wait()?;
-        outcome
+        outcome?;
+        self.report.beside = self.beside.as_ref().map(Beside::report).transpose()?;
+        Ok(())
     }
 
     /// Follows the operator program's lines until its report, and lets happen what is to happen.
@@ -253,7 +265,7 @@ impl Stage<'_> {
             .ok_or_else(|| io::Error::other("longhaul has no output"))?;
         let lines = listen(stdout);
         let mut faults = Faults::new(&self.args.kill);
-        let start = Instant::now();
+        let (start, mut progress) = (Instant::now(), 0.0);
         let outcome = loop {
             match lines.recv_timeout(TICK) {
                 Ok(line) => match programs::read_line(&line) {
@@ -262,6 +274,7 @@ impl Stage<'_> {
                         break Ok(());
                     }
                     Line::Progress(percent) => {
+                        progress = percent;
                         self.strike(&mut faults, percent, watch)?;
                         watch(Moment::Progress(percent));
                     }
@@ -276,6 +289,9 @@ impl Stage<'_> {
                     .entry("longhaul".to_owned())
                     .or_default()
                     .usage = used;
+            }
+            if let Some(beside) = &mut self.beside {
+                beside.look(self.lab, start.elapsed(), progress)?;
             }
             for process in self.running.iter_mut() {
                 process.tend(self.lab, Instant::now())?;

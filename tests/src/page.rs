@@ -134,6 +134,15 @@ fn journey(report: &Report) -> Vec<(&'static str, String)> {
             ));
         }
     }
+    if let Some(beside) = &report.beside {
+        let (now, alone) = (bits(beside.beside_bit_per_s), bits(beside.alone_bit_per_s));
+        let (kept, share) = (beside.kept * 100.0, beside.share * 100.0);
+        lines.push((
+            "a TCP flow beside it",
+            format!("{}: {now} of {alone} alone, {kept:.0} %", beside.congestion),
+        ));
+        lines.push(("the job's part of the link", format!("{share:.0} %")));
+    }
     lines.push(("data in use moved at", bits(report.goodput_bit_per_s)));
     if report.resent_bytes > 0 {
         lines.push(("sent again", size(report.resent_bytes)));

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::beside::BesideReport;
 use crate::compare::Comparison;
 use crate::process::Process;
 use crate::usage::Usage;
@@ -55,6 +56,9 @@ pub struct Report {
     /// The congestion control of TCP, where a rival used TCP.
     #[serde(default)]
     pub tcp: Option<String>,
+    /// What a TCP flow got beside the job, where one was asked for.
+    #[serde(default)]
+    pub beside: Option<BesideReport>,
     /// Memory and CPU of each program.
     pub programs: BTreeMap<String, ProgramReport>,
     /// Faults that were to happen and did not, because the job ended before.

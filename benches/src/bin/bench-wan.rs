@@ -44,7 +44,7 @@ struct Choice {
     /// Links: veth, 250-2, 200-40, 100-80, 50-100, 20-200, 100-300
     #[arg(long, value_delimiter = ',')]
     profiles: Vec<String>,
-    /// What is moved: idle, mixed, redis, fsync, template, cold
+    /// What is moved: idle, mixed, redis, fsync, template, cold, beside
     #[arg(long, value_delimiter = ',')]
     workloads: Vec<String>,
     /// Who moves: longhaul, longhaul-no-filter, qemu-xbzrle, rsync, ...
@@ -160,7 +160,7 @@ fn run(asked: &Runs, runs: &std::path::Path) -> io::Result<()> {
             println!("all is done");
             break;
         };
-        if next.cell.case == longhaul_benches::wan::contestant::Case::Cold {
+        if !next.cell.case.is_live() {
             lab.prepare()?;
         }
         println!(

@@ -11,16 +11,19 @@ pub enum Case {
     Template,
     /// A powered-off disk.
     Cold,
+    /// A powered-off disk, and a TCP flow on the same link.
+    Beside,
 }
 
 /// Every case, in the order in which they are run.
-pub const CASES: [Case; 6] = [
+pub const CASES: [Case; 7] = [
     Case::Live("mixed"),
     Case::Cold,
     Case::Template,
     Case::Live("idle"),
     Case::Live("redis"),
     Case::Live("fsync"),
+    Case::Beside,
 ];
 
 impl Case {
@@ -30,6 +33,7 @@ impl Case {
             Self::Live(workload) => workload,
             Self::Template => "template",
             Self::Cold => "cold",
+            Self::Beside => "beside",
         }
     }
 
@@ -43,7 +47,13 @@ impl Case {
             Self::Live(other) => other,
             Self::Template => "second VM of a template, mixed workload",
             Self::Cold => "powered-off disk",
+            Self::Beside => "powered-off disk beside a TCP flow",
         }
+    }
+
+    /// Whether a guest runs.
+    pub const fn is_live(self) -> bool {
+        matches!(self, Self::Live(_) | Self::Template)
     }
 
     /// The case of this name.
@@ -105,10 +115,34 @@ pub const TOOLS: [Contestant; 4] = [
     contestant("qemu-img", "qemu-img convert over NBD", &["--by=qemu-img"]),
 ];
 
+/// Longhaul's modes that share a link, each beside a TCP flow of each kind.
+pub const NEIGHBOURS: [Contestant; 4] = [
+    contestant(
+        "shared-bbr",
+        "shared, beside BBR",
+        &["--congestion=shared", "--beside=bbr"],
+    ),
+    contestant(
+        "shared-cubic",
+        "shared, beside Cubic",
+        &["--congestion=shared", "--beside=cubic"],
+    ),
+    contestant(
+        "background-bbr",
+        "background, beside BBR",
+        &["--congestion=background", "--beside=bbr"],
+    ),
+    contestant(
+        "background-cubic",
+        "background, beside Cubic",
+        &["--congestion=background", "--beside=cubic"],
+    ),
+];
+
 impl Contestant {
     /// The contestant of this name.
     pub fn named(name: &str) -> Option<Self> {
-        let rest = ABLATIONS.into_iter().chain(QEMU).chain(TOOLS);
+        let rest = ABLATIONS.into_iter().chain(QEMU).chain(TOOLS).chain(NEIGHBOURS);
         std::iter::once(LONGHAUL)
             .chain(rest)
             .find(|contestant| contestant.name == name)
@@ -124,7 +158,7 @@ impl Contestant {
         let is_tool = TOOLS.contains(&self);
         let mut words = match case {
             Case::Cold if is_tool => vec!["copy".to_owned(), format!("--image={image}")],
-            Case::Cold => vec!["move".to_owned(), format!("--image={image}")],
+            Case::Cold | Case::Beside => vec!["move".to_owned(), format!("--image={image}")],
             Case::Live(workload) => live(workload),
             Case::Template => {
                 let mut words = live("mixed");
@@ -155,7 +189,8 @@ mod tests {
         for case in CASES {
             assert_eq!(Case::named(case.name()), Some(case));
         }
-        for one in ABLATIONS.into_iter().chain(QEMU).chain(TOOLS).chain([LONGHAUL]) {
+        let all = ABLATIONS.into_iter().chain(QEMU).chain(TOOLS).chain(NEIGHBOURS);
+        for one in all.chain([LONGHAUL]) {
             assert_eq!(Contestant::named(one.name), Some(one));
         }
         assert_eq!(Contestant::named("nobody"), None);

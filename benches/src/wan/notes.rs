@@ -3,7 +3,7 @@
 //! Owns the targets as numbers and their judgement on the results. Leaves alone why one is missed: that is written by people,
 //! in `benches/results/notes.md`. Promises that a target which nothing was measured for says so.
 
-use super::contestant::{Case, LONGHAUL, QEMU};
+use super::contestant::{Case, Contestant, LONGHAUL, NEIGHBOURS, QEMU};
 use super::figures::Standing;
 use super::plan::Cell;
 use super::profile::{MAIN, Profile};
@@ -77,6 +77,7 @@ fn all(records: &[Record]) -> Vec<Target> {
         all.push(full(records, profile));
     }
     all.push(second(records));
+    all.extend(NEIGHBOURS.into_iter().filter_map(|mode| neighbour(records, mode)));
     all
 }
 
@@ -155,6 +156,26 @@ fn second(records: &[Record]) -> Target {
     }
 }
 
+/// What a TCP flow keeps beside `background`, and what `shared` takes of the link beside one.
+fn neighbour(records: &[Record], mode: Contestant) -> Option<Target> {
+    let profile = Profile::named(MAIN)?;
+    let case = Case::Beside;
+    let standing = Standing::of(records, Cell { profile, case }, mode);
+    let (what, wanted, value, range) = if mode.name.starts_with("background") {
+        let kept = standing.and_then(|one| one.median(|record| record.beside_kept));
+        ("what a TCP flow keeps", "at least 90 %", kept, 0.9..=f64::MAX)
+    } else {
+        let share = standing.and_then(|one| one.median(|record| record.beside_share));
+        ("Longhaul's part of the link", "35 to 65 %", share, 0.35..=0.65)
+    };
+    Some(Target {
+        what: format!("{what}, {}", mode.title),
+        wanted: wanted.to_owned(),
+        measured: value.map(|part| (part * 100.0, range.contains(&part))),
+        unit: "%",
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -197,6 +218,32 @@ mod tests {
             line("shortest of QEMU's, 100 Mbit/s, 80").contains("100 % | **missed**"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn a_neighbour_is_judged_by_what_it_keeps_and_a_sharer_by_what_it_takes() {
+        let beside = |contestant: &str, kept, share| Record {
+            case: "beside".to_owned(),
+            beside_kept: Some(kept),
+            beside_share: Some(share),
+            ..record(contestant, End::Well, 25.0)
+        };
+        let records = [
+            beside("background-bbr", 0.93, 0.05),
+            beside("background-cubic", 0.85, 0.2),
+            beside("shared-bbr", 0.3, 0.7),
+            beside("shared-cubic", 0.5, 0.5),
+        ];
+        let text = targets(&records);
+        for (what, word) in [
+            ("keeps, background, beside BBR", "93.0 % | reached"),
+            ("keeps, background, beside Cubic", "85.0 % | **missed**"),
+            ("the link, shared, beside BBR", "70.0 % | **missed**"),
+            ("the link, shared, beside Cubic", "50.0 % | reached"),
+        ] {
+            let line = text.lines().find(|line| line.contains(what)).unwrap_or_default();
+            assert!(line.contains(word), "{line}");
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ use super::plan::{Cell, Wanted};
 use super::plot::{Bar, Look, bars};
 use super::profile::PROFILES;
 use super::record::Record;
-use super::table::{failures, inside, meeting, number};
+use super::table::{failures, inside, meeting, number, sharing};
 use crate::micro::Micro;
 
 /// A picture: file name and content.
@@ -136,6 +136,10 @@ fn head(records: &[Record]) -> String {
 impl Page {
     fn cell(&mut self, cell: Cell, standings: &[Standing<'_>]) {
         let title = format!("{}: {}", cell.profile.title, cell.case.title());
+        if cell.case == Case::Beside {
+            let _ = write!(self.text, "## {title}\n\n{}\n", sharing(standings));
+            return;
+        }
         let _ = write!(self.text, "## {title}\n\n{}\n", meeting(standings));
         if standings.len() > 1 {
             let stem = format!("{}-{}", cell.profile.name, cell.case.name());

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use super::contestant::{ABLATIONS, CASES, Case, Contestant, LONGHAUL, QEMU, TOOLS};
+use super::contestant::{ABLATIONS, CASES, Case, Contestant, LONGHAUL, NEIGHBOURS, QEMU, TOOLS};
 use super::figures::median;
 use super::profile::{MAIN, PROFILES, Profile};
 use super::record::{End, Record};
@@ -146,6 +146,8 @@ fn cells() -> Vec<Cell> {
 fn contestants(cell: Cell) -> Vec<Contestant> {
     let mut all = vec![LONGHAUL];
     match cell.case {
+        // Nobody is to be faster here.
+        Case::Beside => return NEIGHBOURS.to_vec(),
         Case::Cold => all.extend(TOOLS),
         Case::Template => {}
         Case::Live("mixed") if cell.profile.name == MAIN => all.extend(QEMU.into_iter().chain(ABLATIONS)),
@@ -289,9 +291,11 @@ mod tests {
         let cells = all.cells();
         assert_eq!(all.contestants(cells[0]).len(), 1 + QEMU.len() + ABLATIONS.len());
         assert_eq!((cells[0].profile.name, cells[0].case.name()), ("100-80", "mixed"));
-        assert!(cells.iter().all(|cell| all.contestants(*cell)[0].is_longhaul()));
+        let is_race = |cell: &&Cell| cell.case != Case::Beside;
+        let mut races = cells.iter().filter(is_race);
+        assert!(races.all(|cell| all.contestants(*cell)[0].is_longhaul()));
         let mixed = cells.iter().filter(|cell| cell.case.name() == "mixed").count();
-        assert_eq!((mixed, cells.len()), (PROFILES.len(), 15));
+        assert_eq!((mixed, cells.len()), (PROFILES.len(), 16));
         let mut other = all.clone();
         other.contestants.push("scp".to_owned());
         assert_eq!((all.unknown(), other.unknown()), (None, Some("scp")));

@@ -55,6 +55,12 @@ pub struct Record {
     pub peak_rss_bytes: BTreeMap<String, u64>,
     /// What the template's disk took on the WAN before.
     pub template_wan_bytes: Option<u64>,
+    /// What a TCP flow got alone on the link, in bits of its stream per second.
+    pub beside_alone_bit_per_s: Option<f64>,
+    /// What it got beside the job, as a part of that.
+    pub beside_kept: Option<f64>,
+    /// The job's part of what the link delivered meanwhile.
+    pub beside_share: Option<f64>,
     /// Whether there was a link at all; without the rights for one everything runs over loopback.
     pub emulated: bool,
     /// TCP's congestion control, where TCP was used.

@@ -87,7 +87,7 @@ impl Lab {
             .args(run.contestant.words(run.cell.case, &text(&self.image)))
             .args(run.cell.profile.words)
             .args(match run.cell.case {
-                Case::Cold => &[],
+                Case::Cold | Case::Beside => &[],
                 Case::Live(_) | Case::Template => run.cell.profile.live,
             })
             .arg(format!("--limit={}s", run.limit.as_secs()))
@@ -97,7 +97,7 @@ impl Lab {
         if let Some(directory) = &self.directory {
             command.arg("--directory").arg(directory);
         }
-        if let (Some(qemu), false) = (&self.qemu, run.cell.case == Case::Cold) {
+        if let (Some(qemu), true) = (&self.qemu, run.cell.case.is_live()) {
             command.arg("--qemu").arg(qemu);
         }
         command
@@ -144,6 +144,9 @@ pub fn read_report(report: &Value) -> Record {
             .filter_map(|(name, part)| Some((name.clone(), part["peak_rss_bytes"].as_u64()?)))
             .collect(),
         template_wan_bytes: report["template_wan_bytes"].as_u64(),
+        beside_alone_bit_per_s: report["beside"]["alone_bit_per_s"].as_f64(),
+        beside_kept: report["beside"]["kept"].as_f64(),
+        beside_share: report["beside"]["share"].as_f64(),
         emulated: report["emulated"] == Value::Bool(true),
         tcp: report["tcp"].as_str().map(str::to_owned),
         ..Record::default()

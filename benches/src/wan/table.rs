@@ -33,6 +33,10 @@ fn shown(value: Option<f64>, factor: f64) -> String {
     value.map_or_else(|| "-".to_owned(), |value| number(value * factor))
 }
 
+fn percent(part: Option<f64>) -> String {
+    part.map_or_else(|| "-".to_owned(), |part| format!("{:.0} %", part * 100.0))
+}
+
 /// Those who met in a cell, as a table; the first is what the others are held against.
 pub fn meeting(standings: &[Standing<'_>]) -> String {
     let mut text = String::from(
@@ -56,8 +60,6 @@ fn row(standing: &Standing<'_>, base: Option<f64>) -> String {
         );
     };
     let times = base.map(|base| seconds / base);
-    let percent =
-        |of: Option<f64>| of.map_or_else(|| "-".to_owned(), |part| format!("{:.0} %", part * 100.0));
     format!(
         "| {title} | {} | {} | {} | {} | {} | {} | {} | {} | {} |\n",
         number(seconds),
@@ -91,6 +93,27 @@ fn why(standing: &Standing<'_>) -> String {
         return format!("not done after {} ({} MB)", number(seconds), number(sent));
     }
     "failed".to_owned()
+}
+
+/// What TCP flows got beside Longhaul, as a table.
+pub fn sharing(standings: &[Standing<'_>]) -> String {
+    let mut text = String::from(
+        "| mode | flow alone Mbit/s | flow keeps | Longhaul's part of the link | total s | runs |\n\
+         |---|---:|---:|---:|---:|---:|\n",
+    );
+    for standing in standings {
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {} | {} | {} |",
+            standing.contestant.title,
+            shown(standing.median(|record| record.beside_alone_bit_per_s), 1e-6),
+            percent(standing.median(|record| record.beside_kept)),
+            percent(standing.median(|record| record.beside_share)),
+            shown(standing.seconds(), 1.0),
+            runs(standing),
+        );
+    }
+    text
 }
 
 /// Runs that failed, each with its cause; empty where there was none.

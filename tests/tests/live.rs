@@ -203,6 +203,18 @@ fn a_target_agent_that_dies_as_the_vm_arrives_is_sent_nothing_that_it_cannot_pla
     assert!(report.report.seconds < 90.0, "{} s", report.report.seconds);
 }
 
+#[test]
+fn what_a_dead_gateway_held_of_the_last_memory_goes_again() {
+    if no_link() {
+        return;
+    }
+    // The last of RAM and of the disks goes into the void, and its source hands over before that is noticed.
+    let report =
+        moved("--workload mixed --rate 60mbit --rtt 80ms --seed 5 --kill target-gateway@pre-switchover");
+    let gap = report.blackout_heartbeat_ms.unwrap_or(f64::MAX);
+    assert!(gap < 10_000.0, "the guest was silent for {gap} ms");
+}
+
 /// There and back: what arrived is what was left, and most of the disk did not have to go.
 fn came_back(words: &str) -> BackReport {
     let report = play(words);

@@ -38,10 +38,7 @@ pub fn restore(
 ) -> Result<Bytes, RestoreError> {
     let len = header.data_len() as usize;
     let codec = match payload.encoding {
-        Encoding::Blocks => {
-            let pair = pair.ok_or(RestoreError::Missing)?;
-            return restore_blocks(&payload.bytes, header, vm, pair);
-        }
+        Encoding::Blocks => return restore_blocks(&payload.bytes, header, vm, pair),
         Encoding::Raw if payload.bytes.len() == len => {
             header.verify(&payload.bytes)?;
             return Ok(payload.bytes.clone());
@@ -56,12 +53,23 @@ pub fn restore(
     Ok(raw.into())
 }
 
-fn restore_blocks(bytes: &[u8], header: &BatchHeader, vm: Vm, pair: &Pair) -> Result<Bytes, RestoreError> {
+fn restore_blocks(
+    bytes: &[u8],
+    header: &BatchHeader,
+    vm: Vm,
+    pair: Option<&Pair>,
+) -> Result<Bytes, RestoreError> {
     let layout = Layout::of(header, vm);
     let mut parts = Parts::read(bytes, &layout)?;
-    let incoming = pair.incoming().ok_or(RestoreError::Missing)?;
+    let incoming = pair.and_then(Pair::incoming);
     let mut raw = vec![0; header.data_len() as usize];
-    fetch(&parts, &layout, &incoming, pair, &mut raw)?;
+    // One that refers to nothing is whole without a window; its sender does not keep it in any other form.
+    if parts.needs_window() {
+        let (Some(pair), Some(incoming)) = (pair, &incoming) else {
+            return Err(RestoreError::Missing);
+        };
+        fetch(&parts, &layout, incoming, pair, &mut raw)?;
+    }
     parts.patch(&layout, &raw)?;
     parts.fill(&layout, &mut raw)?;
     match header.verify(&raw) {
@@ -69,7 +77,9 @@ fn restore_blocks(bytes: &[u8], header: &BatchHeader, vm: Vm, pair: &Pair) -> Re
         Err(BatchError::Digest) if parts.needs_window() => return Err(RestoreError::Missing),
         verified => verified?,
     }
-    store(&parts, &layout, &incoming, &raw, header.ram.is_some())?;
+    if let Some(incoming) = incoming {
+        store(&parts, &layout, &incoming, &raw, header.ram.is_some())?;
+    }
     Ok(raw.into())
 }
 
@@ -283,7 +293,7 @@ fn read(ring: &Ring, position: u64, at: usize, raw: &mut [u8]) -> Result<Fetched
     Ok(Fetched { at, expected })
 }
 
-/// Stores what is new at the positions that the sender gave it, and notes where each place's content is.
+/// Stores what is new at the positions that the sender gave it, and notes where each place's content is, if this is its epoch's window.
 fn store(
     parts: &Parts,
     layout: &Layout,
@@ -302,6 +312,10 @@ fn store(
     if parts.first.checked_add(new.len() as u64).is_none() {
         return Err(BatchError::Payload("its positions end beyond 64 bits").into());
     }
+    // What another epoch stores is nothing to this window, and the sender does not refer to it.
+    if window.ring().epoch != parts.epoch {
+        return Ok(());
+    }
     if let Some(file) = window.file.as_ref().filter(|_| !new.is_empty()) {
         let mut blocks = Vec::with_capacity(new.len() * BLOCK_LEN);
         new.iter()
@@ -311,7 +325,7 @@ fn store(
     }
     let mut ring = window.ring();
     if ring.epoch != parts.epoch {
-        return Err(RestoreError::Missing);
+        return Ok(());
     }
     let mut positions = vec![None; parts.fates.len()];
     for ((index, digest), position) in new.iter().zip(digests).zip(parts.first..) {

@@ -226,6 +226,10 @@ impl Story {
             }
             Err(RestoreError::Missing) => {
                 self.missing += 1;
+                assert!(
+                    flight.reduced.kept.needs_window,
+                    "its sender has kept nothing to send plainly"
+                );
                 sender.missing(&flight.reduced.kept);
                 let plain = reduce_plainly(&flight.data, Level::Zstd1);
                 let raw = restore(&plain.payload, &flight.header, Vm::named("vm"), Some(receiver)).unwrap();
@@ -497,6 +501,20 @@ fn a_gateway_that_lost_its_window_asks_once_and_is_believed() {
         through(&a.0, &b.0, &header, &data, vm).counts.reference,
         data.len() as u64
     );
+}
+
+#[test]
+fn a_payload_that_refers_to_nothing_is_whole_without_a_window() {
+    let (a, b) = two();
+    let vm = Vm::named("vm");
+    let data = noise(8, 20);
+    let header = disk_header(0, &data);
+    let reduced = reduce(&data, &header, vm, Some(&a.0), ALL);
+    assert!(!reduced.kept.needs_window);
+    let other = Gateway::new(small());
+    for pair in [None, Some(&*other.0), Some(&*b.0)] {
+        assert_eq!(restore(&reduced.payload, &header, vm, pair).unwrap(), data);
+    }
 }
 
 /// A full window's index forgets a few in a thousand.

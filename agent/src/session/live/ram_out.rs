@@ -8,7 +8,6 @@
 use std::io::Read;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -66,7 +65,7 @@ pub(super) struct RamOut {
     /// Where the target's QEMU is, as heard on which attempt.
     heard: watch::Sender<Option<(Attempt, u64)>>,
     socket: UnixStream,
-    stopped: AtomicBool,
+    closed: watch::Sender<bool>,
     memory: u64,
 }
 
@@ -106,7 +105,7 @@ impl RamOut {
             // A stream that begins has nothing at its target.
             heard: watch::Sender::new(uplink.borrow().as_ref().map(|uplink| (uplink.attempt, 0))),
             socket,
-            stopped: AtomicBool::new(false),
+            closed: watch::Sender::new(false),
             memory,
         });
         let (parts, waiting) = mpsc::channel(PARTS);
@@ -176,7 +175,7 @@ impl RamOut {
         loop {
             match tap.may_read() {
                 Err(error) => return Err(error.to_string()),
-                Ok(0) if self.stopped.load(Ordering::Relaxed) => return Err("the session ended".to_owned()),
+                Ok(0) if *self.closed.borrow() => return Err("the session ended".to_owned()),
                 Ok(0) => {
                     let waited = self.moved.wait_timeout(tap, Duration::from_secs(1));
                     tap = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -216,7 +215,10 @@ impl RamOut {
         // What was sent on the current uplink, by stream position.
         let mut sent = 0;
         let mut current: Option<Arc<Uplink>> = None;
-        loop {
+        let mut heard = self.heard.subscribe();
+        let mut read_all = false;
+        // The end of the stream is not the end of sending: what is on its way may be lost with its link.
+        while !(read_all && self.is_taken()) {
             let found = uplinks.borrow_and_update().clone();
             let same = current.as_ref().map(|up| up.attempt) == found.as_ref().map(|up| up.attempt);
             if !same {
@@ -232,16 +234,30 @@ impl RamOut {
                 }
             }
             tokio::select! {
-                part = parts.recv() => {
-                    let Some((part, urgent)) = part else { return };
+                part = parts.recv(), if !read_all => match part {
                     // What came while there was no link is in `retained`, and goes with the next one.
-                    if let Some(uplink) = &current && part.header.offset >= sent {
+                    Some((part, urgent)) => if let Some(uplink) = &current && part.header.offset >= sent {
                         let _ = self.send(uplink, &part, urgent).await;
-                    }
-                }
+                    },
+                    None => read_all = true,
+                },
                 changed = uplinks.changed() => if changed.is_err() { return },
+                _ = heard.changed(), if read_all => {}
+                () = self.closed() => return,
             }
         }
+    }
+
+    async fn closed(&self) {
+        let mut closed = self.closed.subscribe();
+        // The sender lives as long as this.
+        let _ = closed.wait_for(|closed| *closed).await;
+    }
+
+    /// Whether the target's QEMU was given all that was read.
+    fn is_taken(&self) -> bool {
+        let tap = self.tap();
+        tap.retained.acked() >= tap.retained.end()
     }
 
     /// Sends everything that the target's QEMU was not given yet on a new uplink. Gives the position behind it; `None` where that
@@ -330,7 +346,7 @@ impl RamOut {
 
     /// Closes our end: QEMU is freed from a write that blocks, and its migration fails if it was not over.
     pub(super) fn close(&self) {
-        self.stopped.store(true, Ordering::Relaxed);
+        self.closed.send_replace(true);
         // One that is closed already is as good.
         let _ = self.socket.shutdown(Shutdown::Both);
         self.moved.notify_all();

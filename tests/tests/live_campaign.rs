@@ -3,15 +3,19 @@
 //!
 //! `LONGHAUL_LIVE_SEED` and `LONGHAUL_LIVE_CASES` set which cases and how many, `LONGHAUL_LIVE_FIRST` where to go on: case
 //! n of a seed is always the same. `LONGHAUL_LIVE_SIZE=full` takes the guest of the standard run, over its link. Each case is
-//! printed as the words of one `lab live`. The default run is a short slice.
+//! printed as the words of one `lab live`. `LONGHAUL_LIVE_KEEP=1` keeps the lab of a case that did not keep the promise: logs, config
+//! files, disks. The default run is a short slice.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests fail like tests
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
 use longhaul_lab::live::args::LiveArgs;
 use longhaul_lab::live::run;
+use longhaul_lab::live::verdict::LiveReport;
+use longhaul_lab::move_disk::Moment;
 use longhaul_lab::namespace;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -129,13 +133,32 @@ fn draw(seed: u64, number: u64, size: Size) -> String {
     words
 }
 
-/// What is wrong with a case; `None` where it kept the promise.
+/// What is wrong with a case; `None` where it kept the promise. Its lab is kept where something is, if that is asked for.
 fn play(words: &str) -> (String, Option<String>) {
-    let args = Words::try_parse_from(words.split_whitespace()).unwrap().args;
-    let report = match run::run(&args, &mut |_| {}) {
-        Ok(report) => report,
+    let mut args = Words::try_parse_from(words.split_whitespace()).unwrap().args;
+    args.keep = std::env::var_os("LONGHAUL_LIVE_KEEP").is_some();
+    let mut kept = None;
+    let report = run::run(&args, &mut |moment| {
+        if let Moment::Step(step) = moment
+            && let Some(place) = step.strip_prefix("kept in ")
+        {
+            kept = Some(PathBuf::from(place));
+        }
+    });
+    let (story, mut wrong) = match report {
+        Ok(report) => judge(&report),
         Err(error) => return ("the lab did not work".to_owned(), Some(error.to_string())),
     };
+    match (&mut wrong, kept) {
+        (Some(wrong), Some(place)) => *wrong += &format!("; its lab is kept in {}", place.display()),
+        (None, Some(place)) => std::fs::remove_dir_all(place).unwrap(),
+        (_, None) => {}
+    }
+    (story, wrong)
+}
+
+/// The case in a line, and what is wrong with it.
+fn judge(report: &LiveReport) -> (String, Option<String>) {
     let ms = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.0}"));
     let story = format!(
         "{} {:.0} s, at the {}, blackout {}/{} ms, {} records",
@@ -148,7 +171,12 @@ fn play(words: &str) -> (String, Option<String>) {
     );
     let cause = report.report.cause.clone().unwrap_or_default();
     let wrong = match (report.safe, report.leftovers.first()) {
-        (false, _) => Some(format!("NOT SAFE: {cause}; {:?}", report.records)),
+        (false, _) => {
+            let job = report.report.job["cause"]
+                .as_str()
+                .unwrap_or("it has no complaint");
+            Some(format!("NOT SAFE: {cause}; the job: {job}; {:?}", report.records))
+        }
         (true, Some(left)) => Some(format!("left behind: {left}")),
         (true, None) => None,
     };

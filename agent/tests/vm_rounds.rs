@@ -4,14 +4,19 @@
 
 mod vm_qemu;
 
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use longhaul_agent::disk::ReadAt;
-use longhaul_agent::disk::image::LiveImage;
+use longhaul_agent::disk::image::nbd::{ConnectOptions, Connection, Headers};
+use longhaul_agent::disk::image::{LiveImage, READ_MAX};
 use longhaul_agent::vm::qmp::Qmp;
 use longhaul_agent::vm::rounds::{
-    GRANULARITY, Rounds, RoundsError, RoundsOptions, add_bitmaps, bitmaps, exports, find_since, since_name,
-    start_since, sweep,
+    GRANULARITY, RoundExport, Rounds, RoundsError, RoundsOptions, add_bitmaps, bitmaps, exports, find_since,
+    since_name, start_since, sweep,
 };
 use longhaul_common::extent::Extent;
 use longhaul_common::ids::{DiskIndex, JobId};
@@ -201,14 +206,63 @@ async fn the_vm_survives_a_reader_that_vanishes() {
             read.unwrap();
         }
         drop((rounds, qmp));
-        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
         let qmp = qemu.qmp().await;
         let status: Value = qmp.query("query-status").await.unwrap();
         assert_eq!(status["running"], true);
         sweep(&qmp, &options.socket, |_| false).await.unwrap();
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
         nothing_left(&qmp).await;
     }
+}
+
+/// Asks for `len` bytes on a connection, and is gone before the answer.
+fn ask_and_vanish(export: &RoundExport, socket: OwnedFd, len: u32) {
+    let mut wire = UnixStream::from(socket.try_clone().unwrap());
+    let options = ConnectOptions::default();
+    let connection = Connection::connect_on(socket, &export.socket, &export.export, &options).unwrap();
+    // A read with neither flags nor cookie, of the disk's beginning.
+    let mut request = Vec::new();
+    match connection.export().headers {
+        Headers::Extended => {
+            request.extend(0x21e4_1c71_u32.to_be_bytes());
+            request.extend([0; 20]);
+            request.extend(u64::from(len).to_be_bytes());
+        }
+        Headers::Simple | Headers::Structured => {
+            request.extend(0x2560_9513_u32.to_be_bytes());
+            request.extend([0; 20]);
+            request.extend(len.to_be_bytes());
+        }
+    }
+    wire.write_all(&request).unwrap();
+}
+
+/// An agent that dies is no reader any more, and QEMU, which holds the socket's other end, does not notice. It drains its disks before
+/// it changes bitmaps, and would wait for that answer for ever.
+#[tokio::test]
+async fn an_answer_that_nobody_reads_does_not_stop_the_vm() {
+    let qemu = Qemu::start();
+    let qmp = qemu.qmp().await;
+    let options = options(&qemu, &qmp).await;
+    let mut rounds = Rounds::start(&qmp, options.clone()).await.unwrap();
+    write(&qmp, "d0", 0x11, 0, 4 << 20).await;
+    let export = rounds.exports()[0].clone();
+    let sockets = rounds.sockets(4).await.unwrap();
+    let asked = tokio::task::spawn_blocking(move || {
+        for socket in sockets {
+            ask_and_vanish(&export, socket, READ_MAX as u32);
+        }
+    });
+    asked.await.unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let action =
+        json!({ "type": "block-dirty-bitmap-add", "data": { "node": options.nodes[0], "name": "after" } });
+    let changed = qmp.execute("transaction", json!({ "actions": [action] }));
+    let changed = tokio::time::timeout(Duration::from_secs(5), changed).await;
+    changed.expect("QEMU stands").unwrap();
+    rounds.finish().await.unwrap();
+    rounds.remove().await.unwrap();
 }
 
 #[tokio::test]

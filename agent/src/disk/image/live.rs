@@ -18,8 +18,15 @@ use super::nbd::{BASE_ALLOCATION, ConnectOptions, Connection, NbdError, Pool, ST
 use super::{Run, Runs, served};
 use crate::disk::ReadAt;
 
-/// How much is asked about at once.
-const STATUS_STEP: u64 = 1 << 30;
+/// How much is asked for at once. The answer must fit into QEMU's socket: to an agent that has died it is then written all the
+/// same, and its request over. QEMU drains its disks before it changes bitmaps or stops the VM, and stands for ever, the VM with
+/// it, while an answer waits for a reader: the socket's other end is held open by QEMU itself. Linux gives a socket 208 KiB.
+pub const READ_MAX: usize = 64 << 10;
+/// How much is asked about at once, so that the answer, 8 bytes for each run, is not larger either: of what is stored, where runs have
+/// 16 KiB on average;
+const STORED_STEP: u64 = READ_MAX as u64 / 8 * (16 << 10);
+/// and of what is dirty, where each run is one bit of our bitmaps.
+const DIRTY_STEP: u64 = READ_MAX as u64 / 8 * (64 << 10);
 
 /// A disk of a running VM, as one export shows it: always its current content.
 #[derive(Debug)]
@@ -94,7 +101,7 @@ impl LiveImage {
         self.check_range(range.offset(), range.len())?;
         let mut runs = Runs::new(range);
         while !runs.is_complete() {
-            let step = step(runs.end(), range.end());
+            let step = step(runs.end(), range.end(), STORED_STEP);
             if !self.has_allocation {
                 runs.push_until(step.end(), super::Allocation::Data);
                 continue;
@@ -122,7 +129,7 @@ impl LiveImage {
         let mut extents: Vec<Extent> = Vec::new();
         let mut at = range.offset();
         while at < range.end() {
-            let step = step(at, range.end());
+            let step = step(at, range.end(), DIRTY_STEP);
             let told = self.ask(context, step)?;
             for run in told.iter().filter(|run| run.flags & STATE_DIRTY != 0) {
                 push(&mut extents, run.extent);
@@ -132,14 +139,14 @@ impl LiveImage {
         Ok(extents)
     }
 
-    /// Calls `take` with the dirty extents of the whole disk, GiB by GiB, so that little of them is in memory at a time.
+    /// Calls `take` with the dirty extents of the whole disk, piece by piece, so that little of them is in memory at a time.
     ///
     /// # Errors
     /// As [`Self::dirty`].
     pub fn each_dirty(&self, mut take: impl FnMut(Vec<Extent>)) -> io::Result<()> {
         let mut at = 0;
         while at < self.size {
-            let step = step(at, self.size);
+            let step = step(at, self.size, DIRTY_STEP);
             let extents = self.dirty(step)?;
             if !extents.is_empty() {
                 take(extents);
@@ -191,7 +198,12 @@ impl ReadAt for LiveImage {
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         self.check_range(offset, buf.len() as u64)?;
-        self.with_connection(|connection| connection.read(buf, offset))
+        self.with_connection(|connection| {
+            let pieces = (offset..).step_by(READ_MAX).zip(buf.chunks_mut(READ_MAX));
+            pieces
+                .into_iter()
+                .try_for_each(|(at, piece)| connection.read(piece, at))
+        })
     }
 }
 
@@ -200,8 +212,8 @@ fn next(sockets: &mut Vec<OwnedFd>) -> Result<OwnedFd, NbdError> {
     sockets.pop().ok_or_else(none)
 }
 
-fn step(at: u64, end: u64) -> Extent {
-    Extent::between(at, at.saturating_add(STATUS_STEP).min(end))
+fn step(at: u64, end: u64, most: u64) -> Extent {
+    Extent::between(at, at.saturating_add(most).min(end))
 }
 
 fn push(extents: &mut Vec<Extent>, next: Extent) {

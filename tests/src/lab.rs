@@ -147,20 +147,21 @@ impl Lab {
 
     /// The address of a site's gateway on the link; without a link, both are this machine.
     pub fn address(&self, end: End) -> std::net::Ipv4Addr {
-        match (&self.sites, end) {
-            (None, _) => std::net::Ipv4Addr::LOCALHOST,
-            (Some(sites), End::Source) => sites.source.address,
-            (Some(sites), End::Target) => sites.target.address,
-        }
+        self.site(end)
+            .map_or(std::net::Ipv4Addr::LOCALHOST, |site| site.address)
+    }
+
+    fn site(&self, end: End) -> Option<&namespace::Site> {
+        let sites = self.sites.as_ref()?;
+        Some(match end {
+            End::Source => &sites.source,
+            End::Target => &sites.target,
+        })
     }
 
     /// A command that runs at a site.
     pub fn command(&self, end: End, program: &Path) -> Command {
-        let site = self.sites.as_ref().map(|sites| match end {
-            End::Source => &sites.source,
-            End::Target => &sites.target,
-        });
-        namespace::command(site.map(|site| site.namespace.as_str()), program)
+        namespace::command(self.site(end).map(|site| site.namespace.as_str()), program)
     }
 
     /// Runs `work` at a site: sockets that it opens stay there.
@@ -168,14 +169,10 @@ impl Lab {
     /// # Errors
     /// When the site's namespace is gone.
     pub fn inside<T: Send>(&self, end: End, work: impl FnOnce() -> T + Send) -> io::Result<T> {
-        let Some(sites) = &self.sites else {
-            return Ok(work());
-        };
-        let site = match end {
-            End::Source => &sites.source,
-            End::Target => &sites.target,
-        };
-        namespace::inside(&site.namespace, work)
+        match self.site(end) {
+            Some(site) => namespace::inside(&site.namespace, work),
+            None => Ok(work()),
+        }
     }
 
     /// Gives TCP at both sites what serves it best on a long link: BBR where the kernel has it, and buffers of

@@ -99,11 +99,16 @@ impl FreeMap {
         let Some(blocks) = extent.shrink_to(BLOCK).and_then(|blocks| self.within(&blocks)) else {
             return 0;
         };
-        let needed = blocks.end().div_ceil(CHUNK) as usize;
+        self.reach(blocks.end());
+        self.set(&blocks, true)
+    }
+
+    /// Has a chunk for each byte before `end`.
+    fn reach(&mut self, end: u64) {
+        let needed = end.div_ceil(CHUNK) as usize;
         if self.chunks.len() < needed {
             self.chunks.resize(needed, Chunk::Used);
         }
-        self.set(&blocks, true)
     }
 
     /// Takes back every block that `extent` touches.
@@ -132,9 +137,7 @@ impl FreeMap {
                 None => break,
                 Some(chunk) if piece.len() == CHUNK => {
                     free += chunk.free_bytes();
-                    if self.chunks.len() <= index {
-                        self.chunks.resize(index + 1, Chunk::Used);
-                    }
+                    self.reach(piece.end());
                     self.chunks[index] = chunk.clone();
                 }
                 // A run ends with the disk, perhaps within its last block.

@@ -199,10 +199,8 @@ impl ReadAt for LiveImage {
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         self.check_range(offset, buf.len() as u64)?;
         self.with_connection(|connection| {
-            let pieces = (offset..).step_by(READ_MAX).zip(buf.chunks_mut(READ_MAX));
-            pieces
-                .into_iter()
-                .try_for_each(|(at, piece)| connection.read(piece, at))
+            let mut pieces = (offset..).step_by(READ_MAX).zip(buf.chunks_mut(READ_MAX));
+            pieces.try_for_each(|(at, piece)| connection.read(piece, at))
         })
     }
 }

@@ -22,14 +22,11 @@ use tokio::sync::{Notify, OwnedSemaphorePermit};
 
 use super::knock;
 use super::outbox::{ConnectionId, Flow, Lane, Outbox, Ready, SentAgain, window};
+use super::rest::{Heard, Rest};
 use crate::metrics::SENT_AGAIN;
 use crate::reduction::{CHOOSE_EVERY, Kept, Ladder, Level, Pair, Seen, Windows};
 use crate::settings::PeerSection;
 
-/// So long a dead connection's payloads rest at least: what the peer sent before it died, if it did, has arrived by then.
-const REST: Duration = Duration::from_millis(250);
-/// And no longer than this.
-const REST_MAX: Duration = Duration::from_secs(5);
 /// The congestion window may have grown meanwhile: look again.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// A call that is not answered by then (plus some round trips) is made anew: after a cut, QUIC's own repetitions come ever later.
@@ -419,34 +416,20 @@ impl Peer {
         }
     }
 
-    /// Waits until another connection has heard from the peer: where the peer itself died, the others are dead as well and only do not
-    /// know it yet. What they would carry again would be sent in vain; the job's attempt ends meanwhile instead.
+    /// Packets received, by connection.
+    fn heard(&self) -> Heard {
+        let links = self.links();
+        let received = |(id, link): (&ConnectionId, &Link)| (*id, link.stats().received_packets);
+        links.live.iter().map(received).collect()
+    }
+
+    /// Waits before what a connection carried that died just now is sent again.
     async fn rest(&self) {
-        tokio::time::sleep(REST).await;
-        let heard = |links: &Links| -> BTreeMap<ConnectionId, u64> {
-            let received = |link: &Link| link.stats().received_packets;
-            links
-                .live
-                .iter()
-                .map(|(id, link)| (*id, received(link)))
-                .collect()
-        };
-        let before = heard(&self.links());
-        let alive = async {
-            loop {
-                tokio::time::sleep(LOOK_AGAIN).await;
-                // One that is new was answered by the peer just now.
-                let now = heard(&self.links());
-                if now
-                    .iter()
-                    .any(|(id, received)| before.get(id).is_none_or(|known| known < received))
-                {
-                    return;
-                }
-            }
-        };
-        // Where nothing is heard for so long, the payloads wait in the outbox for whoever comes.
-        let _ = tokio::time::timeout(REST_MAX, alive).await;
+        let began = Instant::now();
+        let mut rest = Rest::begin(self.heard());
+        while !rest.is_over(began.elapsed(), &self.heard()) {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
 
     /// Writes payloads on one connection until it fails; gives the reason.

@@ -75,3 +75,55 @@ fn sharing_leaves_and_takes_a_fair_part() {
         }
     }
 }
+
+/// Our part of what both get, where we begin beside one that was there before; in the first 20 s, and after them. `known`: the path's
+/// delay was seen while nobody was there.
+fn join(path: Path, mode: Mode, rival: fn() -> Box<dyn Rival>, known: bool) -> (f64, f64) {
+    let mut simulation = Simulation::new(path, mode, 4, 131_072, None);
+    for sender in 0..4 {
+        simulation.offer(sender, if known { 3000.0 } else { 0.0 });
+    }
+    simulation.run(1.0);
+    simulation.add_rival(rival());
+    simulation.run(14.0);
+    for sender in 0..4 {
+        simulation.offer(sender, f64::INFINITY);
+    }
+    let part = |simulation: &mut Simulation, seconds| {
+        let outcome = simulation.run(seconds);
+        outcome.goodput / (outcome.goodput + outcome.rivals[0])
+    };
+    let first = part(&mut simulation, 20.0);
+    (first, part(&mut simulation, 30.0))
+}
+
+#[test]
+fn a_newcomer_gets_its_part_too() {
+    let (mut sum, mut cases) = (0.0, 0.0);
+    for (mbit, ms) in [(50.0, 80.0), (60.0, 80.0), (100.0, 40.0)] {
+        for queue in [1.0, 1.25, 2.0] {
+            for (name, rival) in RIVALS {
+                for known in [true, false] {
+                    let (first, then) = join(path(mbit, ms, queue), Mode::Shared, rival, known);
+                    println!(
+                        "newcomer {mbit}/{ms}, queue {queue}, {name}, known {known}: {first:.3}, then {then:.3}"
+                    );
+                    // Beside such a BBR a newcomer that does as Cubic does gets a twentieth, as Cubic itself.
+                    let least = if name == "bbr" { 0.02 } else { 0.08 };
+                    assert!(
+                        (least..=0.85).contains(&then),
+                        "{mbit}/{ms}, queue {queue}, {name}: {then:.3}"
+                    );
+                    if name == "cubic" {
+                        sum += then;
+                        cases += 1.0;
+                    }
+                }
+            }
+        }
+    }
+    let mean = sum / cases;
+    println!("newcomer beside cubic, mean of {cases}: {mean:.3}");
+    // A second Cubic has 0.35 by then.
+    assert!((0.35..=0.6).contains(&mean), "{mean:.3}");
+}

@@ -23,7 +23,9 @@ const WARM: Duration = Duration::from_secs(4);
 const ALONE: Duration = Duration::from_secs(10);
 /// Of the job, until what it does is watched: it has found its rate, too.
 const BEGIN: Duration = Duration::from_secs(5);
-/// Of the job's progress, until when it is watched.
+/// How long both are watched; then the flow ends, for who yields to it would take for ever.
+const WATCHED: Duration = Duration::from_secs(30);
+/// Of the job's progress, until when it is watched at most.
 const END_PERCENT: f64 = 90.0;
 /// A packet of 1500 bytes of IP carries so many bytes of TCP's stream, with timestamps.
 const SEGMENT: (f64, f64) = (1448.0, 1500.0);
@@ -65,7 +67,8 @@ pub struct BesideReport {
 /// A running flow, and what was seen of it.
 pub struct Beside {
     congestion: Neighbour,
-    flow: Flow,
+    /// `None` once it has ended.
+    flow: Option<Flow>,
     alone_bit_per_s: f64,
     began: Option<Mark>,
     last: Option<Mark>,
@@ -95,7 +98,7 @@ impl Beside {
         let end = flow.mark(lab)?;
         Ok(Self {
             congestion,
-            flow,
+            flow: Some(flow),
             alone_bit_per_s: begin.rate(&end),
             began: None,
             last: None,
@@ -107,12 +110,19 @@ impl Beside {
     /// # Errors
     /// When the link does not say what it delivered.
     pub fn look(&mut self, lab: &mut Lab, since: Duration, percent: f64) -> io::Result<()> {
-        if since < BEGIN || percent >= END_PERCENT {
+        let Some(flow) = self
+            .flow
+            .as_ref()
+            .filter(|_| since >= BEGIN && percent < END_PERCENT)
+        else {
             return Ok(());
-        }
-        let mark = self.flow.mark(lab)?;
+        };
+        let mark = flow.mark(lab)?;
         self.began.get_or_insert(mark);
         self.last = Some(mark);
+        if since >= BEGIN + WATCHED {
+            self.flow = None;
+        }
         Ok(())
     }
 
@@ -235,7 +245,7 @@ mod tests {
         };
         Beside {
             congestion: Neighbour::Cubic,
-            flow,
+            flow: Some(flow),
             alone_bit_per_s: 96e6,
             began,
             last,

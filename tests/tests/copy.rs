@@ -1,5 +1,5 @@
-//! What the lab promises of rivals: a copy by another tool arrives whole and is counted, one that takes too long is given up
-//! and says so.
+//! What the lab promises of others: a copy by another tool arrives whole and is counted, one that takes too long is given up and
+//! says so, and a TCP flow beside a job is watched and ends.
 //!
 //! One tool stands for all: the others need packages that only the benchmark asks for.
 
@@ -11,6 +11,8 @@ use std::path::Path;
 
 use clap::Parser;
 use longhaul_lab::cold_rival::{CopyArgs, run};
+use longhaul_lab::move_disk::{self, MoveArgs};
+use longhaul_lab::namespace;
 use longhaul_lab::report::Report;
 
 #[derive(Debug, Parser)]
@@ -18,6 +20,13 @@ use longhaul_lab::report::Report;
 struct Words {
     #[command(flatten)]
     args: CopyArgs,
+}
+
+#[derive(Debug, Parser)]
+#[command(no_binary_name = true)]
+struct Beside {
+    #[command(flatten)]
+    args: MoveArgs,
 }
 
 /// 64 MiB with `used` MiB that no tool can shrink, and holes.
@@ -66,4 +75,34 @@ fn a_copy_that_takes_too_long_is_given_up() {
         );
         assert!((2.0..10.0).contains(&report.seconds));
     }
+}
+
+#[test]
+fn a_flow_beside_a_job_gets_what_the_mode_leaves() {
+    if let Some(cause) = namespace::missing_rights() {
+        return eprintln!("not tested here: {cause}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.raw");
+    disk(&image, 20);
+    let report = |mode: &str| {
+        let words = format!(
+            "--rate 8mbit --rtt 40ms --congestion {mode} --beside cubic --image {}",
+            image.display()
+        );
+        let args = Beside::try_parse_from(words.split_whitespace()).unwrap().args;
+        move_disk::run(&args, &mut |_| (), &mut |_| Ok(())).unwrap()
+    };
+    let reports = std::thread::scope(|scope| {
+        let both = ["shared", "background"].map(|mode| scope.spawn(move || report(mode)));
+        both.map(|one| one.join().unwrap())
+    });
+    for report in &reports {
+        assert!(report.ok && report.equal, "{:?}", report.cause);
+    }
+    let [shared, background] = reports.map(|report| report.beside.unwrap());
+    eprintln!("{shared:?}\n{background:?}");
+    // The rest of it is what `congestion_rivals` asserts, where no other program takes the CPU.
+    assert!(background.kept > 0.75, "{background:?}");
+    assert!(shared.share > 0.15 && shared.kept < background.kept, "{shared:?}");
 }

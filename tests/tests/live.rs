@@ -215,6 +215,19 @@ fn what_a_dead_gateway_held_of_the_last_memory_goes_again() {
     assert!(gap < 10_000.0, "the guest was silent for {gap} ms");
 }
 
+#[test]
+fn what_died_with_the_source_agent_is_not_waited_for() {
+    if no_link() {
+        return;
+    }
+    // It hands over while a cut link holds up the last of RAM, and dies with it.
+    let report = moved(
+        "--workload mixed --fs xfs --rate 300mbit --rtt 80ms --seed 108 --kill source-agent@pre-switchover+98ms --cut device+7ms/765ms",
+    );
+    let gap = report.blackout_heartbeat_ms.unwrap_or(f64::MAX);
+    assert!(gap < 10_000.0, "the guest was silent for {gap} ms");
+}
+
 /// There and back: what arrived is what was left, and most of the disk did not have to go.
 fn came_back(words: &str) -> BackReport {
     let report = play(words);

@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 use super::drive::Stop;
 use super::ram_out::{RamOut, RamView};
 use super::resolve::Told;
-use super::source::{End, LiveSource};
+use super::source::LiveSource;
 use super::word::{ToTarget, VmWords};
 use crate::session::threads::on_thread;
 use crate::vm::facts;
@@ -158,41 +158,6 @@ impl SourceVm {
 
     fn is_in_doubt(&self) -> bool {
         matches!(self.owner.state(), SourceState::HandedOver { .. })
-    }
-
-    /// Waits for the target's word after a crash of this agent.
-    pub(super) async fn await_answer(&mut self) -> End {
-        while self.is_in_doubt() {
-            tokio::select! {
-                word = self.words.recv() => match word {
-                    Some(told) => self.hear(told).await,
-                    None => break,
-                },
-                () = tokio::time::sleep(REMIND) => self.on(SourceEvent::Remind).await,
-            }
-        }
-        match self.owner.state() {
-            SourceState::Released { .. } => {
-                self.close_released().await;
-                let mut outcome = super::drive::blank(self.s.disks.len());
-                outcome.generation = self.owner.generation().0;
-                outcome.notes.push(
-                    "the source agent was restarted during the handover: its figures are lost".to_owned(),
-                );
-                Ok(Box::new(outcome))
-            }
-            _ => {
-                self.settle().await;
-                if let Some(refusal) = self.resolved() {
-                    return Err(refusal);
-                }
-                let text = format!(
-                    "the VM was not moved: {}; the job can be run again",
-                    self.owner.words()
-                );
-                Err(Refusal::new(RefusalKind::Lost, text))
-            }
-        }
     }
 
     /// Starts QEMU's migration.

@@ -19,6 +19,8 @@ pub struct Limits {
     pub device: Duration,
     /// Handed over without an answer: then it is called back.
     pub answer: Duration,
+    /// The same where the source's agent was restarted since: what the target still lacks died with it and will never come.
+    pub answer_again: Duration,
     /// Between two tries of a command that QEMU did not obey.
     pub settle: Duration,
     /// The target's QEMU has all of its stream, or COMMIT came, and it is not ready.
@@ -32,6 +34,7 @@ impl Default for Limits {
             pre_switchover: Duration::from_secs(10),
             device: Duration::from_secs(10),
             answer: Duration::from_secs(30),
+            answer_again: Duration::from_secs(1),
             settle: Duration::from_secs(1),
             load: Duration::from_secs(30),
         }
@@ -124,6 +127,22 @@ impl SourceOwner {
             SourceState::Fresh | SourceState::HandedOver { .. } => None,
             _ if self.is_closed() => None,
             _ => overdue(Wait::Qemu, in_state, limits.settle, SourceEvent::Remind),
+        }
+    }
+}
+
+impl SourceOwner {
+    /// Whether a target that says nothing has to be called back by a source whose agent was restarted after it had handed over.
+    /// `reached`: since COMMIT could be said again.
+    pub fn overdue_again(&self, reached: Duration, limits: &Limits) -> Option<Overdue<SourceEvent>> {
+        match self.state() {
+            SourceState::HandedOver { recalled: None, .. } => overdue(
+                Wait::Answer,
+                reached,
+                limits.answer_again,
+                SourceEvent::Stop(Reason::Restarted),
+            ),
+            _ => None,
         }
     }
 }

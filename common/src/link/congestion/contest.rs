@@ -10,25 +10,53 @@ use super::epoch::{Mode, Verdict};
 /// `shared` contends for a queue that did not yield for so long, and asks so often whether anybody is still there.
 const CROWDED: Duration = Duration::from_millis(500);
 const CHECK: Duration = Duration::from_secs(5);
+/// Part of a fair part below which somebody else must be there.
+const SQUEEZED: f64 = 0.8;
+/// So long nobody may have been there until what arrives counts as all that the path carries.
+const CALM: Duration = Duration::from_secs(3);
 /// Least and most part of the whole that `shared` takes in a contest.
 const FAIR: (f64, f64) = (0.50, 0.58);
 
+/// What a path showed of others.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Others {
+    /// Since when the queue has been longer than we would let it be.
+    crowded_since: Option<Instant>,
+    /// Since when it has not been.
+    calm_since: Option<Instant>,
+    /// Most bytes/s that arrived over a longer time while the path was ours.
+    most_rate: Option<f64>,
+    /// Bytes/s that arrived before the last check of a contest.
+    contested: f64,
+}
+
 impl Control {
-    pub(super) fn learn_most(&mut self, rate: f64) {
-        if self.rivalry.window().is_none() || rate > self.most_rate {
-            self.most_rate = rate.max(0.998 * self.most_rate);
-        } else if self.loss() > LOSS_GUARD {
-            // The path carries less than it did.
-            self.most_rate *= 0.998;
-        }
+    /// Takes in what arrived per second. The whole is known once the path was filled for a while without anybody else's queue.
+    pub(super) fn learn_most(&mut self, now: Instant, rate: f64) {
+        let lossy = self.loss() > LOSS_GUARD;
+        let contends = self.rivalry.window().is_some();
+        let others = &mut self.others;
+        let for_long = |since: Instant| now.saturating_duration_since(since) >= CALM;
+        others.most_rate = match others.most_rate {
+            Some(most) if contends && rate <= most => Some(if lossy { 0.998 * most } else { most }),
+            Some(most) if contends || others.calm_since.is_some_and(for_long) => Some(rate.max(0.998 * most)),
+            None if !contends && others.calm_since.is_some_and(for_long) => Some(rate),
+            as_before => as_before,
+        };
     }
 
     /// Cubic's window, kept to a fair part of what the path was seen to carry: a rival that minds no loss would get all otherwise, and one
-    /// that minds each would get little.
+    /// that minds each would get little. Who never was alone does not know the whole, and does as Cubic does.
     pub(super) fn contest_window(&self) -> Option<f64> {
         let window = self.rivalry.window()?;
-        let whole = self.most_rate * self.residence;
-        Some(window.clamp(FAIR.0 * whole, FAIR.1 * whole))
+        let part = self.fair_part();
+        Some(part.map_or(window, |(least, most)| window.clamp(least, most)))
+    }
+
+    /// Bytes in flight that are a fair part, least and most.
+    pub(super) fn fair_part(&self) -> Option<(f64, f64)> {
+        let whole = self.others.most_rate? * self.residence;
+        Some((FAIR.0 * whole, FAIR.1 * whole))
     }
 
     /// In the background a loss beside a queue is somebody else's need.
@@ -42,7 +70,7 @@ impl Control {
     }
 
     /// `shared` takes part in a contest for the queue after it has tried to yield for a while.
-    pub(super) fn contend(&mut self, now: Instant, trough: f64) -> Option<Verdict> {
+    pub(super) fn contend(&mut self, now: Instant, trough: f64, limited: bool) -> Option<Verdict> {
         if self.config.mode != Mode::Shared {
             return None;
         }
@@ -51,21 +79,34 @@ impl Control {
             if !self.rivalry.is_check_due(now, every) {
                 return Some(Verdict::Stay);
             }
+            self.others.contested = self.rate;
             self.phase = Phase::Dip { deep: true };
             return Some(Verdict::Listen);
         }
-        if trough <= 1.5 * self.target() {
-            self.crowded_since = None;
+        if trough <= 1.5 * self.target() && !(limited && self.is_squeezed(trough)) {
+            self.others.crowded_since = None;
+            self.others.calm_since.get_or_insert(now);
             return None;
         }
-        let since = *self.crowded_since.get_or_insert(now);
+        self.others.calm_since = None;
+        let since = *self.others.crowded_since.get_or_insert(now);
         let patience = CROWDED.max(Duration::from_secs_f64(5.0 * self.base.min(2.0)));
         if now.saturating_duration_since(since) < patience {
             return None;
         }
-        self.crowded_since = None;
+        self.others.crowded_since = None;
+        self.others.calm_since = None;
         self.rivalry
             .begin(now, self.window.max(10.0 * self.config.packet as f64));
         Some(Verdict::Stay)
+    }
+
+    /// Whether others took so much that less than a fair part is left: their queue may be short, because we make room for it.
+    fn is_squeezed(&self, trough: f64) -> bool {
+        let fair = self
+            .others
+            .most_rate
+            .map_or(self.others.contested, |whole| FAIR.0 * whole);
+        trough > 0.5 * self.target() && self.rate < SQUEEZED * fair
     }
 }

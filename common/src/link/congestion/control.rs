@@ -18,6 +18,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use super::contest::Others;
 use super::epoch::{Acks, ControlConfig, Epoch, Mode, Verdict};
 use super::rivalry::Rivalry;
 
@@ -77,8 +78,6 @@ pub struct Control {
     pub(super) troughs: VecDeque<(Instant, f64)>,
     pub(super) empty_epochs: usize,
     pub(super) latest_queue: f64,
-    /// Since when the queue has been longer than we would let it be.
-    pub(super) crowded_since: Option<Instant>,
     /// Samples in a row that showed a queue, while searching.
     pub(super) queued: u32,
     /// When a sample last came near the base.
@@ -91,8 +90,8 @@ pub struct Control {
     pub(super) loss_rest_until: Option<Instant>,
     /// Losses of packets sent before were answered already.
     pub(super) answered: Option<Instant>,
-    /// Most bytes/s that arrived over a longer time while the path was ours.
-    pub(super) most_rate: f64,
+    /// What was seen of them.
+    pub(super) others: Others,
     pub(super) cap: Option<f64>,
     /// What the window of the cap must be multiplied with for the rate to come out right.
     pub(super) trim: f64,
@@ -114,7 +113,6 @@ impl Control {
             troughs: VecDeque::new(),
             empty_epochs: 0,
             latest_queue: 0.0,
-            crowded_since: None,
             queued: 0,
             touched: None,
             back_off: None,
@@ -123,7 +121,7 @@ impl Control {
             total: 0.0,
             loss_rest_until: None,
             answered: None,
-            most_rate: 0.0,
+            others: Others::default(),
             cap: None,
             trim: 1.0,
             metered: (now, 0.0),
@@ -221,6 +219,9 @@ impl Control {
         let packet = self.config.packet as f64;
         self.rivalry
             .on_acks(now, acks.bytes, acks.queue, acks.base, packet);
+        if let Some((_, most)) = self.fair_part() {
+            self.rivalry.keep_within(most);
+        }
         self.latest_queue = acks.queue;
         self.meter(now, acks);
         self.total += acks.bytes as f64;
@@ -276,7 +277,7 @@ impl Control {
         }
         let rate = self.metered.1 / span.as_secs_f64();
         self.metered = (now, 0.0);
-        self.learn_most(rate);
+        self.learn_most(now, rate);
         let (Some(cap), Some(most)) = (self.cap, self.cap_window()) else {
             return;
         };
@@ -397,13 +398,13 @@ impl Control {
             .troughs
             .iter()
             .fold(f64::INFINITY, |least, (_, queue)| least.min(*queue));
-        if let Some(verdict) = self.contend(now, trough) {
+        let limited = epoch.limited > 0.5 * epoch.acked;
+        if let Some(verdict) = self.contend(now, trough, limited) {
             return verdict;
         }
         if self.is_lossy(now) {
             return Verdict::Stay;
         }
-        let limited = epoch.limited > 0.5 * epoch.acked;
         if trough > target {
             self.empty_epochs = 0;
             self.shrink(epoch, trough, target);

@@ -22,6 +22,8 @@ pub(crate) struct Rivalry {
 struct State {
     window: f64,
     most: f64,
+    /// Doubling per round trip until something is lost, as a TCP connection begins.
+    searching: bool,
     /// Since the last loss.
     since: Instant,
     /// Seconds until `most` is reached again.
@@ -40,6 +42,7 @@ impl Rivalry {
         self.state = Some(State {
             window,
             most: window,
+            searching: true,
             since: now,
             k: 0.0,
             reno: window,
@@ -86,6 +89,10 @@ impl Rivalry {
         let Some(state) = &mut self.state else { return };
         state.queue = queue;
         state.queue_most = state.queue_most.max(queue);
+        if state.searching {
+            state.window += bytes as f64;
+            return;
+        }
         let time = now.saturating_duration_since(state.since).as_secs_f64() + base;
         let cubic = GROWTH * (time - state.k).powi(3) * packet + state.most;
         let part = bytes as f64 / state.window.max(packet);
@@ -94,12 +101,21 @@ impl Rivalry {
         state.window += (wanted - state.window).max(0.0) * part.min(1.0);
     }
 
+    /// What is kept from being used must not grow.
+    pub(crate) fn keep_within(&mut self, most: f64) {
+        if let Some(state) = self.state.as_mut().filter(|state| state.window > most) {
+            state.window = most;
+            state.searching = false;
+        }
+    }
+
     /// Something sent at `sent` was lost.
     pub(crate) fn on_lost(&mut self, now: Instant, sent: Instant, packet: f64) {
         let Some(state) = &mut self.state else { return };
         if sent < state.answered || state.queue < LONG_QUEUE * state.queue_most {
             return;
         }
+        state.searching = false;
         // Who lost before regaining the last height leaves room for the newcomer.
         state.most = if state.window < state.most {
             state.window * (1.0 + LEFT) / 2.0

@@ -13,10 +13,10 @@ use tokio::sync::watch;
 
 use super::{CANCEL_LIMIT, LOOK, REMIND, SourceVm};
 use crate::session::live::copy::Batch;
-use crate::session::live::drive::Stop;
+use crate::session::live::drive::{self, Stop};
 use crate::session::live::hooks;
 use crate::session::live::ram_out::RamOut;
-use crate::session::live::source::Heard;
+use crate::session::live::source::{End, Heard};
 use crate::session::live::uplink::Uplink;
 use crate::session::live::word::ToTarget;
 use crate::vm::handover::{DiskRound, Facts, Reason, SourceEvent, SourceQemu, SourceState, Stream};
@@ -210,6 +210,53 @@ impl SourceVm {
                         send_again(uplink, last, round).await;
                     }
                 });
+            }
+        }
+    }
+
+    /// Waits for the target's word after a crash of this agent, which took with it what the target may not have yet.
+    pub(in crate::session::live) async fn await_answer(&mut self) -> End {
+        let mut uplinks = self.s.uplink.subscribe();
+        let mut reached = None;
+        while self.is_in_doubt() {
+            if uplinks.borrow_and_update().is_some() {
+                reached.get_or_insert_with(Instant::now);
+            }
+            let waited = reached.map_or(Duration::ZERO, |since| since.elapsed());
+            if let Some(overdue) = self.owner.overdue_again(waited, &self.limits) {
+                tracing::warn!(job = %self.s.job, "{overdue}; the target is asked to give the VM up");
+                self.on(overdue.event).await;
+                continue;
+            }
+            tokio::select! {
+                _ = uplinks.changed() => {}
+                word = self.words.recv() => match word {
+                    Some(told) => self.hear(told).await,
+                    None => break,
+                },
+                () = tokio::time::sleep(REMIND) => self.on(SourceEvent::Remind).await,
+            }
+        }
+        match self.owner.state() {
+            SourceState::Released { .. } => {
+                self.close_released().await;
+                let mut outcome = drive::blank(self.s.disks.len());
+                outcome.generation = self.owner.generation().0;
+                outcome.notes.push(
+                    "the source agent was restarted during the handover: its figures are lost".to_owned(),
+                );
+                Ok(Box::new(outcome))
+            }
+            _ => {
+                self.settle().await;
+                if let Some(refusal) = self.resolved() {
+                    return Err(refusal);
+                }
+                let text = format!(
+                    "the VM was not moved: {}; the job can be run again",
+                    self.owner.words()
+                );
+                Err(Refusal::new(RefusalKind::Lost, text))
             }
         }
     }

@@ -115,6 +115,7 @@ fn job_of(args: &DemoArgs, link: LinkSpec) -> LiveArgs {
         before: seconds(4),
         after: seconds(3),
         connections: None,
+        compare_memory: false,
         back: false,
         forget_changes: false,
         ideas: Ideas::default(),

@@ -90,8 +90,12 @@ impl Booted {
     }
 }
 
+/// What QEMU runs the lab's guests with: `LONGHAUL_ACCEL`, or software emulation.
+pub fn accelerator() -> String {
+    std::env::var("LONGHAUL_ACCEL").unwrap_or_else(|_| "tcg".to_owned())
+}
+
 fn command(disk: &Path, format: &str, root: &str, kernel: &Kernel) -> Command {
-    let accelerator = std::env::var("LONGHAUL_ACCEL").unwrap_or_else(|_| "tcg".to_owned());
     // A comma separates QEMU's options; doubled, it is part of the file's name.
     let file = disk.display().to_string().replace(',', ",,");
     let mut command = Command::new("qemu-system-x86_64");
@@ -102,7 +106,7 @@ fn command(disk: &Path, format: &str, root: &str, kernel: &Kernel) -> Command {
             "-machine",
             "q35",
             "-accel",
-            &accelerator,
+            &accelerator(),
             "-cpu",
             "max",
             "-m",

@@ -107,6 +107,9 @@ pub struct LiveArgs {
     /// QUIC connections between the gateways
     #[arg(long)]
     pub connections: Option<u32>,
+    /// Hold the handover until the memory of both QEMUs was compared, page by page: the pause says nothing then
+    #[arg(long, conflicts_with = "by")]
+    pub compare_memory: bool,
     /// After the move, move the guest back through the same programs, and compare the disks
     #[arg(long, conflicts_with = "by")]
     pub back: bool,

@@ -7,6 +7,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use crate::guest::boot::accelerator;
 use crate::guest::workload::{Workload, command_line};
 use crate::guest::{Fs, Kernel};
 
@@ -177,12 +178,10 @@ impl Machine {
     }
 
     fn base(&self) -> Vec<String> {
-        let accelerator = std::env::var("LONGHAUL_ACCEL").unwrap_or_else(|_| "tcg".to_owned());
-        let accelerator = if accelerator == "tcg" {
-            "tcg,thread=multi".to_owned()
-        } else {
-            accelerator
-        };
+        let mut accelerator = accelerator();
+        if accelerator == "tcg" {
+            accelerator += ",thread=multi";
+        }
         let chardev = |id: &str, path: &str| format!("socket,id={id},path={}", quoted(path));
         let pairs = [
             ("-name", self.name.clone()),

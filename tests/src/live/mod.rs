@@ -14,6 +14,7 @@ pub mod faults;
 pub mod hearing;
 pub mod leftovers;
 pub mod machine;
+pub mod memory;
 pub mod monitor;
 pub mod page;
 pub mod pause;

@@ -188,6 +188,13 @@ fn proof(page: &mut String, live: &LiveReport) {
     let _ = writeln!(page, "  the guest is run by       {}", live.owner);
     let memory = live.guest_memory.as_deref().unwrap_or("nobody could be asked");
     let _ = writeln!(page, "  its memory                {memory}");
+    if let Some(both) = &live.memory_compared {
+        let (mib, pages) = (both.bytes >> 20, both.differing_pages);
+        let _ = writeln!(
+            page,
+            "  compared at the handover  {mib} MiB of it, {pages} pages differ"
+        );
+    }
     let records = &live.records;
     let _ = writeln!(
         page,

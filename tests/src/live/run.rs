@@ -20,6 +20,7 @@ use serde_json::Value;
 use super::args::{By, LiveArgs};
 use super::faults::{Cut, Fault, Faults, Kill, Phases, SOURCE_QEMU, TARGET_QEMU};
 use super::leftovers::QemuSettings;
+use super::memory::Comparison;
 use super::rival::Rival;
 use super::stage::Stage;
 use super::verdict::LiveReport;
@@ -121,9 +122,11 @@ impl Run<'_> {
         self.clock = unix_now();
         let (link_began, delivered) = (self.link_stats()?, self.stage.lab.delivered()?);
         watch(Moment::Step("migrating".to_owned()));
+        let comparison = self.args.compare_memory.then(|| self.compare_memory());
         if let Err(error) = self.migrate(programs, watch) {
             self.report.report.cause = Some(error.to_string());
         }
+        self.report.memory_compared = comparison.map(Comparison::end).transpose()?.flatten();
         let ended = self.stage.consoles.now();
         self.report.report.seconds = (ended - began).as_secs_f64();
         let both = delivered.zip(self.stage.lab.delivered()?);
@@ -237,6 +240,12 @@ impl Run<'_> {
             }
         });
         Ok((lines, Mover::Operator(operator)))
+    }
+
+    fn compare_memory(&self) -> Comparison {
+        let [source, target] = [End::Source, End::Target].map(|end| self.stage.monitor(end).clone());
+        let bytes = self.stage.machine.ram_kib() << 10;
+        Comparison::begin(self.stage.lab.directory(), source, target, bytes)
     }
 
     fn rival(&self) -> Receiver<String> {

@@ -58,6 +58,16 @@ pub fn extend(directory: &Path, template: &Machine, home: Option<&Machine>) -> i
     Ok(())
 }
 
+/// Adds words at the end of an agent's file.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn add(directory: &Path, end: End, words: &str) -> io::Result<()> {
+    let file = directory.join(format!("{}-agent.toml", end.name()));
+    let text = fs::read_to_string(&file)?;
+    fs::write(file, text + words)
+}
+
 /// Writes the job file.
 ///
 /// # Errors

@@ -15,7 +15,7 @@ use super::console::Consoles;
 use super::machine::{Disk, Machine};
 use super::monitor::Monitor;
 use super::vm::Vm;
-use super::{rival, settings, template};
+use super::{memory, rival, settings, template};
 use crate::guest::workload::{Program, with_program, workload_kernel};
 use crate::guest::{self, Fs, Kind};
 use crate::lab::{End, Lab};
@@ -82,6 +82,9 @@ impl Stage {
             // The way back starts a QEMU where the guest came from.
             let home = machine.template(&consoles.socket(End::Source), monitors[0].socket());
             settings::extend(&directory, &template, args.back.then_some(&home))?;
+            if args.compare_memory {
+                settings::add(&directory, End::Target, &memory::hook(&directory)?)?;
+            }
             settings::write_job(&directory, &machine, args)?;
         }
         say("starting the guest at the source".to_owned());

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::back::BackReport;
 use super::check::Records;
+use super::memory::Compared;
 use crate::report::Report;
 
 /// Everything a run gave. Times in milliseconds unless the name says otherwise.
@@ -57,6 +58,8 @@ pub struct LiveReport {
     pub records: Records,
     /// What the guest said of its memory: "ok N" or "bad WHY".
     pub guest_memory: Option<String>,
+    /// Both sides' memory at the handover, where it was to be compared.
+    pub memory_compared: Option<Compared>,
     /// Time in each phase, as the job reports it, else as the lab saw it.
     pub phases_ms: BTreeMap<String, f64>,
     /// Bytes of IP that the emulated link delivered during the job: towards the target, and back.
@@ -107,7 +110,11 @@ impl LiveReport {
         let memory = self
             .guest_memory
             .as_ref()
-            .is_some_and(|said| said.starts_with("ok"));
+            .is_some_and(|said| said.starts_with("ok"))
+            && self
+                .memory_compared
+                .as_ref()
+                .is_none_or(|both| both.differing_pages == 0);
         self.safe = one && memory && self.records.is_good();
         let report = &mut self.report;
         if report.wan_bytes == 0 {

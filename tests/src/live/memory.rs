@@ -75,13 +75,11 @@ impl Comparison {
         let thread = std::thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
                 std::thread::sleep(LOOK);
-                let stand = target.run_state().as_deref() == Some("paused")
-                    && source.run_state().as_deref() == Some("postmigrate");
-                if !stand {
+                if !both_stand(&source, &target) {
                     continue;
                 }
-                let seen = compare(&directory, &source, &target, bytes);
-                *result.lock().unwrap_or_else(PoisonError::into_inner) = Some(seen);
+                let seen = compare(&directory, &source, &target, bytes).transpose();
+                *result.lock().unwrap_or_else(PoisonError::into_inner) = seen;
                 // Without it the hook goes on by itself.
                 let _ = File::create(compared(&directory));
                 return;
@@ -94,7 +92,7 @@ impl Comparison {
         }
     }
 
-    /// What was found; `None` where both never stood.
+    /// What was found; `None` where both never stood, or not for long enough.
     ///
     /// # Errors
     /// When a QEMU did not give its memory.
@@ -111,17 +109,27 @@ impl Comparison {
     }
 }
 
-fn compare(directory: &Path, source: &Monitor, target: &Monitor, bytes: u64) -> io::Result<Compared> {
+fn compare(directory: &Path, source: &Monitor, target: &Monitor, bytes: u64) -> io::Result<Option<Compared>> {
     let files = ["memory.source", "memory.target"].map(|name| directory.join(name));
     for (monitor, file) in [source, target].into_iter().zip(&files) {
         let words = json!({"val": 0, "size": bytes, "filename": file});
         monitor.execute("pmemsave", words)?;
     }
+    if !both_stand(source, target) {
+        // The hook's time was over before the last page was read.
+        files.iter().try_for_each(fs::remove_file)?;
+        return Ok(None);
+    }
     let found = differences(File::open(&files[0])?, File::open(&files[1])?)?;
     if found.differing_pages == 0 {
         files.iter().try_for_each(fs::remove_file)?;
     }
-    Ok(found)
+    Ok(Some(found))
+}
+
+/// The source's QEMU has sent all, the target's holds all and has not run yet.
+fn both_stand(source: &Monitor, target: &Monitor) -> bool {
+    target.run_state().as_deref() == Some("paused") && source.run_state().as_deref() == Some("postmigrate")
 }
 
 /// Compares page by page what two readers hold.

@@ -131,10 +131,11 @@ fn draw(seed: u64, number: u64, size: Size) -> String {
             words += &format!(" --kill source-agent@freeze+{}ms", rng.random_range(0..150));
         }
     }
-    // Holding the handover would move the moments at which others are struck.
-    if ![" --kill", " --cut", " --cancel"]
-        .iter()
-        .any(|fault| words.contains(fault))
+    // Holding the handover would move the moments at which others are struck; a hook has no time for more memory.
+    if size == Size::Small
+        && ![" --kill", " --cut", " --cancel"]
+            .iter()
+            .any(|fault| words.contains(fault))
     {
         words += " --compare-memory";
     }

@@ -37,14 +37,14 @@ pub struct Compared {
     pub addresses: Vec<u64>,
 }
 
-/// The words in the target agent's file that hold each handover until both were compared, for at most 4 s.
+/// The words in the target agent's file that hold each handover until both were compared, for some 3 s at most: a hook has 5 s.
 ///
 /// # Errors
 /// When the hook cannot be written.
 pub fn hook(directory: &Path) -> io::Result<String> {
     let (program, compared) = (directory.join("hold-handover"), compared(directory));
     let text = format!(
-        "#!/bin/sh\nn=0\nwhile [ ! -e '{0}' ] && [ $n -lt 200 ]; do sleep 0.02; n=$((n + 1)); done\nrm -f '{0}'\n",
+        "#!/bin/sh\nn=0\nwhile [ ! -e '{0}' ] && [ $n -lt 120 ]; do sleep 0.02; n=$((n + 1)); done\nrm -f '{0}'\n",
         compared.display()
     );
     fs::write(&program, text)?;

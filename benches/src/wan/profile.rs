@@ -59,9 +59,10 @@ pub const PROFILES: [Profile; 7] = [
     },
     Profile {
         name: "20-200",
-        title: "20 Mbit/s, 200 ms, 1 % loss",
+        title: "20 Mbit/s, 200 ms, 1 % loss (500 ms of pause allowed)",
         words: &["--rate=20mbit", "--rtt=200ms", "--loss=1%"],
-        live: &[],
+        // The usual 300 ms hold one round trip and a stop with nothing to spare.
+        live: &["--blackout=500ms"],
         rate: Some(20),
     },
     Profile {

@@ -103,6 +103,6 @@ fn a_flow_beside_a_job_gets_what_the_mode_leaves() {
     let [shared, background] = reports.map(|report| report.beside.unwrap());
     eprintln!("{shared:?}\n{background:?}");
     // The rest of it is what `congestion_rivals` asserts, where no other program takes the CPU.
-    assert!(background.kept > 0.75, "{background:?}");
+    assert!(background.kept > 0.6, "{background:?}");
     assert!(shared.share > 0.15 && shared.kept < background.kept, "{shared:?}");
 }

@@ -127,3 +127,20 @@ fn a_newcomer_gets_its_part_too() {
     // A second Cubic has 0.35 by then.
     assert!((0.35..=0.6).contains(&mean), "{mean:.3}");
 }
+
+#[test]
+fn a_path_that_shrinks_is_no_rival() {
+    for (mbit, ms) in [(100.0, 40.0), (50.0, 80.0)] {
+        for part in [0.7, 0.5, 0.3] {
+            let mut simulation = Simulation::new(path(mbit, ms, 1.0), Mode::Shared, 4, 131_072, None);
+            simulation.run(8.0);
+            simulation.reshape(path(mbit * part, ms, 1.0));
+            simulation.run(6.0);
+            let outcome = simulation.run(20.0);
+            let used = outcome.goodput / path(mbit * part, ms, 1.0).payload_rate();
+            println!("shrinks {mbit}/{ms} to {part}: {used:.3}, {outcome:?}");
+            let calm = outcome.queue_mean < 0.02 && outcome.lost_part < 0.01;
+            assert!(used > 0.95 && calm, "{mbit}/{ms} to {part}: {outcome:?}");
+        }
+    }
+}

@@ -10,6 +10,10 @@ use super::epoch::{Mode, Verdict};
 /// `shared` contends for a queue that did not yield for so long, and asks so often whether anybody is still there.
 const CROWDED: Duration = Duration::from_millis(500);
 const CHECK: Duration = Duration::from_secs(5);
+/// A rate is falling that lost so much of itself in each of so many intervals.
+const FALL: Duration = Duration::from_secs(1);
+const FALLEN: f64 = 0.95;
+const FALLS: u32 = 2;
 /// Part of a fair part below which somebody else must be there.
 const SQUEEZED: f64 = 0.8;
 /// So long nobody may have been there until what arrives counts as all that the path carries.
@@ -28,17 +32,44 @@ pub(super) struct Others {
     most_rate: Option<f64>,
     /// Bytes/s that arrived before the last check of a contest.
     contested: f64,
+    fall: Fall,
+}
+
+/// Whether what arrives becomes less and less.
+#[derive(Clone, Copy, Debug, Default)]
+struct Fall {
+    /// The interval that is being counted, and its bytes.
+    since: Option<Instant>,
+    bytes: f64,
+    /// Bytes/s of the one before.
+    before: f64,
+    /// Intervals in a row that brought less than the one before.
+    falls: u32,
+}
+
+impl Fall {
+    fn count(&mut self, now: Instant, bytes: f64) {
+        self.bytes += bytes;
+        let span = now.saturating_duration_since(*self.since.get_or_insert(now));
+        if span >= FALL {
+            let rate = self.bytes / span.as_secs_f64();
+            let fallen = rate < FALLEN * self.before;
+            self.falls = if fallen { self.falls + 1 } else { 0 };
+            (self.since, self.bytes, self.before) = (Some(now), 0.0, rate);
+        }
+    }
 }
 
 impl Control {
     /// Takes in what arrived per second. The whole is known once the path was filled for a while without anybody else's queue.
     pub(super) fn learn_most(&mut self, now: Instant, rate: f64) {
-        let lossy = self.loss() > LOSS_GUARD;
+        // The path carries less than it did.
+        let left = if self.loss() > LOSS_GUARD { 0.998 } else { 1.0 };
         let contends = self.rivalry.window().is_some();
         let others = &mut self.others;
         let for_long = |since: Instant| now.saturating_duration_since(since) >= CALM;
         others.most_rate = match others.most_rate {
-            Some(most) if contends && rate <= most => Some(if lossy { 0.998 * most } else { most }),
+            Some(most) if contends && rate <= most => Some(left * most),
             Some(most) if contends || others.calm_since.is_some_and(for_long) => Some(rate.max(0.998 * most)),
             None if !contends && others.calm_since.is_some_and(for_long) => Some(rate),
             as_before => as_before,
@@ -80,6 +111,7 @@ impl Control {
                 return Some(Verdict::Stay);
             }
             self.others.contested = self.rate;
+            self.others.fall = Fall::default();
             self.phase = Phase::Dip { deep: true };
             return Some(Verdict::Listen);
         }
@@ -101,12 +133,18 @@ impl Control {
         Some(Verdict::Stay)
     }
 
-    /// Whether others took so much that less than a fair part is left: their queue may be short, because we make room for it.
+    /// `bytes` arrived.
+    pub(super) fn count_arrived(&mut self, now: Instant, bytes: u64) {
+        self.others.fall.count(now, bytes as f64);
+    }
+
+    /// Whether others took so much that less than a fair part is left: their queue may be short, because we make room for it. A path
+    /// that shrinks does so at once; others that grow take their time.
     fn is_squeezed(&self, trough: f64) -> bool {
         let fair = self
             .others
             .most_rate
             .map_or(self.others.contested, |whole| FAIR.0 * whole);
-        trough > 0.5 * self.target() && self.rate < SQUEEZED * fair
+        self.others.fall.falls >= FALLS && trough > 0.5 * self.target() && self.rate < SQUEEZED * fair
     }
 }

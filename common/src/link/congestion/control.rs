@@ -224,6 +224,7 @@ impl Control {
         }
         self.latest_queue = acks.queue;
         self.meter(now, acks);
+        self.count_arrived(now, acks.bytes);
         self.total += acks.bytes as f64;
         if acks.sent < self.epoch.started {
             return Verdict::Stay;

@@ -73,17 +73,11 @@ impl Site {
 
     fn hook_agents(&mut self, hook: &Path) {
         for end in [End::Source, End::Target] {
-            let file = self
-                .stage
-                .lab
-                .directory()
-                .join(format!("{}-agent.toml", end.name()));
-            let mut config = fs::read_to_string(&file).unwrap();
-            config.push_str("[hooks]\nhandover_timeout = \"5 s\"\n");
+            let mut words = "[hooks]\nhandover_timeout = \"5 s\"\n".to_owned();
             for moment in ["before", "at_handover", "after", "on_failure"] {
-                config.push_str(&format!("{moment} = \"{}\"\n", hook.display()));
+                words += &format!("{moment} = \"{}\"\n", hook.display());
             }
-            fs::write(&file, config).unwrap();
+            settings::add(self.stage.lab.directory(), end, &words).unwrap();
         }
         self.kill("source-agent");
         self.kill("target-agent");

@@ -129,9 +129,7 @@ impl SourceOwner {
             _ => overdue(Wait::Qemu, in_state, limits.settle, SourceEvent::Remind),
         }
     }
-}
 
-impl SourceOwner {
     /// Whether a target that says nothing has to be called back by a source whose agent was restarted after it had handed over.
     /// `reached`: since COMMIT could be said again.
     pub fn overdue_again(&self, reached: Duration, limits: &Limits) -> Option<Overdue<SourceEvent>> {

@@ -8,7 +8,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -66,11 +66,18 @@ fn no_link() -> bool {
 
 /// Plays one story; whatever was asked for, the guest must be whole and have one owner.
 fn play(words: &str) -> LiveReport {
+    play_in(words).0
+}
+
+/// As [`play`]; gives also where the lab is kept, if the words ask for that.
+fn play_in(words: &str) -> (LiveReport, Option<PathBuf>) {
     let _place = place(words);
     eprintln!("lab live {words}");
+    let mut kept = None;
     let report = run::run(&args(words), &mut |moment| {
         if let Moment::Step(step) = moment {
             eprintln!("  {step}");
+            kept = kept.take().or(step.strip_prefix("kept in ").map(PathBuf::from));
         }
     });
     let report = report.unwrap();
@@ -80,7 +87,7 @@ fn play(words: &str) -> LiveReport {
     assert_eq!(report.records_lost, 0, "{words}");
     assert_eq!(report.leftovers, [""; 0], "{words}");
     assert_eq!(report.report.faults_missed, [""; 0], "{words}");
-    report
+    (report, kept)
 }
 
 fn moved(words: &str) -> LiveReport {
@@ -148,6 +155,32 @@ fn a_source_agent_killed_during_the_copy_is_taken_up_again() {
         return;
     }
     moved("--workload idle --seed 6 --kill source-agent@copy+200ms");
+}
+
+/// When an agent first logged `words`, in seconds of its day.
+fn logged(log: &str, words: &str) -> f64 {
+    let line = log.lines().find(|line| line.contains(words));
+    let line = line.unwrap_or_else(|| panic!("{words:?} is not in the log:\n{log}"));
+    let (_, time) = line.split_once('T').unwrap();
+    let time = time.split_once('Z').unwrap().0;
+    time.split(':')
+        .fold(0.0, |sum, part| sum * 60.0 + part.parse::<f64>().unwrap())
+}
+
+#[test]
+fn a_source_agent_killed_during_ram_settles_within_a_second() {
+    if no_link() {
+        return;
+    }
+    let (report, kept) = play_in("--workload mixed --seed 9 --kill source-agent@ram+200ms --keep");
+    let kept = kept.unwrap();
+    let log = fs::read_to_string(kept.join("source-agent.log")).unwrap();
+    fs::remove_dir_all(kept).unwrap();
+    assert!(report.report.ok, "{:?}", report.report.cause);
+    let took =
+        logged(&log, "nothing of ours is left in its QEMU") - logged(&log, "settling a VM that was leaving");
+    // Over midnight it is negative.
+    assert!(took.rem_euclid(86_400.0) < 1.0, "{took} s:\n{log}");
 }
 
 #[test]

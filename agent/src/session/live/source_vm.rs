@@ -135,8 +135,8 @@ impl SourceVm {
     /// After a crash: until QEMU is out of its migration. `true`: who runs the VM is for the target to say, or was said.
     pub(super) async fn settle(&mut self) -> bool {
         let limit = Instant::now() + CANCEL_LIMIT;
-        // An operator's word stands whether or not the target has heard of it.
-        let decided = |vm: &Self| vm.owner.is_settled() || vm.is_in_doubt() || vm.is_resolved();
+        // The target hears of it with the next attempt: nobody is linked before this is done.
+        let decided = |vm: &Self| vm.owner.is_closed() || vm.is_in_doubt();
         while !decided(self) && Instant::now() < limit {
             self.look().await;
             tokio::time::sleep(LOOK).await;

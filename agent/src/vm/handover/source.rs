@@ -235,12 +235,6 @@ impl SourceOwner {
         &self.state
     }
 
-    /// Whether nothing is left to do or to wait for, so that a restarted agent may forget it.
-    pub fn is_settled(&self) -> bool {
-        let told = self.told || matches!(self.state, SourceState::Released { .. });
-        !self.unwritten && self.closed && told
-    }
-
     /// Whether nothing is left to do at QEMU.
     pub fn is_closed(&self) -> bool {
         self.closed && !self.unwritten

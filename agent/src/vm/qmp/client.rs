@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -23,6 +23,8 @@ use super::wire::{Greeting, Version};
 const GREETING_LIMIT: Duration = Duration::from_secs(5);
 /// How long a command may take unless its caller says otherwise.
 const COMMAND_LIMIT: Duration = Duration::from_secs(10);
+/// From when on an answer's time is worth a line in a log of level `debug`.
+const SLOW: Duration = Duration::from_millis(100);
 /// How many commands may wait for the socket.
 const OUTBOX: usize = 16;
 /// How many events a slow listener may lag behind.
@@ -209,12 +211,16 @@ impl Qmp {
         fd: Option<OwnedFd>,
         limit: Duration,
     ) -> Result<Value, QmpError> {
-        tokio::time::timeout(limit, self.exchange(command, arguments, fd))
-            .await
-            .unwrap_or_else(|_| {
-                let command = command.to_owned();
-                Err(QmpError::Timeout { command, limit })
-            })
+        let asked = Instant::now();
+        let answer = tokio::time::timeout(limit, self.exchange(command, arguments, fd)).await;
+        let took = asked.elapsed();
+        if took > SLOW {
+            tracing::debug!(command, ms = took.as_millis(), "QEMU was slow to answer");
+        }
+        answer.unwrap_or_else(|_| {
+            let command = command.to_owned();
+            Err(QmpError::Timeout { command, limit })
+        })
     }
 
     async fn exchange(

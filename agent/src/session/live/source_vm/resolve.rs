@@ -70,11 +70,6 @@ impl SourceVm {
         }
     }
 
-    /// Whether the VM came back in such a way, and nothing is left to do here.
-    pub(in crate::session::live) fn is_resolved(&self) -> bool {
-        self.resolved().is_some() && self.owner.is_closed()
-    }
-
     /// Why a handover that came back must not be tried again by itself.
     pub(in crate::session::live) fn resolved(&self) -> Option<Refusal> {
         let text = match self.owner.state() {

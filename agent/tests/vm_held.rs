@@ -244,7 +244,7 @@ async fn a_store_of_firmware_variables_is_a_disk() {
     let sockets = rounds.sockets(1).await.unwrap();
     let (dirty, last) = tokio::task::spawn_blocking(move || {
         let image =
-            LiveImage::connect(&export.socket, &export.export, export.bitmap.as_deref(), sockets).unwrap();
+            LiveImage::connect(&export.socket, &export.export, export.bitmap.as_ref(), sockets).unwrap();
         let mut dirty = Vec::new();
         image.each_dirty(|extents| dirty.extend(extents)).unwrap();
         let mut last = vec![0; 4096];

@@ -122,7 +122,7 @@ async fn copy(rounds: &mut Rounds, disks: &mut [Vec<u8>]) {
         let mut copy = std::mem::take(disk);
         let sockets = rounds.sockets(2).await.unwrap();
         *disk = tokio::task::spawn_blocking(move || {
-            let bitmap = export.bitmap.as_deref();
+            let bitmap = export.bitmap.as_ref();
             let image = LiveImage::connect(&export.socket, &export.export, bitmap, sockets).unwrap();
             let whole = Extent::between(0, DISK);
             let extents = match bitmap {

@@ -55,7 +55,7 @@ async fn with_image<R: Send + 'static>(
     let export = rounds.exports()[disk].clone();
     let sockets = rounds.sockets(4).await.unwrap();
     let reading = tokio::task::spawn_blocking(move || {
-        let bitmap = export.bitmap.as_deref();
+        let bitmap = export.bitmap.as_ref();
         look(LiveImage::connect(&export.socket, &export.export, bitmap, sockets).unwrap())
     });
     reading.await.unwrap()

@@ -77,7 +77,9 @@ fn play_in(words: &str) -> (LiveReport, Option<PathBuf>) {
     let report = run::run(&args(words), &mut |moment| {
         if let Moment::Step(step) = moment {
             eprintln!("  {step}");
-            kept = kept.take().or(step.strip_prefix("kept in ").map(PathBuf::from));
+            kept = kept
+                .take()
+                .or_else(|| step.strip_prefix("kept in ").map(PathBuf::from));
         }
     });
     let report = report.unwrap();

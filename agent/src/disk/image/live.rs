@@ -25,8 +25,16 @@ pub const READ_MAX: usize = 64 << 10;
 /// How much is asked about at once, so that the answer, 8 bytes for each run, is not larger either: of what is stored, where runs have
 /// 16 KiB on average;
 const STORED_STEP: u64 = READ_MAX as u64 / 8 * (16 << 10);
-/// and of what is dirty, where each run is one bit of our bitmaps.
-const DIRTY_STEP: u64 = READ_MAX as u64 / 8 * (64 << 10);
+/// and of what is dirty, in bits of the bitmap: each may be a run.
+const DIRTY_STEP: u64 = READ_MAX as u64 / 8;
+
+/// A dirty bitmap that an export shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShownBitmap {
+    pub name: String,
+    /// Bytes per bit.
+    pub granularity: u32,
+}
 
 /// A disk of a running VM, as one export shows it: always its current content.
 #[derive(Debug)]
@@ -39,8 +47,8 @@ pub struct LiveImage {
     options: ConnectOptions,
     size: u64,
     has_allocation: bool,
-    /// The bitmap's metadata context, where one was asked for.
-    dirty: Option<String>,
+    /// The bitmap's metadata context, and how many bytes are asked about at once, where one was asked for.
+    dirty: Option<(String, u64)>,
 }
 
 impl LiveImage {
@@ -52,17 +60,21 @@ impl LiveImage {
     pub fn connect(
         socket: &Path,
         export: &str,
-        bitmap: Option<&str>,
+        bitmap: Option<&ShownBitmap>,
         mut sockets: Vec<OwnedFd>,
     ) -> Result<Self, NbdError> {
         let connections = sockets.len();
-        let dirty = bitmap.map(|name| format!("qemu:dirty-bitmap:{name}"));
+        let dirty = bitmap.map(|shown| {
+            let step = DIRTY_STEP * u64::from(shown.granularity);
+            (format!("qemu:dirty-bitmap:{}", shown.name), step)
+        });
+        let context = dirty.as_ref().map(|(context, _)| context.clone());
         let mut options = ConnectOptions::default();
-        options.contexts.extend(dirty.clone());
+        options.contexts.extend(context.clone());
         let first = Connection::connect_on(next(&mut sockets)?, socket, export, &options)?;
         let told = first.export();
         let has = |name: &str| told.contexts.iter().any(|context| context.name == name);
-        if let Some(missing) = dirty.as_deref().filter(|name| !has(name)) {
+        if let Some(missing) = context.filter(|name| !has(name)) {
             return Err(NbdError::Unusable(format!(
                 "the export {export:?} does not give {missing:?}; was it added with its bitmap?"
             )));
@@ -121,7 +133,7 @@ impl LiveImage {
     /// # Errors
     /// `InvalidInput` where it was connected without a bitmap; else as [`Self::allocation`].
     pub fn dirty(&self, range: Extent) -> io::Result<Vec<Extent>> {
-        let Some(context) = &self.dirty else {
+        let Some((context, most)) = &self.dirty else {
             let what = "this export was opened without a dirty bitmap";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         };
@@ -129,7 +141,7 @@ impl LiveImage {
         let mut extents: Vec<Extent> = Vec::new();
         let mut at = range.offset();
         while at < range.end() {
-            let step = step(at, range.end(), DIRTY_STEP);
+            let step = step(at, range.end(), *most);
             let told = self.ask(context, step)?;
             for run in told.iter().filter(|run| run.flags & STATE_DIRTY != 0) {
                 push(&mut extents, run.extent);
@@ -144,9 +156,10 @@ impl LiveImage {
     /// # Errors
     /// As [`Self::dirty`].
     pub fn each_dirty(&self, mut take: impl FnMut(Vec<Extent>)) -> io::Result<()> {
+        let most = self.dirty.as_ref().map_or(self.size, |(_, most)| *most);
         let mut at = 0;
         while at < self.size {
-            let step = step(at, self.size, DIRTY_STEP);
+            let step = step(at, self.size, most);
             let extents = self.dirty(step)?;
             if !extents.is_empty() {
                 take(extents);

@@ -38,7 +38,7 @@ use longhaul_common::extent::Extent;
 
 pub use self::error::ImageError;
 pub use self::format::{Format, UnknownFormat};
-pub use self::live::{LiveImage, READ_MAX};
+pub use self::live::{LiveImage, READ_MAX, ShownBitmap};
 pub use self::server::end_stale_servers;
 
 use self::chain::Chain;

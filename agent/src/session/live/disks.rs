@@ -170,7 +170,7 @@ pub(super) async fn reach(rounds: &mut Rounds, connections: usize) -> Result<Rea
 /// Connects to the exports of a round. Blocks.
 pub(super) fn connect(reach: Reach) -> Result<Vec<LiveImage>, Refusal> {
     let images = reach.exports.into_iter().map(|(export, sockets)| {
-        let bitmap = export.bitmap.as_deref();
+        let bitmap = export.bitmap.as_ref();
         let image = LiveImage::connect(&export.socket, &export.export, bitmap, sockets);
         image.map_err(|error| Refusal::because(RefusalKind::Refused, &error))
     });

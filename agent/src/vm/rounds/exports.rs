@@ -42,7 +42,7 @@ pub(super) async fn add(qmp: &Qmp, export: &RoundExport) -> Result<(), RoundsErr
         "writable": false,
     });
     if let Some(bitmap) = &export.bitmap {
-        arguments["bitmaps"] = json!([bitmap]);
+        arguments["bitmaps"] = json!([bitmap.name]);
     }
     qmp.execute("block-export-add", arguments).await?;
     Ok(())

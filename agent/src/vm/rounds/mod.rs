@@ -21,6 +21,7 @@ mod sweep;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use crate::disk::image::ShownBitmap;
 use crate::vm::PREFIX;
 use crate::vm::qmp::Qmp;
 
@@ -59,7 +60,7 @@ pub struct RoundExport {
     /// Name of the export, and its id.
     pub export: String,
     /// Bitmap that says what is dirty; none in round 0, where everything counts.
-    pub bitmap: Option<String>,
+    pub bitmap: Option<ShownBitmap>,
 }
 
 /// The rounds of all disks of one job.
@@ -285,6 +286,7 @@ impl Rounds {
     }
 
     async fn open_round(&mut self, bitmap: Option<String>) -> Result<(), RoundsError> {
+        let granularity = self.options.granularity;
         let mut opened = Vec::with_capacity(self.options.nodes.len());
         for (disk, node) in self.options.nodes.iter().enumerate() {
             self.serial = self.serial.wrapping_add(1);
@@ -292,7 +294,7 @@ impl Rounds {
                 node: node.clone(),
                 socket: self.server.socket().to_owned(),
                 export: format!("{}disk{disk}-{}", self.prefix(), self.serial),
-                bitmap: bitmap.clone(),
+                bitmap: bitmap.clone().map(|name| ShownBitmap { name, granularity }),
             };
             if let Err(error) = exports::add(&self.qmp, &export).await {
                 let ids: Vec<_> = opened

@@ -107,6 +107,12 @@ fn setting(rng: &mut StdRng, size: Size) -> String {
     format!("{rest} --workload {workload} --format {format} --target-format {target} --before 2s --after 2s")
 }
 
+/// Whether something is to happen, or to go on, while the VM is handed over.
+fn strikes_the_handover(words: &str) -> bool {
+    const LATE: [&str; 4] = ["pre-switchover", "device", "completed", "resume"];
+    words.contains(" --cut") || LATE.iter().any(|phase| words.contains(phase))
+}
+
 /// The words of case `number`.
 fn draw(seed: u64, number: u64, size: Size) -> String {
     let rng = &mut StdRng::seed_from_u64(seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
@@ -131,12 +137,8 @@ fn draw(seed: u64, number: u64, size: Size) -> String {
             words += &format!(" --kill source-agent@freeze+{}ms", rng.random_range(0..150));
         }
     }
-    // Holding the handover would move the moments at which others are struck; a hook has no time for more memory.
-    if size == Size::Small
-        && ![" --kill", " --cut", " --cancel"]
-            .iter()
-            .any(|fault| words.contains(fault))
-    {
+    // Holding the handover would move the moments at which it is struck; a hook has no time for more memory.
+    if size == Size::Small && !strikes_the_handover(&words) {
         words += " --compare-memory";
     }
     words

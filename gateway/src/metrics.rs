@@ -28,6 +28,8 @@ pub const RECEIVED_WAN: &str = "longhaul_received_wan_bytes_total";
 pub const MISSING: &str = "longhaul_window_missing_total";
 /// Raw data by what became of it, label `kind`: zero, reference, xor, compressed, raw.
 pub const REDUCED: &str = "longhaul_reduced_bytes_total";
+/// What the raw data of kind xor came to.
+pub const XOR_PAYLOAD: &str = "longhaul_xor_payload_bytes_total";
 
 const JOBS: &str = "longhaul_jobs";
 const AGENTS: &str = "longhaul_agents";
@@ -65,6 +67,11 @@ pub fn describe() {
             SENT_AGAIN,
             Unit::Bytes,
             "Payloads sent a second time because their connection died",
+        ),
+        (
+            XOR_PAYLOAD,
+            Unit::Bytes,
+            "What the raw data of kind xor came to, compressed",
         ),
         (
             RECEIVED_RAW,

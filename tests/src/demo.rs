@@ -116,6 +116,7 @@ fn job_of(args: &DemoArgs, link: LinkSpec) -> LiveArgs {
         after: seconds(3),
         connections: None,
         compare_memory: false,
+        bulk: None,
         back: false,
         forget_changes: false,
         ideas: Ideas::default(),

@@ -235,7 +235,8 @@ impl Programs {
         command
     }
 
-    /// What the source's gateway made of the data, by kind, in raw bytes; nothing where it does not say.
+    /// What the source's gateway made of the data, by kind, in raw bytes, and as `xor_payload` what the differences came to; nothing
+    /// where it does not say.
     pub fn reduced(&self, lab: &Lab) -> BTreeMap<String, u64> {
         let text = metrics(&api_socket(lab.directory(), End::Source)).unwrap_or_default();
         text.lines().filter_map(reduced_line).collect()
@@ -456,6 +457,9 @@ fn metrics(socket: &Path) -> io::Result<String> {
 
 /// Kind and bytes of a line about reduced data.
 fn reduced_line(line: &str) -> Option<(String, u64)> {
+    if let Some(bytes) = line.strip_prefix("longhaul_xor_payload_bytes_total ") {
+        return Some(("xor_payload".to_owned(), bytes.trim().parse().ok()?));
+    }
     let rest = line.strip_prefix("longhaul_reduced_bytes_total{kind=\"")?;
     let (kind, bytes) = rest.split_once("\"} ")?;
     Some((kind.to_owned(), bytes.trim().parse().ok()?))
@@ -474,6 +478,8 @@ mod tests {
     fn what_became_of_the_data_is_read_from_the_metrics() {
         let line = "longhaul_reduced_bytes_total{kind=\"xor\"} 4096";
         assert_eq!(reduced_line(line), Some(("xor".to_owned(), 4096)));
+        let line = "longhaul_xor_payload_bytes_total 77";
+        assert_eq!(reduced_line(line), Some(("xor_payload".to_owned(), 77)));
         for line in [
             "",
             "# TYPE longhaul_reduced_bytes_total counter",

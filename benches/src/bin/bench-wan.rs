@@ -44,7 +44,7 @@ struct Choice {
     /// Links: veth, 250-2, 200-40, 100-80, 50-100, 20-200, 100-300
     #[arg(long, value_delimiter = ',')]
     profiles: Vec<String>,
-    /// What is moved: idle, mixed, redis, fsync, template, cold, beside
+    /// What is moved: idle, mixed, redis, fsync, template, back, cold, noise, beside
     #[arg(long, value_delimiter = ',')]
     workloads: Vec<String>,
     /// Who moves: longhaul, longhaul-no-filter, qemu-xbzrle, rsync, ...

@@ -13,10 +13,14 @@ pub enum Case {
     Cold,
     /// A powered-off disk, and a TCP flow on the same link.
     Beside,
+    /// A running guest with the mixed workload, moved and straight back.
+    Back,
+    /// A disk that nothing makes smaller: what the link carries, and nothing else, decides.
+    Noise,
 }
 
 /// Every case, in the order in which they are run.
-pub const CASES: [Case; 7] = [
+pub const CASES: [Case; 9] = [
     Case::Live("mixed"),
     Case::Cold,
     Case::Template,
@@ -24,6 +28,8 @@ pub const CASES: [Case; 7] = [
     Case::Live("redis"),
     Case::Live("fsync"),
     Case::Beside,
+    Case::Back,
+    Case::Noise,
 ];
 
 impl Case {
@@ -34,6 +40,8 @@ impl Case {
             Self::Template => "template",
             Self::Cold => "cold",
             Self::Beside => "beside",
+            Self::Back => "back",
+            Self::Noise => "noise",
         }
     }
 
@@ -48,12 +56,14 @@ impl Case {
             Self::Template => "second VM of a template, mixed workload",
             Self::Cold => "powered-off disk",
             Self::Beside => "powered-off disk beside a TCP flow",
+            Self::Back => "running guest that goes straight back, mixed workload",
+            Self::Noise => "256 MiB that do not shrink",
         }
     }
 
     /// Whether a guest runs.
     pub const fn is_live(self) -> bool {
-        matches!(self, Self::Live(_) | Self::Template)
+        matches!(self, Self::Live(_) | Self::Template | Self::Back)
     }
 
     /// The case of this name.
@@ -153,13 +163,18 @@ impl Contestant {
         self == LONGHAUL
     }
 
-    /// The lab's command line for this case, but for link and limit; `image` is the standard disk, for cold moves.
+    /// The lab's command line for this case, but for link and limit; `image` is the disk of a cold move.
     pub fn words(self, case: Case, image: &str) -> Vec<String> {
         let is_tool = TOOLS.contains(&self);
         let mut words = match case {
             Case::Cold if is_tool => vec!["copy".to_owned(), format!("--image={image}")],
-            Case::Cold | Case::Beside => vec!["move".to_owned(), format!("--image={image}")],
+            Case::Cold | Case::Beside | Case::Noise => vec!["move".to_owned(), format!("--image={image}")],
             Case::Live(workload) => live(workload),
+            Case::Back => {
+                let mut words = live("mixed");
+                words.push("--back".to_owned());
+                words
+            }
             Case::Template => {
                 let mut words = live("mixed");
                 // The standard disk's content in use fits; the memory stays what it is by default.

@@ -70,13 +70,28 @@ fn all(records: &[Record]) -> Vec<Target> {
     for profile in super::profile::PROFILES {
         all.push(shorter(records, profile));
     }
-    for profile in super::profile::PROFILES
-        .into_iter()
-        .filter(|profile| profile.rate.is_some())
-    {
-        all.push(full(records, profile));
-    }
+    let limited = || {
+        super::profile::PROFILES
+            .into_iter()
+            .filter(|one| one.rate.is_some())
+    };
+    all.extend(limited().map(|profile| full(records, profile, Case::Noise)));
+    all.extend(limited().map(|profile| full(records, profile, mixed)));
     all.push(second(records));
+    all.push(part(
+        records,
+        "going straight back, of the bytes of the way there",
+        2.0,
+        Case::Back,
+        &|record| Some(record.back_wan_bytes? as f64 / record.wan_bytes as f64),
+    ));
+    all.push(part(
+        records,
+        "differences on the WAN, of the raw size of what was sent as such",
+        3.0,
+        mixed,
+        &|record| Some(record.xor_payload_bytes? as f64 / *record.reduced_bytes.get("xor")? as f64),
+    ));
     all.extend(NEIGHBOURS.into_iter().filter_map(|mode| neighbour(records, mode)));
     all
 }
@@ -128,13 +143,14 @@ fn shorter(records: &[Record], profile: Profile) -> Target {
     }
 }
 
-/// How full the link is in the middle of a run: with headers on both sides of the division.
-fn full(records: &[Record], profile: Profile) -> Target {
+/// How full the link is in the middle of a run: with headers on both sides of the division. With noise this is what the link allows; with
+/// a running guest, the processors and its round trips say a word too.
+fn full(records: &[Record], profile: Profile, case: Case) -> Target {
     let wanted = if profile.name == "100-300" { 85.0 } else { 93.0 };
-    let own = longhaul(records, profile, Case::Live("mixed"));
+    let own = longhaul(records, profile, case);
     let share = own.and_then(|own| own.median(|record| record.link_share));
     Target {
-        what: format!("link full, {}", profile.title),
+        what: format!("link full, {}, {}", case.title(), profile.title),
         wanted: format!("at least {wanted} %"),
         measured: share.map(|share| (share * 100.0, share * 100.0 >= wanted)),
         unit: "%",
@@ -152,6 +168,24 @@ fn second(records: &[Record]) -> Target {
         what: "second VM of a template, of the bytes of the first".to_owned(),
         wanted: "at most 12 %".to_owned(),
         measured: part.map(|(second, first)| (second / first * 100.0, second <= 0.12 * first)),
+        unit: "%",
+    }
+}
+
+/// A part in every run that must not be larger than so many percent.
+fn part(
+    records: &[Record],
+    what: &str,
+    most: f64,
+    case: Case,
+    of: &dyn Fn(&Record) -> Option<f64>,
+) -> Target {
+    let own = Profile::named(MAIN).and_then(|profile| longhaul(records, profile, case));
+    let part = own.and_then(|own| own.median(of));
+    Target {
+        what: what.to_owned(),
+        wanted: format!("at most {most} %"),
+        measured: part.map(|part| (part * 100.0, part * 100.0 <= most)),
         unit: "%",
     }
 }

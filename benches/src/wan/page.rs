@@ -158,7 +158,7 @@ impl Page {
                 standings,
                 |one| Some(one.wan_bytes()? / 1e6),
             );
-            if cell.case != Case::Cold {
+            if cell.case.is_live() {
                 self.picture(
                     &format!("{stem}-gap.svg"),
                     &title,

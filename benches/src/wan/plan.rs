@@ -123,7 +123,7 @@ pub fn limit(cell: Cell, contestant: Contestant, done: &[Record]) -> Duration {
     }
 }
 
-/// Every cell: the mixed guest on every link, the other workloads on two, the rest on the main one.
+/// Every cell: the mixed guest on every link, noise on every one that is limited, the other workloads on two, the rest on the main one.
 fn cells() -> Vec<Cell> {
     let main_first = |profile: &Profile| profile.name != MAIN;
     let mut profiles = PROFILES;
@@ -134,12 +134,15 @@ fn cells() -> Vec<Cell> {
     };
     let at_main = CASES.iter().map(|case| cell(*case, &profiles[0]));
     let elsewhere = profiles[1..].iter().map(|profile| cell(CASES[0], profile));
+    let is_noisy = |profile: &&Profile| profile.rate.is_some();
+    let noisy = profiles[1..].iter().filter(is_noisy);
+    let noisy = noisy.map(|profile| cell(Case::Noise, profile));
     let thin = Profile::named("50-100");
     let loads = CASES
         .iter()
         .filter(|case| matches!(case, Case::Live(_)) && **case != CASES[0]);
     let at_thin = loads.flat_map(|case| thin.map(|profile| cell(*case, &profile)));
-    at_main.chain(elsewhere).chain(at_thin).collect()
+    at_main.chain(elsewhere).chain(at_thin).chain(noisy).collect()
 }
 
 /// Everybody on the main link under the mixed load; elsewhere Longhaul and QEMU's best two there.
@@ -149,7 +152,8 @@ fn contestants(cell: Cell) -> Vec<Contestant> {
         // Nobody is to be faster here.
         Case::Beside => return NEIGHBOURS.to_vec(),
         Case::Cold => all.extend(TOOLS),
-        Case::Template => {}
+        Case::Template | Case::Back => {}
+        Case::Noise => all.extend(ABLATIONS.into_iter().filter(|one| one.name == "longhaul-cubic")),
         Case::Live("mixed") if cell.profile.name == MAIN => all.extend(QEMU.into_iter().chain(ABLATIONS)),
         // XBZRLE helps where the link is slower than the guest writes; on a faster one it is work for nothing.
         Case::Live(_) if cell.profile.rate.is_none_or(|rate| rate >= 200) => {
@@ -295,7 +299,7 @@ mod tests {
         let mut races = cells.iter().filter(is_race);
         assert!(races.all(|cell| all.contestants(*cell)[0].is_longhaul()));
         let mixed = cells.iter().filter(|cell| cell.case.name() == "mixed").count();
-        assert_eq!((mixed, cells.len()), (PROFILES.len(), 16));
+        assert_eq!((mixed, cells.len()), (PROFILES.len(), 23));
         let mut other = all.clone();
         other.contestants.push("scp".to_owned());
         assert_eq!((all.unknown(), other.unknown()), (None, Some("scp")));

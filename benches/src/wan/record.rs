@@ -51,6 +51,10 @@ pub struct Record {
     pub phases_ms: BTreeMap<String, f64>,
     /// Raw data by what became of it.
     pub reduced_bytes: BTreeMap<String, u64>,
+    /// What the differences among it came to, compressed.
+    pub xor_payload_bytes: Option<u64>,
+    /// What going back straight after took on the WAN.
+    pub back_wan_bytes: Option<u64>,
     pub cpu_seconds: BTreeMap<String, f64>,
     pub peak_rss_bytes: BTreeMap<String, u64>,
     /// What the template's disk took on the WAN before.

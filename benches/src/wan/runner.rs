@@ -3,7 +3,8 @@
 //! Owns the command line's common part and the reading of both kinds of report. Leaves alone what is run, and when. Promises
 //! a record for every run that the lab could play, and none where the lab itself could not work.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -14,12 +15,15 @@ use super::machine;
 use super::plan::Run;
 use super::record::{End, Record};
 
+/// Bytes of noise: some 8 s of the fastest link, and under 2 min of the slowest.
+const NOISE: u64 = 256 << 20;
+
 /// What every run needs.
 #[derive(Clone, Debug)]
 pub struct Lab {
     /// The folder with the lab's and Longhaul's programs.
     pub programs: PathBuf,
-    /// The standard disk.
+    /// The standard disk; beside it lies one of noise.
     pub image: PathBuf,
     /// Where labs lie; default: the system's.
     pub directory: Option<PathBuf>,
@@ -35,11 +39,20 @@ impl Lab {
     /// # Errors
     /// When the lab cannot.
     pub fn prepare(&self) -> io::Result<()> {
-        if self.image.exists() {
-            return Ok(());
-        }
         if let Some(folder) = self.image.parent() {
             std::fs::create_dir_all(folder)?;
+        }
+        let noise = self.noise();
+        if !noise.exists() {
+            let made = noise.with_extension("part");
+            io::copy(
+                &mut File::open("/dev/urandom")?.take(NOISE),
+                &mut File::create(&made)?,
+            )?;
+            std::fs::rename(made, noise)?;
+        }
+        if self.image.exists() {
+            return Ok(());
         }
         let made = Command::new(self.programs.join("lab"))
             .args(["image", "--kind=standard", "--out"])
@@ -49,6 +62,10 @@ impl Lab {
         made.success()
             .then_some(())
             .ok_or_else(|| io::Error::other("the lab cannot make the standard disk"))
+    }
+
+    fn noise(&self) -> PathBuf {
+        self.image.with_file_name("noise")
     }
 
     /// Plays a run.
@@ -80,15 +97,19 @@ impl Lab {
     }
 
     fn command(&self, run: &Run) -> Command {
+        let image = match run.cell.case {
+            Case::Noise => self.noise(),
+            _ => self.image.clone(),
+        };
         let mut command = Command::new(self.programs.join("lab"));
         command
             // What is measured is what was built beside this program.
             .env("LONGHAUL_BIN", &self.programs)
-            .args(run.contestant.words(run.cell.case, &text(&self.image)))
+            .args(run.contestant.words(run.cell.case, &text(&image)))
             .args(run.cell.profile.words)
             .args(match run.cell.case {
-                Case::Cold | Case::Beside => &[],
-                Case::Live(_) | Case::Template => run.cell.profile.live,
+                case if case.is_live() => run.cell.profile.live,
+                _ => &[],
             })
             .arg(format!("--limit={}s", run.limit.as_secs()))
             // Loss and the guest's dice differ between runs, and are the same for all contestants of a round.
@@ -120,6 +141,7 @@ pub fn read_report(report: &Value) -> Record {
     let delivered = report["link"]["forth"]["delivered_bytes"].as_u64();
     // Of a live run, the link's count of the job alone.
     let during = report["link_bytes"][0].as_u64();
+    let back = Some(&report["back"]).filter(|back| back["ok"] == Value::Bool(true));
     let map = |name: &str| serde_json::from_value(report[name].clone()).unwrap_or_default();
     Record {
         end: end(report),
@@ -137,6 +159,9 @@ pub fn read_report(report: &Value) -> Record {
         link_share: report["link"]["steady_share"].as_f64(),
         phases_ms: map("phases_ms"),
         reduced_bytes: serde_json::from_value(report["reduced_bytes"].clone()).unwrap_or_default(),
+        xor_payload_bytes: report["xor_payload_bytes"].as_u64(),
+        back_wan_bytes: back
+            .and_then(|back| back["link_bytes"].as_u64().or_else(|| back["wan_bytes"].as_u64())),
         cpu_seconds: programs()
             .filter_map(|(name, part)| Some((name.clone(), part["cpu_seconds"].as_f64()?)))
             .collect(),

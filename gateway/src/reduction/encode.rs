@@ -360,12 +360,14 @@ impl<'a> Draft<'a> {
         for range in &self.layout.loose {
             plain.extend_from_slice(&self.raw[range.clone()]);
         }
+        let before = out.len();
         if self.changed.is_empty() {
             // A difference is mostly zeros: zstd 1 is as fast as LZ4 there, and a quarter smaller.
             add_section(&self.bases, level.max(Level::Zstd1), out);
         } else {
             add_patch(&self.changed, &self.bases, level, out);
         }
+        counts.xor_payload = (out.len() - before) as u64;
         if add_section(&plain, level, out) {
             counts.compressed += plain.len() as u64;
         } else {

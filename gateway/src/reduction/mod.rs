@@ -102,6 +102,8 @@ pub struct ReductionCounts {
     pub compressed: u64,
     pub raw: u64,
     pub payload: u64,
+    /// The part of `payload` that carries what counts as `xor`.
+    pub xor_payload: u64,
 }
 
 impl ReductionCounts {
@@ -114,6 +116,7 @@ impl ReductionCounts {
             compressed: self.compressed.saturating_add(other.compressed),
             raw: self.raw.saturating_add(other.raw),
             payload: self.payload.saturating_add(other.payload),
+            xor_payload: self.xor_payload.saturating_add(other.xor_payload),
         }
     }
 }

@@ -304,6 +304,7 @@ fn a_long_story_uses_every_way_and_seldom_misses() {
         compressed,
         raw,
         payload,
+        xor_payload,
     } = story.sums;
     let all = zero + reference + xor + compressed + raw;
     for (name, part) in [
@@ -315,6 +316,7 @@ fn a_long_story_uses_every_way_and_seldom_misses() {
     ] {
         assert!(part > all / 100, "{name}: {part} of {all}");
     }
+    assert!(xor_payload > 0 && xor_payload < xor.min(payload), "{xor_payload}");
     assert!(payload < all / 2, "{payload} of {all}");
     assert!(
         story.missing * 50 < story.restored,

@@ -20,7 +20,7 @@ use super::outbox::{Flow, Lane, Ready};
 use super::shares::Shares;
 use super::transmit::{Peer, Pending};
 use crate::job::ledger::{DiskSums, Ledger, Sent};
-use crate::metrics::{REDUCED, SENT_RAW, SENT_WAN};
+use crate::metrics::{REDUCED, SENT_RAW, SENT_WAN, XOR_PAYLOAD};
 use crate::reduction::workers::Workers;
 use crate::reduction::{self, Encoding, Level, Method, Reduced, ReductionCounts, Vm, Way};
 
@@ -87,6 +87,7 @@ impl Outflow {
         for (kind, bytes) in kinds {
             metrics::counter!(REDUCED, "kind" => kind).increment(bytes);
         }
+        metrics::counter!(XOR_PAYLOAD).increment(counts.xor_payload);
     }
 
     /// Waits until a batch is refused: the attempt cannot come to its end any more. Cancel-safe.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
-use longhaul_common::units::Span;
+use longhaul_common::units::{ByteSize, Span};
 
 use super::faults::{Cut, Fault, Kill, When};
 use super::rival::RamMode;
@@ -98,6 +98,9 @@ pub struct LiveArgs {
     /// Move the disk of the guest's template, powered off, through the same programs before
     #[arg(long)]
     pub after_template: bool,
+    /// Have so many bytes of noise on their way through the same programs all the while, as a powered-off disk
+    #[arg(long, conflicts_with = "by")]
+    pub bulk: Option<ByteSize>,
     /// How long the guest is watched before the job
     #[arg(long, default_value = "6s")]
     pub before: Span,

@@ -8,6 +8,7 @@
 
 pub mod args;
 pub mod back;
+pub mod bulk;
 pub mod check;
 pub mod console;
 pub mod faults;

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde_json::Value;
 
 use super::args::{By, LiveArgs};
+use super::bulk::Bulk;
 use super::faults::{Cut, Fault, Faults, Kill, Phases, SOURCE_QEMU, TARGET_QEMU};
 use super::leftovers::QemuSettings;
 use super::memory::Comparison;
@@ -121,10 +122,17 @@ impl Run<'_> {
         let began = self.stage.consoles.now();
         self.clock = unix_now();
         let (link_began, delivered) = (self.link_stats()?, self.stage.lab.delivered()?);
+        let bulk = programs.filter(|_| self.args.bulk.is_some());
+        let bulk = bulk
+            .map(|programs| Bulk::begin(&mut self.stage.lab, programs))
+            .transpose()?;
         watch(Moment::Step("migrating".to_owned()));
         let comparison = self.args.compare_memory.then(|| self.compare_memory());
         if let Err(error) = self.migrate(programs, watch) {
             self.report.report.cause = Some(error.to_string());
+        }
+        if let Some((bulk, programs)) = bulk.zip(programs) {
+            bulk.end(&self.stage.lab, programs)?;
         }
         self.report.memory_compared = comparison.map(Comparison::end).transpose()?.flatten();
         let ended = self.stage.consoles.now();
@@ -136,7 +144,9 @@ impl Run<'_> {
         self.idle(self.args.after.0)?;
         self.measure(up, began, ended);
         if let Some(programs) = programs {
-            self.report.reduced_bytes = since(programs.reduced(&self.stage.lab), &before);
+            let mut reduced = since(programs.reduced(&self.stage.lab), &before);
+            self.report.xor_payload_bytes = reduced.remove("xor_payload").unwrap_or_default();
+            self.report.reduced_bytes = reduced;
             self.report.leftovers = self.leftovers()?;
         }
         if let Some(programs) = programs.filter(|_| self.args.back && self.report.owner == "target") {

@@ -15,7 +15,7 @@ use super::console::Consoles;
 use super::machine::{Disk, Machine};
 use super::monitor::Monitor;
 use super::vm::Vm;
-use super::{memory, rival, settings, template};
+use super::{bulk, memory, rival, settings, template};
 use crate::guest::workload::{Program, with_program, workload_kernel};
 use crate::guest::{self, Fs, Kind};
 use crate::lab::{End, Lab};
@@ -69,6 +69,9 @@ impl Stage {
         make_disk(args, &image, &|step| eprintln!("{step} ..."))?;
         if args.after_template {
             template::prepare(&directory, &image, &args.format)?;
+        }
+        if let Some(bytes) = args.bulk {
+            bulk::prepare(&directory, bytes.0)?;
         }
         let consoles = Consoles::listen(&directory)?;
         let socket = |end: End| directory.join(format!("{}-lab.sock", end.name()));

@@ -45,6 +45,8 @@ pub struct LiveReport {
     pub decisions: Vec<String>,
     /// What the source's gateway made of the data, raw bytes by kind: zero, reference, xor, compressed, raw.
     pub reduced_bytes: BTreeMap<String, u64>,
+    /// What the raw bytes of kind xor came to.
+    pub xor_payload_bytes: u64,
     /// What the job should have cleared up and did not: names of files, bitmaps, exports, machines.
     pub leftovers: Vec<String>,
     /// Guest operations per second.

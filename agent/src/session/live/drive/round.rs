@@ -4,6 +4,7 @@
 //! is durable at the target, and counts to the next one in doubt.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use longhaul_common::ids::Round;
 
@@ -12,15 +13,25 @@ use crate::session::live::copy::{self, Batch};
 use crate::session::live::disks::{self, Reach};
 use crate::session::live::uplink::Uplink;
 
+/// With less memory left than this, in bytes, none of it flows beside a round, and of more only one part in so many: what is left is counted
+/// in pages, and those of zeros pass as next to nothing.
+const HELD: u64 = 64 << 20;
+const FLOWS: u64 = 8;
+
 impl Drive {
     /// One pass over what the guest wrote. It ends when all of it is durable; until then its bitmap is kept.
     pub(super) async fn dirty_round(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
         self.round += 1;
         self.outcome.rounds += 1;
         self.rounds.next().await?;
-        // Memory waits with its last part: once QEMU has sent all of it, it stops the VM.
+        // Memory waits with its last part: once QEMU has sent all of it, it stops the VM, which then stands until the round is over.
         if let Some(out) = self.vm.ram_out() {
-            out.allow(self.ram_left / 2);
+            let flows = if self.ram_left < HELD {
+                0
+            } else {
+                self.ram_left / FLOWS
+            };
+            out.allow(flows);
         }
         let sent = self.send_round(uplink).await;
         if let Some(out) = self.vm.ram_out() {
@@ -37,16 +48,23 @@ impl Drive {
     }
 
     async fn send_round(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
+        let (began, alone, mut bytes) = (Instant::now(), self.vm.ram_out().is_none(), 0);
         let reach = self.reach().await?;
         let mut batches = copy::dirty(reach).await?;
         while let Some(batch) = batches.recv().await {
             let batch = batch?;
             self.count(&batch);
+            bytes += batch.covered();
             let (header, data) = batch.addressed(uplink, Round(self.round), false)?;
             uplink.send_disk(&header, data).await?;
         }
         self.second_look(uplink).await?;
-        Ok(uplink.settle().await?)
+        uplink.settle().await?;
+        if alone {
+            let rtt = self.s.heard.borrow().rtt();
+            self.pace.round(bytes, began.elapsed(), rtt);
+        }
+        Ok(())
     }
 
     pub(super) async fn reach(&mut self) -> Result<Reach, Stop> {
@@ -56,7 +74,7 @@ impl Drive {
 
     pub(super) fn count(&mut self, batch: &Batch) {
         if let Some(bytes) = self.outcome.dirty_bytes.get_mut(usize::from(batch.disk.0)) {
-            *bytes += batch.data.len() as u64;
+            *bytes += batch.covered();
         }
         let disk = usize::from(batch.disk.0);
         self.s.free.sent(disk, batch.extents());

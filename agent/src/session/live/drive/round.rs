@@ -13,25 +13,15 @@ use crate::session::live::copy::{self, Batch};
 use crate::session::live::disks::{self, Reach};
 use crate::session::live::uplink::Uplink;
 
-/// With less memory left than this, in bytes, none of it flows beside a round, and of more only one part in so many: what is left is counted
-/// in pages, and those of zeros pass as next to nothing.
-const HELD: u64 = 64 << 20;
-const FLOWS: u64 = 8;
-
 impl Drive {
     /// One pass over what the guest wrote. It ends when all of it is durable; until then its bitmap is kept.
     pub(super) async fn dirty_round(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
         self.round += 1;
         self.outcome.rounds += 1;
         self.rounds.next().await?;
-        // Memory waits with its last part: once QEMU has sent all of it, it stops the VM, which then stands until the round is over.
+        // Memory waits with its last part: once QEMU has sent all of it, it stops the VM.
         if let Some(out) = self.vm.ram_out() {
-            let flows = if self.ram_left < HELD {
-                0
-            } else {
-                self.ram_left / FLOWS
-            };
-            out.allow(flows);
+            out.allow(self.ram_left / 2);
         }
         let sent = self.send_round(uplink).await;
         if let Some(out) = self.vm.ram_out() {

@@ -64,7 +64,7 @@ impl Drive {
 
     pub(super) fn count(&mut self, batch: &Batch) {
         if let Some(bytes) = self.outcome.dirty_bytes.get_mut(usize::from(batch.disk.0)) {
-            *bytes += batch.covered();
+            *bytes += batch.data.len() as u64;
         }
         let disk = usize::from(batch.disk.0);
         self.s.free.sent(disk, batch.extents());

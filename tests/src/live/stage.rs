@@ -67,12 +67,7 @@ impl Stage {
         make_folders(&directory)?;
         say("making the guest's disk".to_owned());
         make_disk(args, &image, &|step| eprintln!("{step} ..."))?;
-        if args.after_template {
-            template::prepare(&directory, &image, &args.format)?;
-        }
-        if let Some(bytes) = args.bulk {
-            bulk::prepare(&directory, bytes.0)?;
-        }
+        make_others_disks(args, &directory, &image)?;
         let consoles = Consoles::listen(&directory)?;
         let socket = |end: End| directory.join(format!("{}-lab.sock", end.name()));
         let monitors = [
@@ -247,6 +242,15 @@ fn make_folders(directory: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// The disks of the jobs before and beside the guest's.
+fn make_others_disks(args: &LiveArgs, directory: &Path, image: &Path) -> io::Result<()> {
+    if args.after_template {
+        template::prepare(directory, image, &args.format)?;
+    }
+    args.bulk
+        .map_or(Ok(()), |bytes| bulk::prepare(directory, bytes.0))
 }
 
 fn make_disk(args: &LiveArgs, image: &Path, say: &dyn Fn(&str)) -> io::Result<()> {

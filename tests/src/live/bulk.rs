@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
@@ -16,34 +16,24 @@ use crate::lab::{End, Lab};
 use crate::programs::Programs;
 use crate::usage::wait_until;
 
-/// The job's file in the lab's directory, and what it says.
+/// The job's name, its file in the lab's directory, and what it says.
+const NAME: &str = "bulk";
 const JOB: &str = "bulk.toml";
 const LOG: &str = "bulk.log";
 /// How long a cancelled job may take to end.
 const END: Duration = Duration::from_secs(30);
-
-fn disk(directory: &Path, end: End) -> PathBuf {
-    settings::disk(directory, end, 0).with_file_name("bulk.img")
-}
 
 /// Makes its disk, where the source's agent may read it.
 ///
 /// # Errors
 /// When it cannot be written.
 pub fn prepare(directory: &Path, bytes: u64) -> io::Result<()> {
-    let (source, target) = (disk(directory, End::Source), disk(directory, End::Target));
+    let source = settings::other_disk(directory, End::Source, NAME);
     io::copy(
         &mut File::open("/dev/urandom")?.take(bytes),
-        &mut File::create(&source)?,
+        &mut File::create(source)?,
     )?;
-    let job = format!(
-        "kind = \"move\"\nname = \"bulk\"\n[source]\nagent = \"source-agent\"\n\
-         [target]\nsite = \"target\"\nagent = \"target-agent\"\n\
-         [[disk]]\nsource = \"{}\"\ntarget = \"{}\"\n",
-        source.display(),
-        target.display(),
-    );
-    fs::write(directory.join(JOB), job)
+    settings::write_other_job(directory, JOB, NAME, "raw")
 }
 
 /// It flows.
@@ -84,7 +74,7 @@ impl Bulk {
         let ended = wait_until(END, || self.0.try_wait().ok().flatten());
         ended.ok_or_else(|| io::Error::other("the bulk does not end, cancelled as it is"))?;
         // What lies in the agents' folders at the end is judged.
-        fs::remove_file(disk(lab.directory(), End::Source))
+        fs::remove_file(settings::other_disk(lab.directory(), End::Source, NAME))
     }
 }
 

@@ -32,6 +32,27 @@ pub fn disk(directory: &Path, end: End, number: usize) -> PathBuf {
     folder.join(format!("disk{number}.img"))
 }
 
+/// Where the powered-off disk of another job than the guest's lies at an end.
+pub fn other_disk(directory: &Path, end: End, name: &str) -> PathBuf {
+    disk(directory, end, 0).with_file_name(format!("{name}.img"))
+}
+
+/// Writes the file of the job that moves it.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write_other_job(directory: &Path, file: &str, name: &str, format: &str) -> io::Result<()> {
+    let [source, target] = [End::Source, End::Target].map(|end| other_disk(directory, end, name));
+    let job = format!(
+        "kind = \"move\"\nname = \"{name}\"\n[source]\nagent = \"source-agent\"\n\
+         [target]\nsite = \"target\"\nagent = \"target-agent\"\n\
+         [[disk]]\nsource = \"{}\"\nformat = \"{format}\"\ntarget = \"{}\"\n",
+        source.display(),
+        target.display(),
+    );
+    fs::write(directory.join(file), job)
+}
+
 /// Adds the folder of QMP sockets to both agents' files, and the command template to the target's; to the source's the one for the way
 /// back.
 ///

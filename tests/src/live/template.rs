@@ -5,35 +5,24 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 
 use super::settings;
 use crate::lab::{End, Lab};
 use crate::programs::{Line, Programs, read_line};
 
-/// The job's file in the lab's directory.
+/// The job's file in the lab's directory, and its name.
 const JOB: &str = "template.toml";
-
-fn disk(directory: &Path, end: End) -> PathBuf {
-    settings::disk(directory, end, 0).with_file_name("template.img")
-}
+const NAME: &str = "template";
 
 /// Puts the template's disk, as the guest's is before it boots, where the source's agent may read it.
 ///
 /// # Errors
 /// When it cannot be copied.
 pub fn prepare(directory: &Path, image: &Path, format: &str) -> io::Result<()> {
-    let (source, target) = (disk(directory, End::Source), disk(directory, End::Target));
-    crate::guest::copy(image, &source)?;
-    let job = format!(
-        "kind = \"move\"\nname = \"template\"\n[source]\nagent = \"source-agent\"\n\
-         [target]\nsite = \"target\"\nagent = \"target-agent\"\n\
-         [[disk]]\nsource = \"{}\"\nformat = \"{format}\"\ntarget = \"{}\"\n",
-        source.display(),
-        target.display(),
-    );
-    fs::write(directory.join(JOB), job)
+    crate::guest::copy(image, &settings::other_disk(directory, End::Source, NAME))?;
+    settings::write_other_job(directory, JOB, NAME, format)
 }
 
 /// Moves it, and gives how many bytes went over the WAN.
@@ -59,7 +48,7 @@ pub fn move_it(lab: &Lab, programs: &Programs) -> io::Result<u64> {
     }
     // The room is the guest's now, and what lies in its folders at the end is judged.
     for end in [End::Source, End::Target] {
-        fs::remove_file(disk(lab.directory(), end))?;
+        fs::remove_file(settings::other_disk(lab.directory(), end, NAME))?;
     }
     let bytes = report["wan_bytes"].as_u64();
     bytes.ok_or_else(|| io::Error::other("the template's job does not say what it sent"))

@@ -104,7 +104,7 @@ async fn garbage_on_the_port_does_no_harm() {
         }
     }
     link_works(address, &authority).await;
-    let mut stream = live.open_uni().await.unwrap();
+    let mut stream = live.open_uni(0).await.unwrap();
     stream.write_all(b"still here").await.unwrap();
     stream.finish().unwrap();
     assert_eq!(

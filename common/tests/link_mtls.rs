@@ -19,7 +19,7 @@ async fn a_good_link_carries_streams_both_ways() {
     assert_eq!(near.peer(), &gateway("munich"));
     assert_eq!(far.peer(), &gateway("berlin"));
     assert_eq!(near.alpn(), ALPN_PEER);
-    let mut one_way = near.open_uni().await.unwrap();
+    let mut one_way = near.open_uni(0).await.unwrap();
     one_way.write_all(b"batch").await.unwrap();
     one_way.finish().unwrap();
     assert_eq!(

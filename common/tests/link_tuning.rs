@@ -13,8 +13,8 @@ fn a_wan_gets_windows_of_its_bandwidth_delay_product() {
     // 200 Mbit/s are 25 MB/s; of each 1480 bytes on the wire 1452 are QUIC's: 24.527 MB/s.
     assert_eq!(tuning.rate, Some(24_527_027));
     assert_eq!(tuning.bandwidth_delay, 1_962_162);
-    assert_eq!(tuning.connection_window, 2 * 1_962_162 + 4 * MIB);
-    assert_eq!(tuning.send_window, 4 * 1_962_162 + 4 * MIB);
+    assert_eq!(tuning.connection_window, 4 * 1_962_162 + 8 * MIB);
+    assert_eq!(tuning.send_window, tuning.connection_window);
     assert_eq!(tuning.stream_window, 2 * MIB);
     assert_eq!(tuning.initial_rtt, Duration::from_millis(160));
     assert_eq!(tuning.congestion, Congestion::Dedicated);
@@ -31,11 +31,27 @@ fn connections_share_rate_and_windows() {
         tune(&settings),
     );
     assert_eq!(one.rate.unwrap() / 4, four.rate.unwrap());
-    assert_eq!(four.connection_window, 2 * four.bandwidth_delay + 4 * MIB);
+    assert_eq!(
+        four.connection_window,
+        (4 * four.bandwidth_delay + 8 * MIB).min(64 * MIB)
+    );
     assert_eq!(
         one.connection_window,
         64 * MIB,
         "no connection holds more, whatever is configured"
+    );
+}
+
+#[test]
+fn another_site_gets_a_long_window_without_a_rate_and_each_lane_leaves_room() {
+    let far = tune(&LinkSettings {
+        far: true,
+        ..LinkSettings::default()
+    });
+    assert_eq!((far.connection_window, far.send_window), (16 * MIB, 16 * MIB));
+    assert_eq!(
+        [0, 1, 2, 3, 9].map(|lane| far.ahead(lane)),
+        [8, 10, 12, 14, 14].map(|mib| mib * MIB)
     );
 }
 

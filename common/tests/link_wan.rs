@@ -7,9 +7,9 @@
 
 mod link_support;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use link_support::{Authority, Wan, Wish, bulk, gateway, listen};
+use link_support::{Authority, Wan, Wish, bulk, bulk_ahead, gateway, listen};
 use longhaul_common::link::{ALPN_PEER, Congestion, Link, LinkSettings, MTU_JUMBO, connect};
 
 async fn links(settings: &LinkSettings, wan: Option<Wan>) -> (Vec<Link>, Vec<Link>, impl Sized) {
@@ -55,6 +55,58 @@ async fn a_configured_rate_is_filled_in_spite_of_random_loss() {
         goodput / 1e6
     );
     assert!(stats.lost_packets * 50 < stats.sent_packets, "{stats:?}");
+}
+
+/// Two streams of bulk are written and wait for the path; each takes 400 ms of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn words_and_urgent_streams_pass_bulk_that_is_written_already() {
+    let wan = Wan {
+        rate: 20e6,
+        rtt: Duration::from_millis(60),
+        loss: 0.0,
+        queue: 1.0,
+    };
+    let settings = LinkSettings::wan(20_000_000, wan.rtt, 1);
+    let (near, far, _keep) = links(&settings, Some(wan)).await;
+    let (sender, receiver) = (near[0].clone(), far[0].clone());
+    // As much as a gateway writes ahead: less than the receive window, which words need as well.
+    let flows = tokio::spawn(async move { bulk_ahead(2, &near, &far, 6).await });
+    tokio::spawn(async move {
+        while let Ok((mut reply, mut question)) = receiver.accept_bi().await {
+            let word = question.read_to_end(64).await.unwrap();
+            reply.write_all(&word).await.unwrap();
+            let _ = reply.finish();
+        }
+    });
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let (mut words, mut urgent) = (Vec::new(), Vec::new());
+    for _ in 0..9 {
+        let began = Instant::now();
+        let (mut ask, mut answer) = sender.open_bi().await.unwrap();
+        ask.write_all(b"word").await.unwrap();
+        ask.finish().unwrap();
+        assert_eq!(answer.read_to_end(64).await.unwrap(), b"word");
+        words.push(began.elapsed());
+        let began = Instant::now();
+        let mut stream = sender.open_uni(3).await.unwrap();
+        stream.write_all(&[1; 20_000]).await.unwrap();
+        stream.finish().unwrap();
+        // Until the peer has all of it.
+        stream.stopped().await.unwrap();
+        urgent.push(began.elapsed());
+        tokio::time::sleep(Duration::from_millis(70)).await;
+    }
+    let goodput = flows.await.unwrap() * 8.0;
+    words.sort();
+    urgent.sort();
+    println!(
+        "words {words:?}, urgent {urgent:?}, bulk {:.1} Mbit/s",
+        goodput / 1e6
+    );
+    // The round trip is 60 ms, and a full queue would add as much.
+    assert!(words[4] < Duration::from_millis(150), "{words:?}");
+    assert!(urgent[4] < Duration::from_millis(170), "{urgent:?}");
+    assert!(goodput > 0.5 * wan.rate, "{goodput}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

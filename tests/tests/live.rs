@@ -135,6 +135,18 @@ fn a_running_vm_moves_with_a_short_pause_and_loses_nothing() {
     );
 }
 
+/// The lab fails where the bulk is over first: the VM must not wait for it.
+#[test]
+fn a_vm_is_handed_over_in_the_midst_of_others_bulk() {
+    if no_link() {
+        return;
+    }
+    let report = moved("--workload mixed --rate 100mbit --rtt 80ms --bulk 600MiB --seed 3");
+    // The round trip and its steps take some 200 ms here; behind bulk that is written already they would take 500.
+    let predicted = report.predicted_blackout_ms.unwrap();
+    assert!(predicted <= 300.0, "{predicted}");
+}
+
 #[test]
 fn a_cut_link_during_ram_holds_the_move_and_it_goes_on() {
     if no_link() {

@@ -261,7 +261,8 @@ impl Attempt {
         }
         let lost =
             |error: &dyn std::fmt::Display| Refusal::new(RefusalKind::Lost, self.link.reason_or(error));
-        let mut stream = self.link.open_uni().await.map_err(|error| lost(&error))?;
+        let stream = self.link.open_uni(outgoing.header.precedence()).await;
+        let mut stream = stream.map_err(|error| lost(&error))?;
         stream
             .write_chunk(header.into())
             .await

@@ -19,6 +19,10 @@ use super::refusal::{LinkError, Refusal, code, explain};
 
 /// QUIC packets are small: a reason must leave room for the rest of one.
 const REASON_LENGTH_MAX: usize = 600;
+/// Words go before every batch, by turns among themselves: they are few and small.
+const WORDS: i32 = i32::MAX;
+/// One-way streams of a connection that can be told apart by their priority; a new connection begins anew.
+const STREAMS_MAX: u64 = 1 << 29;
 
 /// An open connection to a peer whose certificate was judged good. Cheap to clone.
 #[derive(Clone)]
@@ -129,16 +133,24 @@ impl Link {
         self.inner.not_after
     }
 
-    /// A new one-way stream to the peer. Waits while the peer allows no more.
+    /// A new one-way stream to the peer. What is written to it goes out behind every stream of a higher `precedence` (0 to 3) and behind
+    /// older ones of its own, and before all others, also where these are partly written. Waits while the peer allows no more.
     ///
     /// # Errors
     /// Why the link is gone.
-    pub async fn open_uni(&self) -> Result<SendStream, LinkError> {
-        self.inner
-            .connection
-            .open_uni()
-            .await
-            .map_err(|error| self.inner.explain(&error))
+    pub async fn open_uni(&self, precedence: u8) -> Result<SendStream, LinkError> {
+        let opened = self.inner.connection.open_uni().await;
+        let stream = opened.map_err(|error| self.inner.explain(&error))?;
+        let index = stream.id().index();
+        if index >= STREAMS_MAX {
+            self.close(
+                code::DONE,
+                "the connection has carried as many streams as it can; a new one follows",
+            );
+        }
+        // Fails only where the stream is over already.
+        let _ = stream.set_priority(priority(precedence, index));
+        Ok(stream)
     }
 
     /// The next one-way stream of the peer.
@@ -153,28 +165,23 @@ impl Link {
             .map_err(|error| self.inner.explain(&error))
     }
 
-    /// A new two-way stream. The peer sees it with its first byte. Waits while the peer allows no more.
+    /// A new two-way stream: for words, which go before whatever waits on one-way streams. The peer sees it with its first byte.
+    /// Waits while the peer allows no more.
     ///
     /// # Errors
     /// Why the link is gone.
     pub async fn open_bi(&self) -> Result<(SendStream, RecvStream), LinkError> {
-        self.inner
-            .connection
-            .open_bi()
-            .await
-            .map_err(|error| self.inner.explain(&error))
+        let opened = self.inner.connection.open_bi().await;
+        opened.map(first).map_err(|error| self.inner.explain(&error))
     }
 
-    /// The next two-way stream of the peer.
+    /// The next two-way stream of the peer; our words on it go first, too.
     ///
     /// # Errors
     /// Why the link is gone.
     pub async fn accept_bi(&self) -> Result<(SendStream, RecvStream), LinkError> {
-        self.inner
-            .connection
-            .accept_bi()
-            .await
-            .map_err(|error| self.inner.explain(&error))
+        let accepted = self.inner.connection.accept_bi().await;
+        accepted.map(first).map_err(|error| self.inner.explain(&error))
     }
 
     /// The link's figures now.
@@ -276,6 +283,21 @@ impl LinkInner {
     }
 }
 
+/// As quinn wants it: higher goes first, equal ones by turns. No two one-way streams are equal: sent by turns, the data of streams that
+/// the peer has not taken yet could fill its whole receive window, and the streams it waits for would never end.
+fn priority(precedence: u8, index: u64) -> i32 {
+    let lane = i64::from(precedence.min(3)) + 1;
+    let priority = i64::from(i32::MIN) + lane * STREAMS_MAX as i64 - 1 - index.min(STREAMS_MAX - 1) as i64;
+    priority.try_into().unwrap_or(i32::MIN)
+}
+
+/// Gives our half of a two-way stream its place before the one-way ones.
+fn first(stream: (SendStream, RecvStream)) -> (SendStream, RecvStream) {
+    // Fails only where the stream is over already.
+    let _ = stream.0.set_priority(WORDS);
+    stream
+}
+
 /// Closes a connection with a reason short enough to fit one packet.
 pub(crate) fn close(connection: &Connection, code: u32, reason: &str) {
     let end = reason.floor_char_boundary(REASON_LENGTH_MAX);
@@ -296,4 +318,19 @@ fn protocol_of(connection: &Connection) -> Option<Vec<u8>> {
         .downcast::<quinn::crypto::rustls::HandshakeData>()
         .ok()?;
     data.protocol
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lanes_go_before_lanes_and_older_streams_before_younger() {
+        let mut order = Vec::new();
+        for precedence in (0..4).rev() {
+            order.extend([0, 1, STREAMS_MAX - 1].map(|index| priority(precedence, index)));
+        }
+        assert!(WORDS > order[0]);
+        assert!(order.windows(2).all(|pair| pair[0] > pair[1]), "{order:?}");
+    }
 }

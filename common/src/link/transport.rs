@@ -35,9 +35,9 @@ pub(crate) fn transport(
         .keep_alive_interval(Some(settings.keep_alive))
         .max_idle_timeout(Some(idle))
         .enable_segmentation_offload(tuning.segmentation_offload)
-        // Streams go out in the order they were opened. Sent by turns, the data of streams that the peer has not taken yet could
-        // fill its whole receive window, and the streams it waits for would never end.
-        .send_fairness(false)
+        // Each packet takes from the stream of the highest priority, of which no two have the same: see `Link::open_uni`. Without this
+        // a stream that is partly written would be written to its end before any other, however urgent.
+        .send_fairness(true)
         // QUIC datagrams are not used: a peer must not fill a buffer with them.
         .datagram_receive_buffer_size(None);
     match tuning.congestion {

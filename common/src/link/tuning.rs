@@ -25,12 +25,14 @@ const MIB: u64 = 1 << 20;
 const STREAM_WINDOW: u64 = 2 * MIB;
 /// Enough for a 10 Gbit/s LAN at 1.6 ms. A larger one would be filled, and overflow the receiver's socket buffer.
 const LAN_RECEIVE_WINDOW: u64 = 2 * MIB;
+/// Between sites, where no rate is configured: what 4 Gbit/s hold in 32 ms, for each connection.
+const FAR_WINDOW: u64 = 16 * MIB;
 /// Two batches in the making for each of a few streams; the agent's whole budget is 160 MiB.
 const LAN_SEND_WINDOW: u64 = 8 * MIB;
 /// No connection holds more than this, whatever rate is configured.
 const WINDOW_MAX: u64 = 64 * MIB;
 /// From here on a link is not one of a site's own.
-const WAN_RTT: Duration = Duration::from_millis(5);
+pub const WAN_RTT: Duration = Duration::from_millis(5);
 /// What a connection sends before it knows anything: 22 packets, as many as two bursts that the network card cuts.
 const STARTING_WINDOW: u64 = 32 << 10;
 /// Assumed where a rate is configured, but no round-trip time.
@@ -77,6 +79,8 @@ pub struct LinkSettings {
     pub rtt: Option<Duration>,
     /// Connections that share the rate, at least 1; each gets its part.
     pub connections: u32,
+    /// It leads to another site: where no rate is configured, buffers are sized for a long path.
+    pub far: bool,
     /// Largest UDP payload to probe for: [`MTU_WAN`], or [`MTU_JUMBO`] on a LAN with jumbo frames.
     pub mtu_max: u16,
     /// Congestion control.
@@ -108,6 +112,7 @@ impl Default for LinkSettings {
             caps: CapSchedule::default(),
             rtt: None,
             connections: 1,
+            far: false,
             mtu_max: MTU_WAN,
             congestion: Congestion::Auto,
             socket_buffer: 8 << 20,
@@ -168,6 +173,14 @@ pub struct Tuning {
     pub congestion: Congestion,
 }
 
+impl Tuning {
+    /// Bytes that may be written ahead on a connection, while only data of this `precedence` (0 to 3) waits or lower ones: words and what
+    /// goes before find room in the peer's window then. Holds where the peer's end is configured as ours.
+    pub fn ahead(&self, precedence: u8) -> u64 {
+        self.connection_window / 8 * u64::from(4 + precedence.min(3))
+    }
+}
+
 /// From settings to windows; pure.
 pub fn tune(settings: &LinkSettings) -> Tuning {
     let mtu_max = settings.mtu_max.clamp(1200, 65_000);
@@ -178,19 +191,15 @@ pub fn tune(settings: &LinkSettings) -> Tuning {
         .clamp(Duration::from_micros(100), Duration::from_secs(5));
     let bandwidth_delay = rate.map_or(0, |rate| bytes_in(rate, rtt));
     let (connection_window, send_window) = match rate {
+        None if settings.far => (FAR_WINDOW, FAR_WINDOW),
         None => (LAN_RECEIVE_WINDOW, LAN_SEND_WINDOW),
-        // Twice the product, because a full queue doubles the round-trip time, and two streams for a reader that is
-        // scheduled late; the sender twice the product more, because quinn counts bytes until they are acknowledged.
-        Some(_) => (
-            bandwidth_delay
-                .saturating_mul(2)
-                .saturating_add(2 * STREAM_WINDOW)
-                .min(WINDOW_MAX),
-            bandwidth_delay
-                .saturating_mul(4)
-                .saturating_add(2 * STREAM_WINDOW)
-                .min(WINDOW_MAX),
-        ),
+        // A full queue doubles the round-trip time, and two streams are for a reader that is scheduled late. Twice as much as that, for
+        // quinn counts what is written, and bulk that is written ahead must leave room: see `ahead`.
+        Some(_) => {
+            let window = bandwidth_delay.saturating_mul(4);
+            let window = window.saturating_add(4 * STREAM_WINDOW).min(WINDOW_MAX);
+            (window, window)
+        }
     };
     let congestion = match (settings.congestion, rate) {
         (Congestion::Auto, None) if rtt_of(settings) < WAN_RTT => Congestion::Cubic,

@@ -9,7 +9,7 @@ use jiff::civil::Time;
 use serde::{Deserialize, Serialize};
 
 use crate::link::congestion::{CapSchedule, CapWindow};
-use crate::link::{Congestion, Credentials, LinkSettings, MTU_JUMBO, MTU_WAN};
+use crate::link::{Congestion, Credentials, LinkSettings, MTU_JUMBO, MTU_WAN, WAN_RTT};
 use crate::units::{ByteSize, Rate, Span};
 
 /// `[identity]`: this program's certificate, and whom it trusts. Files are read again when they change.
@@ -135,6 +135,14 @@ impl LinkSection {
         };
         CapSchedule {
             windows: self.cap.iter().map(window).collect(),
+        }
+    }
+
+    /// As [`Self::settings`], for a link to another site. One whose round-trip time is that of a LAN is tuned as such.
+    pub fn far_settings(&self) -> LinkSettings {
+        LinkSettings {
+            far: self.rtt.is_none_or(|rtt| rtt.0 >= WAN_RTT),
+            ..self.settings()
         }
     }
 

@@ -106,6 +106,11 @@ impl BatchHeader {
         data.fold(ram, |sum, piece| sum.saturating_add(piece.extent.len()))
     }
 
+    /// Its place on a LAN, as [`crate::link::Link::open_uni`] wants it: the order follows the lanes of the WAN.
+    pub fn precedence(&self) -> u8 {
+        u8::from(self.urgent) * 2 + u8::from(self.ram.is_some())
+    }
+
     /// What this batch takes from the job's credit, in bytes.
     pub fn credit(&self) -> u64 {
         self.data_len().max(CREDIT_MIN)

@@ -309,21 +309,33 @@ fn udp() -> std::net::UdpSocket {
 
 /// Sends from `near` to `far` for `seconds`, in streams of 1 MiB, eight at a time. Answers bytes/s received, from the third second on.
 pub async fn bulk(near: &[Link], far: &[Link], seconds: u64) -> f64 {
+    flow(8, false, near, far, seconds).await
+}
+
+/// As [`bulk`], with no more than `streams` written ahead on each link: each ends when the other end has all of it.
+pub async fn bulk_ahead(streams: usize, near: &[Link], far: &[Link], seconds: u64) -> f64 {
+    flow(streams, true, near, far, seconds).await
+}
+
+async fn flow(streams: usize, to_the_end: bool, near: &[Link], far: &[Link], seconds: u64) -> f64 {
     use std::sync::atomic::{AtomicU64, Ordering};
     let received = Arc::new(AtomicU64::new(0));
     let mut tasks = tokio::task::JoinSet::new();
     let batch = bytes::Bytes::from(vec![7u8; 256 << 10]);
     for link in near {
-        for _ in 0..8 {
+        for _ in 0..streams {
             let (link, batch) = (link.clone(), batch.clone());
             tasks.spawn(async move {
-                while let Ok(mut stream) = link.open_uni().await {
+                while let Ok(mut stream) = link.open_uni(0).await {
                     for _ in 0..4 {
                         if stream.write_chunk(batch.clone()).await.is_err() {
                             return;
                         }
                     }
                     let _ = stream.finish();
+                    if to_the_end {
+                        let _ = stream.stopped().await;
+                    }
                 }
             });
         }

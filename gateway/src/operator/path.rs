@@ -80,7 +80,7 @@ pub(super) async fn test(arguments: &LinkArguments) -> Result<bool, PathError> {
         .ok()
         .and_then(|mut found| found.next())
         .ok_or_else(unresolved)?;
-    let mut link = peer.link.settings();
+    let mut link = peer.link.far_settings();
     // One connection tests the whole link.
     link.connections = 1;
     let report = probe(address, &expected, &tls, &link, ProbeLimits::default()).await;

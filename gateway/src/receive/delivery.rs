@@ -33,7 +33,7 @@ pub(super) struct Delivery {
     pub peer: Identity,
     /// Batches on their way to the agent, written one after the other: were several streams open at once, the ones that the agent has
     /// not taken yet could fill its receive window and starve the ones it reads.
-    outlet: mpsc::Sender<(Bytes, Bytes)>,
+    outlet: mpsc::Sender<Restored>,
     /// Every batch that was ever accepted in this attempt.
     accepted: Mutex<Sequences>,
     /// Accepted, and not said yet.
@@ -112,10 +112,18 @@ impl Delivery {
 }
 
 /// Writes batches to the agent until nobody has any more, or the link fails.
-async fn hand_over(agent: Link, mut batches: mpsc::Receiver<(Bytes, Bytes)>, failed: mpsc::Sender<String>) {
-    while let Some((head, raw)) = batches.recv().await {
+async fn hand_over(agent: Link, mut batches: mpsc::Receiver<Restored>, failed: mpsc::Sender<String>) {
+    while let Some(Restored {
+        head,
+        raw,
+        precedence,
+    }) = batches.recv().await
+    {
         let handed = async {
-            let mut stream = agent.open_uni().await.map_err(|error| error.to_string())?;
+            let mut stream = agent
+                .open_uni(precedence)
+                .await
+                .map_err(|error| error.to_string())?;
             stream
                 .write_chunk(head)
                 .await
@@ -133,6 +141,13 @@ async fn hand_over(agent: Link, mut batches: mpsc::Receiver<(Bytes, Bytes)>, fai
             return;
         }
     }
+}
+
+/// A batch as the agent gets it.
+struct Restored {
+    head: Bytes,
+    raw: Bytes,
+    precedence: u8,
 }
 
 /// A payload as it came.
@@ -164,7 +179,8 @@ pub(super) async fn take(receiving: &Receiving, peer: &Identity, mut stream: Rec
         head,
         payload,
     } = arrived;
-    let (sequence, urgent, vm) = (header.sequence, header.urgent, delivery.vm);
+    let (sequence, urgent, precedence, vm) =
+        (header.sequence, header.urgent, header.precedence(), delivery.vm);
     let (windows, name) = (Arc::clone(&receiving.windows), peer.to_string());
     let restored = receiving.workers.run_as(urgent, move || {
         let pair = windows.with(&name);
@@ -175,7 +191,14 @@ pub(super) async fn take(receiving: &Receiving, peer: &Identity, mut stream: Rec
             metrics::counter!(RECEIVED_RAW).increment(raw.len() as u64);
             if delivery.accept(sequence) {
                 // Where the link has failed, its reason is on its way.
-                let _ = delivery.outlet.send((head, raw)).await;
+                let _ = delivery
+                    .outlet
+                    .send(Restored {
+                        head,
+                        raw,
+                        precedence,
+                    })
+                    .await;
             }
         }
         Ok(Err(RestoreError::Missing)) => {

@@ -87,7 +87,7 @@ impl Receiving {
         let Some(address) = settings.listen else {
             return Ok(());
         };
-        let link = settings.link.settings();
+        let link = settings.link.far_settings();
         let listener = Listener::bind(address, tls, &[ALPN_PEER, ALPN_PROBE], &[Role::Gateway], &link)?;
         tracing::info!(%address, "listening for peers");
         tokio::spawn(async move {

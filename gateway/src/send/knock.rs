@@ -7,14 +7,10 @@ use longhaul_common::link::{KNOCK_EVERY, Link, Silence};
 use longhaul_common::wire::frame;
 use longhaul_common::wire::session::PeerTask;
 
-/// Above every lane.
-const PRIORITY: i32 = 16;
-
 /// Knocks at a peer that is not heard, for as long as the link lives; gives why it does not.
 pub(super) async fn knock(link: &Link) -> String {
     let knocks = async {
         let (mut send, mut recv) = link.open_bi().await.map_err(|error| error.to_string())?;
-        let _ = send.set_priority(PRIORITY);
         let broken = |error: &dyn std::fmt::Display| link.reason_or(error);
         frame::write(&mut send, &PeerTask::Knock)
             .await

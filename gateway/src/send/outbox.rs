@@ -13,7 +13,7 @@ use longhaul_common::wire::batch::BatchHeader;
 use longhaul_common::wire::sequences::Sequences;
 use tokio::sync::OwnedSemaphorePermit;
 
-/// Priority classes, highest first. Control messages have streams of their own.
+/// Priority classes, highest first. Control messages go before all of them, on two-way streams (`common/src/link/endpoint.rs`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Lane {
     /// A VM is stopped and waits for it.
@@ -30,6 +30,9 @@ pub enum Lane {
 const LANES: usize = 4;
 
 impl Lane {
+    /// In the order in which they go.
+    pub const ALL: [Self; LANES] = [Self::Handover, Self::Ram, Self::Dirty, Self::Bulk];
+
     /// The lane that a batch belongs to.
     pub fn of(header: &BatchHeader) -> Self {
         match (header.urgent, &header.ram, header.round) {
@@ -40,9 +43,9 @@ impl Lane {
         }
     }
 
-    /// As QUIC wants it for a stream: higher goes first.
-    pub fn priority(self) -> i32 {
-        LANES as i32 - 1 - self as i32
+    /// As [`longhaul_common::link::Link::open_uni`] wants it: higher goes first.
+    pub fn precedence(self) -> u8 {
+        (LANES - 1) as u8 - self as u8
     }
 }
 
@@ -88,6 +91,16 @@ struct FlowQueue {
     taken: u64,
 }
 
+/// How much may be in flight on a connection, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// Of a lane and those before it.
+    pub window: u64,
+    /// Of all lanes, where the next is of this one: what is written, and is not taken by the peer yet, leaves room in its receive window for
+    /// what goes before it. By lane.
+    pub ahead: [u64; LANES],
+}
+
 /// What waits and what is in flight to one peer.
 #[derive(Default)]
 pub struct Outbox {
@@ -130,14 +143,15 @@ impl Outbox {
             .any(|flow| !flow.waiting.is_empty())
     }
 
-    /// The payload to send next on `connection`, unless its `window` (bytes) is full; one payload may always be in flight. Lower lanes
+    /// The payload to send next on `connection`, unless there is no `room`; one payload may always be in flight. Lower lanes
     /// do not fill the window of higher ones: what they have in flight gives way on the connection itself.
-    pub fn take(&mut self, connection: ConnectionId, window: u64) -> Option<Ready> {
+    pub fn take(&mut self, connection: ConnectionId, room: &Room) -> Option<Ready> {
         let on_connection = self.on_connection.entry(connection).or_default();
         let mut lanes = self.lanes.iter_mut();
         let (lane, flows) = lanes.find(|(_, lane)| lane.values().any(|flow| !flow.waiting.is_empty()))?;
         let ahead: u64 = on_connection[..=*lane as usize].iter().sum();
-        if ahead >= window && ahead > 0 {
+        let all: u64 = on_connection.iter().sum();
+        if ahead > 0 && (ahead >= room.window || all >= room.ahead[*lane as usize]) {
             return None;
         }
         let flow = flows
@@ -276,8 +290,36 @@ mod tests {
         }
     }
 
+    fn room(window: u64) -> Room {
+        Room {
+            window,
+            ahead: [u64::MAX; LANES],
+        }
+    }
+
     fn flow() -> Flow {
         (JobId::random(), Attempt(1))
+    }
+
+    #[test]
+    fn bulk_leaves_room_for_what_goes_before_it() {
+        let bulk = flow();
+        let mut outbox = Outbox::default();
+        (0..10).for_each(|n| outbox.push(ready(bulk, n, 100)));
+        let room = Room {
+            window: u64::MAX,
+            ahead: [900, 800, 700, 500],
+        };
+        let next = |outbox: &mut Outbox| outbox.take(ConnectionId(0), &room).map(|next| next.lane);
+        while next(&mut outbox).is_some() {}
+        assert_eq!(outbox.in_flight(), 500);
+        let urgent = |n| Ready {
+            lane: Lane::Handover,
+            ..ready(bulk, n, 100)
+        };
+        (10..20).for_each(|n| outbox.push(urgent(n)));
+        while next(&mut outbox) == Some(Lane::Handover) {}
+        assert_eq!(outbox.in_flight(), 900);
     }
 
     #[test]
@@ -290,7 +332,7 @@ mod tests {
         }
         let mut sent = HashMap::new();
         for _ in 0..55 {
-            let next = outbox.take(ConnectionId(0), u64::MAX).unwrap();
+            let next = outbox.take(ConnectionId(0), &room(u64::MAX)).unwrap();
             *sent.entry(next.flow).or_insert(0) += next.len();
         }
         assert!(sent[&big].abs_diff(sent[&small]) <= 1000, "{sent:?}");
@@ -302,10 +344,10 @@ mod tests {
         let mut outbox = Outbox::default();
         outbox.push(ready(job, 0, 500));
         outbox.push(ready(job, 1, 500));
-        assert!(outbox.take(ConnectionId(0), 10).is_some());
-        assert!(outbox.take(ConnectionId(0), 10).is_none());
+        assert!(outbox.take(ConnectionId(0), &room(10)).is_some());
+        assert!(outbox.take(ConnectionId(0), &room(10)).is_none());
         assert!(
-            outbox.take(ConnectionId(1), 10).is_some(),
+            outbox.take(ConnectionId(1), &room(10)).is_some(),
             "another connection has its own window"
         );
     }
@@ -317,7 +359,7 @@ mod tests {
         for n in 0..4 {
             outbox.push(ready(job, n, 500));
         }
-        while outbox.take(ConnectionId(0), 1000).is_some() {}
+        while outbox.take(ConnectionId(0), &room(1000)).is_some() {}
         outbox.push(Ready {
             lane: Lane::Ram,
             ..ready(job, 8, 500)
@@ -326,9 +368,13 @@ mod tests {
             lane: Lane::Handover,
             ..ready(job, 9, 500)
         });
-        let mut taken = || outbox.take(ConnectionId(0), 1000).map(|next| next.sequence.0);
+        let mut taken = || {
+            outbox
+                .take(ConnectionId(0), &room(1000))
+                .map(|next| next.sequence.0)
+        };
         assert_eq!((taken(), taken(), taken()), (Some(9), Some(8), None));
-        assert!(Lane::Handover.priority() > Lane::Ram.priority() && Lane::Bulk.priority() == 0);
+        assert!(Lane::Handover.precedence() > Lane::Ram.precedence() && Lane::Bulk.precedence() == 0);
     }
 
     proptest! {
@@ -343,7 +389,7 @@ mod tests {
             for (what, connection) in steps {
                 match what {
                     0 => { outbox.push(ready(job, pushed, 100)); pushed += 1; }
-                    1 => if let Some(next) = outbox.take(ConnectionId(connection), 350) {
+                    1 => if let Some(next) = outbox.take(ConnectionId(connection), &room(350)) {
                         on_wire.push((connection, next.sequence));
                     },
                     2 => { outbox.connection_lost(ConnectionId(connection)); on_wire.retain(|(on, _)| *on != connection); }
@@ -355,7 +401,7 @@ mod tests {
                 prop_assert_eq!(outbox.in_flight(), on_wire.len() as u64 * 100);
             }
             for _ in 0..pushed { // drain
-                if let Some(next) = outbox.take(ConnectionId(9), u64::MAX) { on_wire.push((9, next.sequence)); }
+                if let Some(next) = outbox.take(ConnectionId(9), &room(u64::MAX)) { on_wire.push((9, next.sequence)); }
             }
             accepted.extend(on_wire.iter().map(|(_, sequence)| *sequence));
             prop_assert_eq!(accepted.len() as u64, pushed);

@@ -21,7 +21,7 @@ use longhaul_common::wire::window::WindowAnswer;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 
 use super::knock;
-use super::outbox::{ConnectionId, Flow, Lane, Outbox, Ready, SentAgain, window};
+use super::outbox::{ConnectionId, Flow, Lane, Outbox, Ready, Room, SentAgain, window};
 use super::rest::{Heard, Rest};
 use crate::metrics::SENT_AGAIN;
 use crate::reduction::{CHOOSE_EVERY, Kept, Ladder, Level, Pair, Seen, Windows};
@@ -324,7 +324,7 @@ impl Peer {
     }
 
     async fn keep_connected(self: Arc<Self>) {
-        let mut settings = self.settings.link.settings();
+        let mut settings = self.settings.link.far_settings();
         let round_trips = settings.rtt.unwrap_or_default() * 10;
         settings.handshake = settings.handshake.min(CALL_TIME + round_trips);
         let mut failures = 0;
@@ -434,9 +434,15 @@ impl Peer {
 
     /// Writes payloads on one connection until it fails; gives the reason.
     async fn transmit(&self, id: ConnectionId, link: &Link) -> String {
+        let tuning = link::tune(&self.settings.link.far_settings());
+        let ahead = Lane::ALL.map(|lane| tuning.ahead(lane.precedence()));
         loop {
             let changed = self.changed.notified();
-            let next = self.outbox().take(id, window(link.stats().congestion_window));
+            let room = Room {
+                window: window(link.stats().congestion_window),
+                ahead,
+            };
+            let next = self.outbox().take(id, &room);
             let Some(ready) = next else {
                 // Woken by a change, or soon in any case: the window grows by itself.
                 let _ = tokio::time::timeout(LOOK_AGAIN, changed).await;
@@ -457,9 +463,10 @@ fn identity(settings: &PeerSection, tls: &TlsState) -> Result<Identity, String> 
 }
 
 async fn write(link: &Link, ready: Ready) -> Result<(), String> {
-    let mut stream = link.open_uni().await.map_err(|error| error.to_string())?;
-    // Fails only where the peer refused the stream already.
-    let _ = stream.set_priority(ready.lane.priority());
+    let mut stream = link
+        .open_uni(ready.lane.precedence())
+        .await
+        .map_err(|error| error.to_string())?;
     for part in ready.parts {
         stream
             .write_chunk(part)

@@ -229,7 +229,7 @@ async fn batches(link: &Link, encoded: bool, noise: &mut StdRng) -> usize {
     }
     let count = hostile.len();
     for bytes in hostile {
-        let Ok(Ok(mut stream)) = soon(link.open_uni()).await else {
+        let Ok(Ok(mut stream)) = soon(link.open_uni(0)).await else {
             return 0;
         };
         let _ = soon(stream.write_all(&bytes)).await;
@@ -310,7 +310,7 @@ async fn tasks(link: &Link) -> usize {
 /// As many streams as are allowed, each begun and never ended: they must not hold up anybody else.
 async fn unfinished(link: &Link) -> usize {
     let (mut uni, mut bi) = (Vec::new(), Vec::new());
-    while let Ok(Ok(mut stream)) = tokio::time::timeout(Duration::from_millis(100), link.open_uni()).await {
+    while let Ok(Ok(mut stream)) = tokio::time::timeout(Duration::from_millis(100), link.open_uni(0)).await {
         let _ = soon(stream.write_all(&[1, 0, 0])).await;
         uni.push(stream);
     }

@@ -131,7 +131,7 @@ async fn perform(play: usize, link: &Link, open: &SourceOpen, send: &mut SendStr
         _ => vec![],
     };
     if !bytes.is_empty()
-        && let Ok(mut stream) = link.open_uni().await
+        && let Ok(mut stream) = link.open_uni(0).await
     {
         let _ = stream.write_all(&bytes).await;
         let _ = stream.finish();
@@ -476,7 +476,7 @@ async fn target(link: &Link, path: &std::path::Path, size: u64) -> (Option<Refus
                     Leaves::default(),
                 ] {
                     header.leaves = leaves;
-                    let mut stream = link.open_uni().await.unwrap();
+                    let mut stream = link.open_uni(0).await.unwrap();
                     let _ = stream.write_all(&header.encode().unwrap()).await;
                     let _ = stream.write_all(&[1; 4096]).await;
                     let _ = stream.finish();

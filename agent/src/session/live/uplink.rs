@@ -141,9 +141,11 @@ impl Uplink {
         };
         let raw = data.len() as u64;
         let written = async {
-            let mut stream = self.link.open_uni().await.map_err(|_| Detached)?;
-            // The order on the LAN follows the lanes of the WAN.
-            let _ = stream.set_priority(i32::from(header.urgent) * 2 + i32::from(header.ram.is_some()));
+            let mut stream = self
+                .link
+                .open_uni(header.precedence())
+                .await
+                .map_err(|_| Detached)?;
             stream.write_chunk(head.into()).await.map_err(|_| Detached)?;
             stream.write_chunk(data).await.map_err(|_| Detached)?;
             let _ = stream.finish();

@@ -233,7 +233,7 @@ async fn send_until(link: Link, deadline: Instant, left: Arc<AtomicU64>) {
     const PIECE: u64 = 64 << 10;
     let piece = bytes::Bytes::from(vec![0; PIECE as usize]);
     while Instant::now() < deadline {
-        let Ok(mut stream) = link.open_uni().await else {
+        let Ok(mut stream) = link.open_uni(0).await else {
             return;
         };
         for _ in 0..16 {

@@ -296,7 +296,8 @@ async fn hear(
             | ToSource::Have(_)
             | ToSource::Start
             | ToSource::Say(_)
-            | ToSource::Cancel(_) => {}
+            | ToSource::Cancel(_)
+            | ToSource::Carried(_) => {}
         }
     }
     Ok(())

@@ -77,7 +77,7 @@ pub struct LivePolicy {
     pub give_up_ms: Option<u64>,
     /// So long a broken link may hold the RAM stream before the migration is cancelled and begun anew.
     pub hold_ms: u64,
-    /// Granularity of the dirty bitmaps, in bytes.
+    /// Granularity of the dirty bitmaps, in bytes; 0: by the size of the disks.
     pub granularity: u32,
     /// Free blocks without a proof newer than the first bitmap count as free after this time; `None`: never.
     pub free_proof_age_ms: Option<u64>,

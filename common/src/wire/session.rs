@@ -208,6 +208,21 @@ pub enum ToSource {
     Say(AgentWord),
     /// Give up, whatever stage it is at; answered by `Failed` once the VM runs on, or by `Moved` where it is too late.
     Cancel(Refusal),
+    /// Of a running VM: what became of its data so far, now and then.
+    Carried(Carried),
+}
+
+/// What became of a running VM's data in one attempt, as its gateway counts it. Bytes since the attempt began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Carried {
+    /// Data of the disks' rounds after the first, and what it was reduced to.
+    pub dirty: (u64, u64),
+    /// The same of RAM.
+    pub ram: (u64, u64),
+    /// Reduced bytes of all kinds that the peer has restored.
+    pub restored: u64,
+    /// Whether more waited for the link just now than it had room for.
+    pub limited: bool,
 }
 
 /// Durable leaves of one disk at the target: from `first` on `count` leaves, zeros but for `digests`.

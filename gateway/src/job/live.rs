@@ -76,7 +76,12 @@ impl Transfer<'_> {
                     ends.target = arrived.or_else(|| ends.target.take());
                 }
                 reason = self.outflow.refused() => return Err(Refusal::new(RefusalKind::Protocol, reason)),
-                _ = count.tick() => self.board.count(&self.outflow),
+                _ = count.tick() => {
+                    self.board.count(&self.outflow);
+                    if ends.source.is_none() {
+                        self.source.tell(&ToSource::Carried(self.outflow.carried())).await?;
+                    }
+                }
             }
         }
     }

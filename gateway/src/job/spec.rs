@@ -111,9 +111,10 @@ pub struct LiveSection {
     /// How long a broken link may hold the RAM stream, while the VM runs on, before that stream is given up and begun anew.
     #[schema(value_type = String)]
     pub hold: Span,
-    /// What one bit of a dirty bitmap stands for: a power of two from 4 KiB to 64 KiB.
-    #[schema(value_type = String)]
-    pub granularity: ByteSize,
+    /// What one bit of a dirty bitmap stands for: a power of two from 4 KiB to 64 KiB; without it, by the size of the largest disk.
+    #[schema(value_type = Option<String>)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub granularity: Option<ByteSize>,
     /// A block that is free in the guest's journal and was not written for so long counts as free; "never" forbids it.
     #[schema(value_type = String)]
     pub free_proof_age: ProofAge,
@@ -189,7 +190,7 @@ impl Default for LiveSection {
             media: MediaSection::Refuse,
             give_up: None,
             hold: Span(Duration::from_secs(60)),
-            granularity: ByteSize(64 << 10),
+            granularity: None,
             free_proof_age: ProofAge::After(Span(Duration::from_secs(900))),
             fstrim: false,
         }
@@ -209,7 +210,7 @@ impl LiveSection {
             io_throttle: self.io_throttle,
             give_up_ms: self.give_up.as_ref().map(ms),
             hold_ms: ms(&self.hold),
-            granularity: self.granularity.0 as u32,
+            granularity: self.granularity.map_or(0, |granularity| granularity.0 as u32),
             free_proof_age_ms: match &self.free_proof_age {
                 ProofAge::After(span) => Some(ms(span)),
                 ProofAge::Never => None,
@@ -221,7 +222,10 @@ impl LiveSection {
         if self.blackout.0 < BLACKOUT_MIN || self.blackout.0 > BLACKOUT_MAX {
             return Err(SpecError::Blackout);
         }
-        if !self.granularity.0.is_power_of_two() || !(4096..=64 << 10).contains(&self.granularity.0) {
+        let fits = |granularity: ByteSize| {
+            granularity.0.is_power_of_two() && (4096..=64 << 10).contains(&granularity.0)
+        };
+        if !self.granularity.is_none_or(fits) {
             return Err(SpecError::Granularity);
         }
         match &self.free_proof_age {
@@ -524,7 +528,7 @@ pub(crate) mod tests {
         let spec = parsed(&live);
         spec.check().unwrap();
         let vm = spec.source_open(JobId::random(), Attempt(1)).live.unwrap();
-        assert_eq!((vm.policy.blackout_ms, vm.policy.granularity), (300, 65536));
+        assert_eq!((vm.policy.blackout_ms, vm.policy.granularity), (300, 0));
         let cold = parsed(&live.replace("'live'", "'move'"));
         assert_eq!(cold.check(), Err(SpecError::NotLive { key: "source.qmp" }));
         let with = |words: &str| parsed(&live.replace("[[disk]]", &format!("[live]\n{words}\n[[disk]]")));

@@ -4,7 +4,7 @@
 //! accepted it, so agents are held up instead of the gateway growing. Leaves order to `outbox`. Promises that a batch enters only
 //! the flow of its own job and attempt, and that a flow's counts include every batch that entered.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use longhaul_common::ids::JobId;
 use longhaul_common::link::{Link, RecvStream, VarInt};
 use longhaul_common::wire::batch::{BatchHeader, STREAM_MAX};
 use longhaul_common::wire::sequences::Sequences;
+use longhaul_common::wire::session::Carried;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::outbox::{Flow, Lane, Ready};
@@ -43,6 +44,8 @@ pub struct Outflow {
     reduced: Mutex<ReductionCounts>,
     /// The VM that the batches belong to, where it was said.
     vm: OnceLock<Vm>,
+    /// Bytes of payloads that the peer has restored.
+    restored: AtomicU64,
     /// Why a batch was refused; the first reason stays.
     refused: watch::Sender<Option<String>>,
 }
@@ -56,6 +59,7 @@ impl Outflow {
             ledger: Mutex::new(ledger),
             reduced: Mutex::default(),
             vm: OnceLock::new(),
+            restored: AtomicU64::new(0),
             refused: watch::channel(None).0,
         }
     }
@@ -114,6 +118,20 @@ impl Outflow {
         self.refused
             .send_if_modified(|known| known.is_none() && known.replace(reason).is_none());
         false
+    }
+
+    /// What a running VM's source is told of this.
+    pub fn carried(&self) -> Carried {
+        let (dirty, ram) = {
+            let ledger = self.ledger();
+            (ledger.dirty(), ledger.ram())
+        };
+        Carried {
+            dirty,
+            ram: (ram.sent, ram.wan),
+            restored: self.restored.load(Ordering::Relaxed),
+            limited: self.peer.is_limited(),
+        }
     }
 
     /// The counts, with what this attempt's connections sent twice.
@@ -216,7 +234,8 @@ impl Ingest {
 
     /// The peer has these: they are forgotten. Gives the credit that the source is to have now.
     pub fn accepted(&self, outflow: &Outflow, sequences: &Sequences) -> u64 {
-        let taken = outflow.peer.accepted(outflow.flow, sequences);
+        let (taken, bytes) = outflow.peer.accepted(outflow.flow, sequences);
+        outflow.restored.fetch_add(bytes, Ordering::Relaxed);
         self.shares().taken(outflow.flow, taken)
     }
 

@@ -155,14 +155,14 @@ impl Peer {
         self.changed.notify_waiters();
     }
 
-    /// The peer accepted these; gives the credit that they took.
-    pub fn accepted(&self, flow: Flow, sequences: &Sequences) -> u64 {
+    /// The peer accepted these; gives the credit that they took, and their bytes.
+    pub fn accepted(&self, flow: Flow, sequences: &Sequences) -> (u64, u64) {
         self.outbox().accepted_all(flow, sequences);
         self.changed.notify_waiters();
         let accepted: Vec<_> = {
             let mut flows = self.pending();
             let Some(known) = flows.get_mut(&flow) else {
-                return 0;
+                return (0, 0);
             };
             let named = sequences.among(known.keys().copied());
             named
@@ -175,7 +175,7 @@ impl Peer {
         if let Some(pair) = &self.pair {
             accepted.iter().for_each(|pending| pair.accepted(&pending.kept));
         }
-        accepted.iter().map(|pending| pending.credit).sum()
+        (accepted.iter().map(|pending| pending.credit).sum(), bytes)
     }
 
     fn ladders(&self) -> MutexGuard<'_, Ladders> {
@@ -192,18 +192,7 @@ impl Peer {
         if !due {
             return self.ladders().levels[lane as usize].level();
         }
-        let windows: u64 = {
-            let links = self.links();
-            links
-                .live
-                .values()
-                .map(|link| link.stats().congestion_window)
-                .sum()
-        };
-        let queued = {
-            let outbox = self.outbox();
-            outbox.waiting_up_to(lane) + outbox.in_flight().saturating_sub(windows)
-        };
+        let queued = self.queued(lane);
         let mut ladders = self.ladders();
         ladders.chosen[lane as usize] = Some(now);
         ladders.levels[lane as usize].choose(Seen {
@@ -213,6 +202,25 @@ impl Peer {
             waiting,
             workers,
         })
+    }
+
+    /// Bytes of this lane and those before it that the link has no room for.
+    fn queued(&self, lane: Lane) -> u64 {
+        let windows: u64 = {
+            let links = self.links();
+            links
+                .live
+                .values()
+                .map(|link| link.stats().congestion_window)
+                .sum()
+        };
+        let outbox = self.outbox();
+        outbox.waiting_up_to(lane) + outbox.in_flight().saturating_sub(windows)
+    }
+
+    /// Whether more is to be sent than the link has room for.
+    pub fn is_limited(&self) -> bool {
+        self.queued(Lane::Bulk) > 0
     }
 
     /// A lane's batch of `raw` bytes became `payload` bytes at `level` within `busy` of one thread.

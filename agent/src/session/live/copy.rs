@@ -1,35 +1,34 @@
 //! Reading a running VM's disks: round 0, and what a dirty bitmap says.
 //!
-//! Owns the threads that read, and cutting what they read into batches. Leaves zeros, leaves and digests of round 0 to `disk::reader`,
+//! Owns the threads that read. Leaves zeros, leaves and digests of round 0 to `disk::reader`, cutting later rounds into batches to `making`,
 //! sending to the caller. Promises that a round covers every dirty byte of its bitmap, and that reading stops with whoever asked.
+
+mod making;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use longhaul_common::digest::Digest;
-use longhaul_common::extent::{BLOCK, Extent};
+use longhaul_common::extent::Extent;
 use longhaul_common::ids::{DiskIndex, Round};
-use longhaul_common::wire::batch::{BatchHeader, Content, Leaves, PIECES_MAX, Piece, RAW_MAX};
+use longhaul_common::wire::batch::{BatchHeader, Leaves, Piece};
 use longhaul_common::wire::session::{DiskCounts, Refusal, RefusalKind};
 use tokio::sync::mpsc;
 
+use self::making::{Making, read_dirty};
 use super::disks::{self, Reach};
 use super::drive::Stop;
 use super::proof::FreeProof;
 use super::source::LiveSource;
 use super::uplink::Uplink;
-use crate::disk::ReadAt;
 use crate::disk::free_map::FreeMap;
 use crate::disk::have::HaveLeaves;
-use crate::disk::image::LiveImage;
 use crate::disk::reader::{DiskRead, KnownLeaves, Outgoing};
 use crate::session::outcome;
 use crate::session::threads::on_thread;
 
 /// Batches that are read ahead.
 const READ_AHEAD: usize = 4;
-/// How much of a batch of a later round is read at most: small ones travel in parallel.
-const DIRTY_BATCH: usize = 256 << 10;
 
 /// What a round has of one disk, not addressed yet.
 #[derive(Clone, Debug)]
@@ -207,9 +206,7 @@ async fn some(
         let (batches, mut made) = mpsc::channel(PUT_OFF_BATCHES);
         let read = free.with_image(index, |image| {
             let mut making = Making::new(disk);
-            for extent in extents {
-                making.read(image, extent, &batches)?;
-            }
+            making.read(image, extents, &batches)?;
             making.send(&batches);
             Ok::<_, std::io::Error>(())
         })?;
@@ -260,100 +257,4 @@ pub(super) async fn dirty(reach: Reach) -> Result<mpsc::Receiver<Result<Batch, R
         .spawn(body)
         .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
     Ok(read)
-}
-
-fn read_dirty(
-    disk: DiskIndex,
-    image: &LiveImage,
-    batches: &mpsc::Sender<Result<Batch, Refusal>>,
-) -> std::io::Result<()> {
-    let mut making = Making::new(disk);
-    let mut failed = Ok(());
-    image.each_dirty(|extents| {
-        for extent in extents {
-            if failed.is_ok() {
-                failed = making.read(image, extent, batches);
-            }
-        }
-    })?;
-    failed?;
-    making.send(batches);
-    Ok(())
-}
-
-/// A batch that is being filled.
-struct Making {
-    batch: Batch,
-    buffer: Vec<u8>,
-    gone: bool,
-}
-
-impl Making {
-    fn new(disk: DiskIndex) -> Self {
-        let batch = Batch {
-            disk,
-            pieces: Vec::new(),
-            data: Vec::new(),
-        };
-        Self {
-            batch,
-            buffer: vec![0; DIRTY_BATCH],
-            gone: false,
-        }
-    }
-
-    fn read(
-        &mut self,
-        image: &LiveImage,
-        extent: Extent,
-        batches: &mpsc::Sender<Result<Batch, Refusal>>,
-    ) -> std::io::Result<()> {
-        const { assert!(DIRTY_BATCH <= RAW_MAX && DIRTY_BATCH / BLOCK as usize <= PIECES_MAX) };
-        let mut at = extent.offset();
-        while at < extent.end() && !self.gone {
-            let room = (DIRTY_BATCH - self.batch.covered().min(DIRTY_BATCH as u64) as usize) as u64;
-            let part = Extent::between(at, extent.end().min(at + room));
-            let mut buffer = std::mem::take(&mut self.buffer);
-            image.read_exact_at(&mut buffer[..part.len() as usize], at)?;
-            self.sort(&buffer[..part.len() as usize], at);
-            self.buffer = buffer;
-            at = part.end();
-            if self.batch.covered() >= DIRTY_BATCH as u64 {
-                self.send(batches);
-            }
-        }
-        Ok(())
-    }
-
-    /// Splits what was read into data and zeros, block by block.
-    fn sort(&mut self, bytes: &[u8], mut at: u64) {
-        for block in bytes.chunks(BLOCK as usize) {
-            let extent = Extent::between(at, at + block.len() as u64);
-            at = extent.end();
-            let zero = block.iter().all(|byte| *byte == 0);
-            let content = if zero { Content::Zero } else { Content::Data };
-            if !zero {
-                self.batch.data.extend_from_slice(block);
-            }
-            match self.batch.pieces.last_mut() {
-                Some(last) if last.content == content && last.extent.end() == extent.offset() => {
-                    last.extent = Extent::between(last.extent.offset(), extent.end());
-                }
-                _ => self.batch.pieces.push(Piece { extent, content }),
-            }
-        }
-    }
-
-    fn send(&mut self, batches: &mpsc::Sender<Result<Batch, Refusal>>) {
-        if self.batch.pieces.is_empty() {
-            return;
-        }
-        let next = Batch {
-            disk: self.batch.disk,
-            pieces: Vec::new(),
-            data: Vec::new(),
-        };
-        let full = std::mem::replace(&mut self.batch, next);
-        self.gone = batches.blocking_send(Ok(full)).is_err();
-    }
 }

@@ -5,11 +5,13 @@
 //! `vm::converge`, reading to `copy`. Promises that whatever ends the job before the handover leaves the VM running here, without
 //! anything of ours in its QEMU.
 
+mod attach;
 mod begin;
 mod foretell;
 mod leave;
 mod put_off;
 mod round;
+mod stand;
 mod switch;
 mod way_back;
 
@@ -110,6 +112,8 @@ pub(super) struct Drive {
     foretold: Foretold,
     /// When what round 0 left out was looked at again.
     looked: Option<Instant>,
+    /// Since when the VM stands, where QEMU stopped it in the midst of a round that is worth finishing.
+    stands: Option<Instant>,
     /// What QEMU says unasked.
     events: Events,
     /// The number of the last probe of the way, and when it left.
@@ -149,6 +153,7 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
         at_handover: false,
         foretold: Foretold::begin(session),
         looked: None,
+        stands: None,
         events: session.qmp.events(),
         probed: None,
         ahead: None,
@@ -253,39 +258,6 @@ impl Drive {
         self.follow(&uplink).await
     }
 
-    /// Waits for a link and the target's session on it; gives up RAM where that takes too long.
-    async fn attached(&mut self) -> Result<(Arc<Uplink>, u64), Stop> {
-        let mut uplinks = self.s.uplink.subscribe();
-        let mut heard = self.s.heard.subscribe();
-        let hold = Duration::from_millis(self.s.vm.policy.hold_ms);
-        let mut give_up = Some(Instant::now() + hold);
-        loop {
-            self.check_cancel()?;
-            let uplink = uplinks
-                .borrow_and_update()
-                .clone()
-                .filter(|uplink| !uplink.is_gone());
-            let session = heard.borrow_and_update().session;
-            if let (Some(uplink), Some((attempt, session))) = (uplink, session)
-                && uplink.attempt == attempt
-            {
-                return Ok((uplink, session));
-            }
-            let until = give_up.unwrap_or_else(|| Instant::now() + hold);
-            tokio::select! {
-                _ = uplinks.changed() => {}
-                _ = heard.changed() => {}
-                () = tokio::time::sleep_until(until.into()) => {
-                    give_up = None;
-                    if self.vm.is_migrating() {
-                        self.note(&format!("no link for {} s: the RAM stream is given up, the disks stay as they are", hold.as_secs()));
-                        self.vm.give_up(Reason::LinkLost).await?;
-                    }
-                }
-            }
-        }
-    }
-
     fn check_cancel(&self) -> Result<(), Stop> {
         let cancel = self.s.heard.borrow().cancel.clone();
         cancel.map_or(Ok(()), |refusal| {
@@ -364,8 +336,11 @@ impl Drive {
             if self.waits_for_thaw().await {
                 continue;
             }
-            if self.vm.is_migrating() && self.vm.stopped_unasked().await? {
-                return self.unasked(uplink).await;
+            if self.stands.is_some() || self.vm.is_migrating() && self.vm.stopped_unasked().await? {
+                if self.unasked(uplink).await? {
+                    return Ok(());
+                }
+                continue;
             }
             self.foretell(uplink).await?;
             let verdict = self.decide(uplink).await?;

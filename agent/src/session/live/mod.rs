@@ -22,6 +22,7 @@ mod proof;
 mod ram_in;
 mod ram_out;
 mod record;
+mod reduced;
 mod resolve;
 pub(super) mod settle;
 mod shadow;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use longhaul_common::wire::session::LivePolicy;
 
 use super::ram_out::{RamView as Tap, WINDOW_START};
+use super::reduced::Reduced;
 use super::uplink::Uplink;
 use crate::vm::converge::{DiskView, LinkView, Patience, Policy, RamView, Rate, View};
 use crate::vm::outgoing::MigrationStats;
@@ -18,8 +19,6 @@ const MEMORY: Duration = Duration::from_secs(2);
 pub(super) const DEVICE_STATE: u64 = 172 << 10;
 /// Stopping, loading, flushing and starting, besides the bytes: measured on small machines.
 pub(super) const STEPS: Duration = Duration::from_millis(90);
-/// A dirty round that took less says nothing of the link's rate.
-const TELLING: Duration = Duration::from_millis(500);
 /// Beyond twice the round trip the window allows for QEMU's and the disks' uneven pace.
 /// The gateways hold some tenths of a second of it: only with a queue for the link there is time for the best compression.
 const WINDOW_SLACK: Duration = Duration::from_millis(400);
@@ -30,9 +29,8 @@ pub(super) struct Pace {
     link: Rate,
     /// What it carried when there was enough to carry: a link with little to do is not slow.
     busy: f64,
-    /// What it carried of a dirty round that had it to itself. Memory that the target's gateway knows already makes the link look far faster
-    /// than it is for what the guest writes.
-    blocks: Option<f64>,
+    /// What it carries of dirty blocks. Memory that the target's gateway knows already makes the link look far faster than it is for these.
+    reduced: Reduced,
     acked: Rate,
     /// QEMU's last look at its dirty bitmap: which, and when.
     sync: (u64, Duration),
@@ -57,7 +55,7 @@ impl Pace {
             dirty: (0..disks).map(|_| dirty()).collect(),
             link: Rate::new(MEMORY),
             busy: 0.0,
-            blocks: None,
+            reduced: Reduced::default(),
             acked: Rate::new(MEMORY),
             sync: (0, Duration::ZERO),
         }
@@ -70,17 +68,15 @@ impl Pace {
         }
     }
 
-    /// A dirty round that had the link to itself took so long, until all of it was durable. A short one tells of round trips only.
-    pub(super) fn round(&mut self, bytes: u64, took: Duration, rtt: Option<Duration>) {
-        let rtt = rtt.unwrap_or_default();
-        if took >= TELLING.max(rtt * 4) {
-            self.blocks = Some(bytes as f64 / (took - rtt).as_secs_f64());
-        }
+    /// A round of the disks begins.
+    pub(super) fn round_begins(&mut self) {
+        self.reduced.round_begins();
     }
 
     /// The link as what is left to send will find it: as fast as it is for the slower kind, and memory made smaller where that is faster.
     fn link(&self, rtt: Option<Duration>) -> LinkView {
-        let goodput = self.blocks.map_or(self.busy, |blocks| blocks.min(self.busy));
+        let blocks = self.reduced.blocks();
+        let goodput = blocks.map_or(self.busy, |blocks| blocks.min(self.busy));
         LinkView {
             goodput,
             rtt: rtt.unwrap_or_default(),
@@ -108,6 +104,7 @@ impl Pace {
     pub(super) fn sample(&mut self, now: Duration, uplink: &Uplink, acked: u64, busy: bool) {
         let delivered = uplink.delivered.load(std::sync::atomic::Ordering::Relaxed);
         self.link.sample(now, delivered.saturating_add(acked));
+        self.reduced.sample(now, uplink.carried());
         let rate = self.link.per_second().unwrap_or(0.0);
         if busy || rate > self.busy {
             self.busy = rate;
@@ -187,68 +184,5 @@ pub(super) fn policy(policy: &LivePolicy) -> Policy {
         io_throttle: policy.io_throttle,
         patience,
         deadline: None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::vm::converge::predict;
-
-    /// 24 MB of disk and 1 MB of memory are left, on a link that carried known memory at 300 MB/s.
-    fn left(pace: &Pace) -> View {
-        View {
-            disks: vec![DiskView {
-                dirty: 24_000_000,
-                unsent: 0,
-                dirty_rate: 0.0,
-            }],
-            round_running: false,
-            ram: Some(RamView {
-                remaining: 1_000_000,
-                dirty_rate: 0.0,
-                since_sync: Duration::ZERO,
-                buffered: 0,
-                passes: 2,
-            }),
-            ram_dirty_rate: None,
-            link: pace.link(Some(Duration::from_millis(100))),
-            device_state: DEVICE_STATE,
-            steps: STEPS,
-            cpu_slowed: 0,
-            io_limit: None,
-        }
-    }
-
-    #[test]
-    fn known_memory_does_not_make_the_link_fast_for_what_was_written() {
-        let mut pace = Pace::new(1);
-        pace.busy = 300e6;
-        let before = predict(&left(&pace)).total;
-        assert!(before < Duration::from_millis(300), "{before:?}");
-        // 60 MB in 3 s and a round trip.
-        pace.round(
-            60_000_000,
-            Duration::from_millis(3100),
-            Some(Duration::from_millis(100)),
-        );
-        let now = predict(&left(&pace)).total;
-        let range = Duration::from_millis(1350)..Duration::from_millis(1500);
-        assert!(range.contains(&now), "{now:?}");
-    }
-
-    #[test]
-    fn a_short_round_tells_nothing_and_a_fast_one_changes_nothing() {
-        let mut pace = Pace::new(1);
-        pace.busy = 30e6;
-        let rtt = Some(Duration::from_millis(200));
-        pace.round(400_000, Duration::from_millis(700), rtt);
-        assert_eq!(pace.link(rtt).goodput, 30e6);
-        pace.round(90_000_000, Duration::from_millis(1200), rtt);
-        let link = pace.link(rtt);
-        assert_eq!(
-            (link.goodput, link.page_ratio, link.block_ratio),
-            (30e6, 1.0, 1.0)
-        );
     }
 }

@@ -25,7 +25,7 @@ use crate::session::Agent;
 use crate::session::threads::on_thread;
 use crate::vm::PREFIX;
 use crate::vm::qmp::{Qmp, QmpError};
-use crate::vm::rounds::{add_bitmaps, bitmaps, remove_bitmaps};
+use crate::vm::rounds::{self, add_bitmaps, bitmaps, remove_bitmaps};
 
 /// Between two looks at a VM.
 const LOOK: Duration = Duration::from_secs(2);
@@ -122,6 +122,7 @@ async fn begin(agent: &Arc<Agent>, open: PrepareOpen) -> Result<PreparedVm, Refu
     let _door = agent.prepared.door.lock().await;
     let qmp = monitor(agent, &socket).await.map_err(|error| refused(&error))?;
     let found = disks::find(&qmp, &open.disks).await?;
+    let granularity = rounds::granularity(open.vm.policy.granularity, found.iter().map(|disk| disk.size));
     let nodes: Vec<_> = found.into_iter().map(|disk| disk.node).collect();
     if let Some(vm) = agent.prepared.of(&socket) {
         if vm.record.nodes != nodes {
@@ -147,7 +148,6 @@ async fn begin(agent: &Arc<Agent>, open: PrepareOpen) -> Result<PreparedVm, Refu
         bitmap: format!("{PREFIX}prepared-{}", id.short()),
     };
     save(agent, id, &record).await?;
-    let granularity = open.vm.policy.granularity;
     let mut clock = Err(None);
     if let Err(error) = add_bitmaps(&qmp, &record.nodes, &record.bitmap, granularity).await {
         clock = Err(Some(refused(&error)));

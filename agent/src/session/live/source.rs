@@ -380,6 +380,7 @@ impl LiveSource {
             ToSource::Durable(sequences) => uplink.durable(&sequences),
             ToSource::Say(word) => self.on_word(&word, uplink.attempt),
             ToSource::Cancel(refusal) => self.cancel(refusal),
+            ToSource::Carried(carried) => uplink.set_carried(carried),
             ToSource::Finish => return protocol("a running VM's source is not told to finish"),
         }
         Ok(())

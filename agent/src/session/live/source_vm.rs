@@ -228,6 +228,15 @@ impl SourceVm {
         Ok(Some(over))
     }
 
+    /// Holds RAM back nearly whole, or lets it flow.
+    pub(super) async fn crawl(&self, crawl: bool) -> Result<(), Stop> {
+        let Some(outgoing) = &self.outgoing else {
+            return Ok(());
+        };
+        let said = outgoing.crawl(&self.s.qmp, crawl).await;
+        said.map_err(|error| Refusal::because(RefusalKind::Refused, &error).into())
+    }
+
     /// Whether QEMU has stopped the VM by itself: nothing was left to send.
     pub(super) async fn stopped_unasked(&mut self) -> Result<bool, Stop> {
         let stats = self.ask_stats().await?;

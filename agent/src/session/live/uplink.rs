@@ -4,7 +4,7 @@
 //! `ram_out`. Promises that a batch counts as outstanding before its first byte leaves, and that everything that waits here ends when
 //! the attempt does.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -13,7 +13,7 @@ use longhaul_common::ids::{Attempt, JobId, Sequence};
 use longhaul_common::link::Link;
 use longhaul_common::wire::batch::BatchHeader;
 use longhaul_common::wire::sequences::Sequences;
-use longhaul_common::wire::session::FromSource;
+use longhaul_common::wire::session::{Carried, FromSource};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::metrics::{SOURCE_BATCHES, SOURCE_RAW};
@@ -31,10 +31,13 @@ pub(super) struct Uplink {
     say: mpsc::Sender<FromSource>,
     credit: Semaphore,
     sequence: AtomicU64,
-    outstanding: Mutex<BTreeSet<Sequence>>,
+    /// With how many bytes each covers.
+    outstanding: Mutex<BTreeMap<Sequence, u64>>,
     /// Counts changes of `outstanding`.
     settled: watch::Sender<u64>,
     gone: watch::Sender<bool>,
+    /// What the gateway said last.
+    carried: Mutex<Carried>,
     /// Bytes of data that became durable or were taken by QEMU: the goodput.
     pub delivered: AtomicU64,
 }
@@ -51,11 +54,12 @@ impl Uplink {
             outstanding: Mutex::default(),
             settled: watch::Sender::new(0),
             gone: watch::Sender::new(false),
+            carried: Mutex::default(),
             delivered: AtomicU64::new(0),
         }
     }
 
-    fn outstanding(&self) -> MutexGuard<'_, BTreeSet<Sequence>> {
+    fn outstanding(&self) -> MutexGuard<'_, BTreeMap<Sequence, u64>> {
         self.outstanding.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -87,6 +91,15 @@ impl Uplink {
         let _ = gone.wait_for(|gone| *gone).await;
     }
 
+    pub(super) fn set_carried(&self, carried: Carried) {
+        *self.carried.lock().unwrap_or_else(PoisonError::into_inner) = carried;
+    }
+
+    /// What became of the data so far, as the gateway said last.
+    pub(super) fn carried(&self) -> Carried {
+        *self.carried.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn give_credit(&self, bytes: u64) {
         let room = Semaphore::MAX_PERMITS - self.credit.available_permits();
         self.credit
@@ -96,12 +109,17 @@ impl Uplink {
     /// These are written and flushed at the target.
     pub(super) fn durable(&self, sequences: &Sequences) {
         let mut outstanding = self.outstanding();
-        let known = sequences.among(outstanding.iter().copied());
+        let known = sequences.among(outstanding.keys().copied());
         for sequence in known {
             outstanding.remove(&sequence);
         }
         drop(outstanding);
         self.settled.send_modify(|count| *count += 1);
+    }
+
+    /// Bytes of batches of the disks that were sent and are not durable.
+    pub(super) fn unsettled(&self) -> u64 {
+        self.outstanding().values().sum()
     }
 
     /// Waits until every batch of the disks that was sent is durable.
@@ -125,7 +143,7 @@ impl Uplink {
         let permit = self.credit.acquire_many(needed).await.map_err(|_| Detached)?;
         permit.forget();
         let raw = data.len() as u64;
-        self.outstanding().insert(header.sequence);
+        self.outstanding().insert(header.sequence, raw);
         let sent = self.send(header, data.into()).await;
         self.delivered.fetch_add(raw, Ordering::Relaxed);
         sent

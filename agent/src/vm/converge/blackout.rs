@@ -115,7 +115,8 @@ pub(crate) fn predict_stopped(view: &View) -> Blackout {
 
 /// The shortest blackout that going on can lead to: passes and rounds cannot be shorter than QEMU's and the link's own times.
 pub(crate) fn floor(view: &View) -> Blackout {
-    let pass = (PASS_MIN + view.link.rtt + LEAD).as_secs_f64();
+    // A QEMU that comes to its end by itself need not be told: without the lead.
+    let pass = (PASS_MIN + view.link.rtt).as_secs_f64();
     whole(view, disk_load(view) * pass, ram_load(view) * pass)
 }
 

@@ -26,6 +26,8 @@ const HOLD_MAX: Duration = Duration::from_secs(600);
 const CPU_FIRST: u8 = 20;
 const CPU_STEP: u8 = 10;
 const CPU_MAX: u8 = 90;
+/// Between two rounds of the disks memory flows alone for as long as the first one took, but no longer than this.
+const TURN_MAX: Duration = Duration::from_secs(2);
 /// Below this a guest's disk is as good as stopped.
 const IO_MIN: f64 = 256.0 * 1024.0;
 
@@ -42,6 +44,10 @@ pub struct Converge {
     ram: bool,
     /// Residue of the disks when the last round began, reduced bytes.
     round: Option<f64>,
+    /// When a round beside memory began: it is over at the next look.
+    beside: Option<Duration>,
+    /// Until when memory flows alone.
+    turn: Duration,
 }
 
 /// Memory is held back.
@@ -64,6 +70,11 @@ impl Converge {
         if view.ram.is_some() != self.ram {
             self.ram = view.ram.is_some();
             self.best = None;
+        }
+        if !view.round_running
+            && let Some(began) = self.beside.take()
+        {
+            self.turn = now + now.saturating_sub(began).min(TURN_MAX);
         }
         self.notice(now, blackout.total);
         let (decision, reason) = self.choose(now, view, policy, &blackout);
@@ -208,7 +219,15 @@ impl Converge {
             return answer;
         }
         let disks_late = transfer(blackout.disk_bytes, &view.link) * 4 > policy.blackout;
+        // The last of memory waits while a round runs: rounds that followed each other would never let it end.
+        if disks_late && now < self.turn && transfer(blackout.ram_bytes, &view.link) <= NEARLY_CLEAN {
+            return (
+                Decision::Continue,
+                "memory has its turn after a round of the disks".to_owned(),
+            );
+        }
         if disks_late && !view.round_running {
+            self.beside = Some(now);
             return (
                 Decision::Round,
                 "the disks' part of the blackout is too long".to_owned(),

@@ -126,6 +126,13 @@ impl Outgoing {
         Ok(())
     }
 
+    /// Holds RAM back nearly whole, or lets it flow: while it crawls QEMU sends a page in 100 ms (its unit of pacing), and does not come to the
+    /// end of what changes meanwhile. A guest that changes nothing is stopped all the same.
+    pub async fn crawl(&self, qmp: &Qmp, crawl: bool) -> Result<(), OutgoingError> {
+        settings::crawl(qmp, crawl).await?;
+        Ok(())
+    }
+
     /// Waits until the VM is stopped, its disks still active.
     ///
     /// # Errors

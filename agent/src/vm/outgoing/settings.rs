@@ -134,6 +134,13 @@ pub async fn throttle(qmp: &Qmp, most: Option<u8>) -> Result<(), QmpError> {
     Ok(())
 }
 
+/// 0 is no limit, and what is less than ten bytes a second would be rounded to that.
+pub(super) async fn crawl(qmp: &Qmp, crawl: bool) -> Result<(), QmpError> {
+    let limit = json!({ "max-bandwidth": if crawl { 100 } else { 0 } });
+    qmp.execute("migrate-set-parameters", limit).await?;
+    Ok(())
+}
+
 pub(super) async fn downtime_limit(qmp: &Qmp, milliseconds: u64) -> Result<(), QmpError> {
     let limit = json!({ "downtime-limit": milliseconds });
     qmp.execute("migrate-set-parameters", limit).await?;

@@ -4,7 +4,6 @@
 //! is durable at the target, and counts to the next one in doubt.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use longhaul_common::ids::Round;
 
@@ -13,32 +12,56 @@ use crate::session::live::copy::{self, Batch};
 use crate::session::live::disks::{self, Reach};
 use crate::session::live::uplink::Uplink;
 
+/// With less memory left than this QEMU itself is held back during a round: a socket holds some hundred KiB.
+const CRAWL: u64 = 8 << 20;
+
 impl Drive {
-    /// One pass over what the guest wrote. It ends when all of it is durable; until then its bitmap is kept.
+    /// One pass over what the guest wrote. It ends when all of it is durable, and until then its bitmap is kept; or when QEMU has stopped the
+    /// VM with so much left that it was let go again.
     pub(super) async fn dirty_round(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
         self.round += 1;
         self.outcome.rounds += 1;
+        let bytes = self.rounds.dirty_bytes().await?.iter().sum();
         self.rounds.next().await?;
-        // Memory waits with its last part: once QEMU has sent all of it, it stops the VM.
-        if let Some(out) = self.vm.ram_out() {
-            out.allow(self.ram_left / 2);
+        self.pace.round_begins();
+        self.hold_ram().await?;
+        let sent = self.send_round(uplink, bytes).await;
+        let flows = self.let_ram_flow().await;
+        match sent {
+            Ok(true) => self.rounds.finish().await?,
+            // In doubt it counts to the next one.
+            Ok(false) => self.rounds.give_back().await?,
+            Err(stop) => {
+                self.rounds.give_back().await?;
+                return Err(stop);
+            }
         }
-        let sent = self.send_round(uplink).await;
+        flows
+    }
+
+    /// Once QEMU has sent all of its memory it stops the VM, and that is of no use while the disks are not ready: the last part waits. Little
+    /// memory would fit into the socket, so QEMU itself is held back then.
+    async fn hold_ram(&mut self) -> Result<(), Stop> {
+        let Some(out) = self.vm.ram_out() else {
+            return Ok(());
+        };
+        out.allow(self.ram_left / 2);
+        if self.ram_left < CRAWL {
+            self.vm.crawl(true).await?;
+        }
+        Ok(())
+    }
+
+    async fn let_ram_flow(&mut self) -> Result<(), Stop> {
         if let Some(out) = self.vm.ram_out() {
             out.let_flow();
         }
-        match sent {
-            Ok(()) => Ok(self.rounds.finish().await?),
-            Err(stop) => {
-                // In doubt it counts to the next one.
-                self.rounds.give_back().await?;
-                Err(stop)
-            }
-        }
+        self.vm.crawl(false).await
     }
 
-    async fn send_round(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
-        let (began, alone, mut bytes) = (Instant::now(), self.vm.ram_out().is_none(), 0);
+    /// `false`: QEMU stopped the VM meanwhile, what is left takes too long, and the VM runs on.
+    async fn send_round(&mut self, uplink: &Arc<Uplink>, of_round: u64) -> Result<bool, Stop> {
+        let (alone, mut bytes) = (self.vm.ram_out().is_none(), 0);
         let reach = self.reach().await?;
         let mut batches = copy::dirty(reach).await?;
         while let Some(batch) = batches.recv().await {
@@ -46,15 +69,34 @@ impl Drive {
             self.count(&batch);
             bytes += batch.covered();
             let (header, data) = batch.addressed(uplink, Round(self.round), false)?;
-            uplink.send_disk(&header, data).await?;
+            let sending = uplink.send_disk(&header, data);
+            tokio::pin!(sending);
+            let mut goes_on = true;
+            // Never left halfway: a batch that counts as sent must arrive.
+            loop {
+                tokio::select! {
+                    sent = &mut sending => break sent?,
+                    () = self.stopped(), if !alone && goes_on => {
+                        goes_on = self.goes_on(uplink, of_round.saturating_sub(bytes)).await?;
+                    }
+                }
+            }
+            if !goes_on {
+                return Ok(false);
+            }
         }
         self.second_look(uplink).await?;
-        uplink.settle().await?;
-        if alone {
-            let rtt = self.s.heard.borrow().rtt();
-            self.pace.round(bytes, began.elapsed(), rtt);
+        loop {
+            tokio::select! {
+                settled = uplink.settle() => break settled?,
+                () = self.stopped(), if !alone => {
+                    if !self.goes_on(uplink, 0).await? {
+                        return Ok(false);
+                    }
+                }
+            }
         }
-        Ok(())
+        Ok(true)
     }
 
     pub(super) async fn reach(&mut self) -> Result<Reach, Stop> {

@@ -17,7 +17,6 @@ use crate::session::live::source::Unready;
 use crate::session::live::source_vm::Over;
 use crate::session::live::uplink::Uplink;
 use crate::session::live::word::ToTarget;
-use crate::vm::converge::Decision;
 use crate::vm::handover::{Generation, Reason};
 
 /// So often in a row the target may give up what RAM flows to: a QEMU that dies once is nobody's fault.
@@ -28,24 +27,6 @@ const IN_A_ROW: Duration = Duration::from_secs(600);
 const AHEAD: Duration = Duration::from_secs(5);
 
 impl Drive {
-    /// QEMU has stopped an idle VM: finished where what is left fits, undone otherwise.
-    pub(in crate::session::live) async fn unasked(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
-        let dirty = self.rounds.dirty_bytes().await?;
-        let (now, rtt) = (self.began.elapsed(), self.s.heard.borrow().rtt());
-        let ram = self.vm.ram_view();
-        let view = self.pace.view(now, &dirty, None, ram.as_ref(), uplink, rtt);
-        let verdict = self.converge.unasked(now, &view, &self.policy);
-        self.note(&verdict.why);
-        self.state(LiveStage::Ram, 0, 0, verdict.why.clone()).await;
-        match verdict.decision {
-            Decision::HandOver { predicted } => {
-                self.outcome.predicted_blackout_ms = predicted.as_millis() as u64;
-                self.hand_over(uplink).await
-            }
-            _ => Ok(self.vm.give_up(Reason::TooEarly).await.and(Err(Stop::Detached))?),
-        }
-    }
-
     /// Has the target start a QEMU while the last of round 0 is on its way. Without an answer, it is asked again when RAM is to flow.
     pub(in crate::session::live) async fn prepare_ahead(&mut self, uplink: &Uplink) {
         let left = self
@@ -160,7 +141,7 @@ impl Drive {
 
     /// The VM stands (pre-switchover): the last round, the rest of RAM, and the target's word. `Err(Detached)` only while the VM runs on.
     pub(in crate::session::live) async fn hand_over(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
-        let stopped = Instant::now();
+        let stopped = self.stands.take().unwrap_or_else(Instant::now);
         let hook = self.s.hook_at_handover();
         self.at_handover = hook.is_some();
         self.state(LiveStage::Handover, 0, 0, "the VM stands".to_owned())

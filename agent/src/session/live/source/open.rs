@@ -138,7 +138,7 @@ fn options(agent: &Agent, open: &SourceOpen, vm: &SourceVm, disks: &[VmDisk]) ->
     RoundsOptions {
         job: open.job.short(),
         nodes: disks.iter().map(|disk| disk.node.clone()).collect(),
-        granularity: vm.policy.granularity,
+        granularity: rounds::granularity(vm.policy.granularity, disks.iter().map(|disk| disk.size)),
         socket: agent.settings.paths.run.join(name),
         foreign_socket: None,
     }

@@ -336,6 +336,7 @@ impl Drive {
             if self.waits_for_thaw().await {
                 continue;
             }
+            self.stands = self.stands.filter(|_| self.vm.is_migrating());
             if self.stands.is_some() || self.vm.is_migrating() && self.vm.stopped_unasked().await? {
                 if self.unasked(uplink).await? {
                     return Ok(());

@@ -14,6 +14,10 @@ use crate::vm::converge::{Decision, Verdict};
 use crate::vm::handover::Reason;
 use crate::vm::qmp::{Event, Heard, MigrationStatus};
 
+/// A VM that stands for the rest of a round is let go after so many times the blackout that is allowed: the link is slower than it was, or
+/// gone.
+const TOO_LONG: u32 = 2;
+
 impl Drive {
     /// QEMU has stopped an idle VM: finished where what is left fits, undone otherwise. `true`: the VM runs at the target.
     pub(super) async fn unasked(&mut self, uplink: &Arc<Uplink>) -> Result<bool, Stop> {
@@ -28,17 +32,29 @@ impl Drive {
         }
     }
 
-    /// Waits until QEMU says that the VM stands, or may have said so. Cancel-safe.
+    /// Waits until QEMU says that the VM stands, or may have said so; where it stands for a round, until that lasts too long. Cancel-safe.
     pub(super) async fn stopped(&mut self) {
+        let late = self.stands.map(|since| since + self.policy.blackout * TOO_LONG);
+        let too_long = async {
+            match late {
+                Some(late) => tokio::time::sleep_until(late.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::pin!(too_long);
         loop {
-            match self.events.next().await {
+            let heard = tokio::select! {
+                heard = self.events.next() => heard,
+                () = &mut too_long => return,
+            };
+            match heard {
                 Heard::Event(Event::Stop | Event::Migration(MigrationStatus::PreSwitchover))
                 | Heard::Missed => {
                     return;
                 }
                 Heard::Event(_) => {}
                 // Whoever asks QEMU next finds that out.
-                Heard::Lost => std::future::pending().await,
+                Heard::Lost => return too_long.await,
             }
         }
     }
@@ -46,7 +62,14 @@ impl Drive {
     /// QEMU may have stopped the VM in the midst of a round of which `unsent` bytes are not on their way yet. `false`: the round is of no use
     /// any more, for what is left takes too long, and the VM runs on.
     pub(super) async fn goes_on(&mut self, uplink: &Uplink, unsent: u64) -> Result<bool, Stop> {
-        if self.stands.is_some() || !self.vm.stopped_unasked().await? {
+        if let Some(since) = self.stands {
+            if since.elapsed() < self.policy.blackout * TOO_LONG {
+                return Ok(true);
+            }
+            self.note("the rest of the round takes longer than could be foreseen, so QEMU's stop is undone");
+            return self.undo().await.map(|()| false);
+        }
+        if !self.vm.stopped_unasked().await? {
             return Ok(true);
         }
         let since = Instant::now();

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use link_support::{Authority, Wan, Wish, bulk, bulk_ahead, gateway, listen};
 use longhaul_common::link::{ALPN_PEER, Congestion, Link, LinkSettings, MTU_JUMBO, connect};
 
-async fn links(settings: &LinkSettings, wan: Option<Wan>) -> (Vec<Link>, Vec<Link>, impl Sized) {
+async fn links(settings: &LinkSettings, wan: Option<Wan>) -> (Vec<Link>, Vec<Link>, impl Sized + use<>) {
     let authority = Authority::new("wan");
     let (listener, server) = listen(&authority.tls(&gateway("munich")), settings);
     let own = authority.tls_of(
@@ -35,16 +35,22 @@ async fn links(settings: &LinkSettings, wan: Option<Wan>) -> (Vec<Link>, Vec<Lin
     (near, far, (authority, listener))
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_configured_rate_is_filled_in_spite_of_random_loss() {
+/// One link over 20 Mbit/s and 60 ms, as it is configured.
+async fn thin(loss: f64) -> (Wan, Vec<Link>, Vec<Link>, impl Sized) {
     let wan = Wan {
         rate: 20e6,
         rtt: Duration::from_millis(60),
-        loss: 0.005,
+        loss,
         queue: 1.0,
     };
     let settings = LinkSettings::wan(20_000_000, wan.rtt, 1);
-    let (near, far, _keep) = links(&settings, Some(wan)).await;
+    let (near, far, keep) = links(&settings, Some(wan)).await;
+    (wan, near, far, keep)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_configured_rate_is_filled_in_spite_of_random_loss() {
+    let (wan, near, far, _keep) = thin(0.005).await;
     let goodput = bulk(&near, &far, 6).await * 8.0;
     let stats = near[0].stats();
     println!("{:.1} Mbit/s of {:.1}; {stats:?}", goodput / 1e6, wan.rate / 1e6);
@@ -60,14 +66,7 @@ async fn a_configured_rate_is_filled_in_spite_of_random_loss() {
 /// Two streams of bulk are written and wait for the path; each takes 400 ms of it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn words_and_urgent_streams_pass_bulk_that_is_written_already() {
-    let wan = Wan {
-        rate: 20e6,
-        rtt: Duration::from_millis(60),
-        loss: 0.0,
-        queue: 1.0,
-    };
-    let settings = LinkSettings::wan(20_000_000, wan.rtt, 1);
-    let (near, far, _keep) = links(&settings, Some(wan)).await;
+    let (wan, near, far, _keep) = thin(0.0).await;
     let (sender, receiver) = (near[0].clone(), far[0].clone());
     // As much as a gateway writes ahead: less than the receive window, which words need as well.
     let flows = tokio::spawn(async move { bulk_ahead(2, &near, &far, 6).await });

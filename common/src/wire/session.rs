@@ -217,8 +217,6 @@ pub enum ToSource {
 pub struct Carried {
     /// Data of the disks' rounds after the first, and what it was reduced to.
     pub dirty: (u64, u64),
-    /// The same of RAM.
-    pub ram: (u64, u64),
     /// Reduced bytes of all kinds that the peer has restored.
     pub restored: u64,
     /// Whether more waited for the link just now than it had room for.

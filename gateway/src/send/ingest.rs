@@ -122,13 +122,8 @@ impl Outflow {
 
     /// What a running VM's source is told of this.
     pub fn carried(&self) -> Carried {
-        let (dirty, ram) = {
-            let ledger = self.ledger();
-            (ledger.dirty(), ledger.ram())
-        };
         Carried {
-            dirty,
-            ram: (ram.sent, ram.wan),
+            dirty: self.ledger().dirty(),
             restored: self.restored.load(Ordering::Relaxed),
             limited: self.peer.is_limited(),
         }

@@ -40,6 +40,7 @@ pub(super) struct Pace {
 struct Dirty {
     /// Dirty bytes of all closed rounds.
     closed: u64,
+    /// Dirty bytes when it was looked at last.
     last: u64,
     rate: Rate,
 }
@@ -66,6 +67,11 @@ impl Pace {
         if let Some(dirty) = self.dirty.get_mut(disk) {
             dirty.closed += bytes;
         }
+    }
+
+    /// Dirty bytes of all disks when they were looked at last.
+    pub(super) fn dirty(&self) -> u64 {
+        self.dirty.iter().map(|disk| disk.last).sum()
     }
 
     /// A round of the disks begins.

@@ -93,107 +93,103 @@ impl Reduced {
 mod tests {
     use super::*;
 
-    fn at(seconds: f64) -> Duration {
-        Duration::from_secs_f64(seconds)
+    /// A gateway that tells its counts every 250 ms.
+    struct Told {
+        reduced: Reduced,
+        at: f64,
     }
 
-    /// So many seconds at these rates, told every 250 ms.
-    fn flow(
-        reduced: &mut Reduced,
-        from: f64,
-        seconds: f64,
-        limited: bool,
-        dirty: (u64, u64),
-        ram: (u64, u64),
-    ) {
-        let start = reduced.last;
-        let steps = (seconds * 4.0) as u64;
-        for step in 1..=steps {
-            let grown = |base: u64, rate: u64| base + rate * step / 4;
-            let carried = Carried {
-                dirty: (grown(start.dirty.0, dirty.0), grown(start.dirty.1, dirty.1)),
-                ram: (grown(start.ram.0, ram.0), grown(start.ram.1, ram.1)),
-                restored: grown(start.restored, dirty.1 + ram.1),
-                limited,
-            };
-            reduced.sample(at(from + step as f64 / 4.0), carried);
+    fn begin() -> Told {
+        let mut told = Told {
+            reduced: Reduced::default(),
+            at: 0.0,
+        };
+        told.reduced.sample(Duration::ZERO, Carried::default());
+        told
+    }
+
+    impl Told {
+        /// So many seconds with these bytes of dirty blocks per second, what they are reduced to, and reduced bytes of memory.
+        fn flow(&mut self, seconds: f64, limited: bool, dirty: (u64, u64), memory: u64) {
+            for _ in 0..(seconds * 4.0) as u64 {
+                self.at += 0.25;
+                let last = self.reduced.last;
+                let carried = Carried {
+                    dirty: (last.dirty.0 + dirty.0 / 4, last.dirty.1 + dirty.1 / 4),
+                    restored: last.restored + (dirty.1 + memory) / 4,
+                    limited,
+                };
+                self.reduced.sample(Duration::from_secs_f64(self.at), carried);
+            }
+        }
+
+        fn round(&mut self, dirty: (u64, u64)) {
+            self.flow(2.0, true, dirty, 0);
+            self.reduced.round_begins();
+        }
+
+        /// Megabytes per second, rounded.
+        fn blocks(&self) -> f64 {
+            (self.reduced.blocks().unwrap() / 1e6).round()
+        }
+
+        fn goodput(&self) -> f64 {
+            (self.reduced.goodput.unwrap() / 1e6).round()
         }
     }
 
     #[test]
     fn known_memory_makes_the_link_neither_fast_nor_slow_for_blocks() {
-        let mut reduced = Reduced::default();
-        assert_eq!(reduced.blocks(), None);
-        reduced.sample(at(0.0), Carried::default());
-        flow(&mut reduced, 0.0, 10.0, true, (10_000_000, 6_000_000), (0, 0));
-        reduced.round_begins();
-        // 300 MB/s of pages become 1 MB/s: the link has room.
-        flow(&mut reduced, 10.0, 10.0, false, (0, 0), (300_000_000, 1_000_000));
-        let blocks = reduced.blocks().unwrap();
-        assert!((9.9e6..10.1e6).contains(&blocks), "{blocks}");
+        let mut told = begin();
+        assert_eq!(told.reduced.blocks(), None);
+        told.flow(10.0, true, (10_000_000, 6_000_000), 0);
+        told.reduced.round_begins();
+        // Pages that become 1 MB/s: the link has room.
+        told.flow(10.0, false, (0, 0), 1_000_000);
+        assert_eq!(told.blocks(), 10.0);
     }
 
     #[test]
     fn a_link_that_falls_is_noticed_while_there_is_more_than_it_carries() {
-        let mut reduced = Reduced::default();
-        reduced.sample(at(0.0), Carried::default());
-        flow(&mut reduced, 0.0, 10.0, true, (12_000_000, 12_000_000), (0, 0));
-        flow(&mut reduced, 10.0, 15.0, true, (3_000_000, 3_000_000), (0, 0));
-        let goodput = reduced.goodput.unwrap();
-        assert!((2.9e6..3.2e6).contains(&goodput), "{goodput}");
+        let mut told = begin();
+        told.flow(10.0, true, (12_000_000, 12_000_000), 0);
+        told.flow(15.0, true, (3_000_000, 3_000_000), 0);
+        assert_eq!(told.goodput(), 3.0);
     }
 
     #[test]
     fn rounds_with_pauses_do_not_make_the_link_slow() {
-        let mut reduced = Reduced::default();
-        reduced.sample(at(0.0), Carried::default());
-        flow(&mut reduced, 0.0, 10.0, true, (6_000_000, 6_000_000), (0, 0));
-        for round in 0..10 {
-            let from = 10.0 + 2.0 * f64::from(round);
-            flow(&mut reduced, from, 1.0, true, (6_000_000, 6_000_000), (0, 0));
-            flow(&mut reduced, from + 1.0, 1.0, false, (0, 0), (0, 0));
+        let mut told = begin();
+        told.flow(10.0, true, (6_000_000, 6_000_000), 0);
+        for _ in 0..10 {
+            told.flow(1.0, true, (6_000_000, 6_000_000), 0);
+            told.flow(1.0, false, (0, 0), 0);
         }
-        let goodput = reduced.goodput.unwrap();
-        assert!((5.9e6..6.1e6).contains(&goodput), "{goodput}");
+        assert_eq!(told.goodput(), 6.0);
     }
 
     #[test]
     fn a_round_that_repeats_what_is_known_is_not_what_the_next_will_be() {
-        let mut reduced = Reduced::default();
-        reduced.sample(at(0.0), Carried::default());
-        reduced.round_begins();
-        flow(&mut reduced, 0.0, 2.0, true, (10_000_000, 5_000_000), (0, 0));
-        reduced.round_begins();
-        flow(&mut reduced, 2.0, 2.0, false, (10_000_000, 100_000), (0, 0));
-        reduced.round_begins();
-        assert!((9.9e6..10.1e6).contains(&reduced.blocks().unwrap()));
-        for round in 0..2 {
-            flow(
-                &mut reduced,
-                4.0 + 2.0 * f64::from(round),
-                2.0,
-                true,
-                (10_000_000, 2_000_000),
-                (0, 0),
-            );
-            reduced.round_begins();
-        }
-        assert!((24.9e6..25.1e6).contains(&reduced.blocks().unwrap()));
+        let mut told = begin();
+        told.flow(10.0, true, (10_000_000, 5_000_000), 0);
+        told.reduced.round_begins();
+        told.flow(2.0, false, (10_000_000, 100_000), 0);
+        told.reduced.round_begins();
+        assert_eq!(told.blocks(), 10.0);
+        // Three rounds later only these count.
+        (0..3).for_each(|_| told.round((25_000_000, 5_000_000)));
+        assert_eq!(told.blocks(), 25.0);
     }
 
     #[test]
     fn another_attempt_counts_anew() {
-        let mut reduced = Reduced::default();
-        reduced.sample(at(0.0), Carried::default());
-        flow(&mut reduced, 0.0, 4.0, true, (10_000_000, 5_000_000), (0, 0));
-        reduced.round_begins();
-        reduced.last = Carried {
-            restored: u64::MAX,
-            ..reduced.last
-        };
-        reduced.sample(at(5.0), Carried::default());
-        flow(&mut reduced, 5.0, 4.0, true, (10_000_000, 5_000_000), (0, 0));
-        let blocks = reduced.blocks().unwrap();
-        assert!((9.9e6..10.1e6).contains(&blocks), "{blocks}");
+        let mut told = begin();
+        told.flow(4.0, true, (10_000_000, 5_000_000), 0);
+        told.reduced.round_begins();
+        told.at += 1.0;
+        told.reduced
+            .sample(Duration::from_secs_f64(told.at), Carried::default());
+        told.flow(4.0, true, (10_000_000, 5_000_000), 0);
+        assert_eq!((told.goodput(), told.blocks()), (5.0, 10.0));
     }
 }

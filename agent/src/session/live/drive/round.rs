@@ -21,7 +21,7 @@ impl Drive {
     pub(super) async fn dirty_round(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
         self.round += 1;
         self.outcome.rounds += 1;
-        let bytes = self.rounds.dirty_bytes().await?.iter().sum();
+        let bytes = self.pace.dirty();
         self.rounds.next().await?;
         self.pace.round_begins();
         self.hold_ram().await?;
@@ -56,7 +56,10 @@ impl Drive {
         if let Some(out) = self.vm.ram_out() {
             out.let_flow();
         }
-        self.vm.crawl(false).await
+        if self.ram_left < CRAWL {
+            self.vm.crawl(false).await?;
+        }
+        Ok(())
     }
 
     /// `false`: QEMU stopped the VM meanwhile, what is left takes too long, and the VM runs on.

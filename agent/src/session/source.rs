@@ -261,7 +261,7 @@ impl Attempt {
         }
         let lost =
             |error: &dyn std::fmt::Display| Refusal::new(RefusalKind::Lost, self.link.reason_or(error));
-        let stream = self.link.open_uni(outgoing.header.precedence()).await;
+        let stream = self.link.open_uni(outgoing.header.priority()).await;
         let mut stream = stream.map_err(|error| lost(&error))?;
         stream
             .write_chunk(header.into())

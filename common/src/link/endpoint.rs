@@ -133,12 +133,12 @@ impl Link {
         self.inner.not_after
     }
 
-    /// A new one-way stream to the peer. What is written to it goes out behind every stream of a higher `precedence` (0 to 3) and behind
+    /// A new one-way stream to the peer. What is written to it goes out behind every stream of a higher `priority` (0 to 3) and behind
     /// older ones of its own, and before all others, also where these are partly written. Waits while the peer allows no more.
     ///
     /// # Errors
     /// Why the link is gone.
-    pub async fn open_uni(&self, precedence: u8) -> Result<SendStream, LinkError> {
+    pub async fn open_uni(&self, priority: u8) -> Result<SendStream, LinkError> {
         let opened = self.inner.connection.open_uni().await;
         let stream = opened.map_err(|error| self.inner.explain(&error))?;
         let index = stream.id().index();
@@ -149,7 +149,7 @@ impl Link {
             );
         }
         // Fails only where the stream is over already.
-        let _ = stream.set_priority(priority(precedence, index));
+        let _ = stream.set_priority(rank(priority, index));
         Ok(stream)
     }
 
@@ -283,12 +283,12 @@ impl LinkInner {
     }
 }
 
-/// As quinn wants it: higher goes first, equal ones by turns. No two one-way streams are equal: sent by turns, the data of streams that
+/// The priority as quinn wants it: higher goes first, equal ones by turns. No two one-way streams are equal: sent by turns, the data of streams that
 /// the peer has not taken yet could fill its whole receive window, and the streams it waits for would never end.
-fn priority(precedence: u8, index: u64) -> i32 {
-    let lane = i64::from(precedence.min(3)) + 1;
-    let priority = i64::from(i32::MIN) + lane * STREAMS_MAX as i64 - 1 - index.min(STREAMS_MAX - 1) as i64;
-    priority.try_into().unwrap_or(i32::MIN)
+fn rank(priority: u8, index: u64) -> i32 {
+    let lane = i64::from(priority.min(3)) + 1;
+    let rank = i64::from(i32::MIN) + lane * STREAMS_MAX as i64 - 1 - index.min(STREAMS_MAX - 1) as i64;
+    rank.try_into().unwrap_or(i32::MIN)
 }
 
 /// Gives our half of a two-way stream its place before the one-way ones.
@@ -327,8 +327,8 @@ mod tests {
     #[test]
     fn lanes_go_before_lanes_and_older_streams_before_younger() {
         let mut order = Vec::new();
-        for precedence in (0..4).rev() {
-            order.extend([0, 1, STREAMS_MAX - 1].map(|index| priority(precedence, index)));
+        for priority in (0..4).rev() {
+            order.extend([0, 1, STREAMS_MAX - 1].map(|index| rank(priority, index)));
         }
         assert!(WORDS > order[0]);
         assert!(order.windows(2).all(|pair| pair[0] > pair[1]), "{order:?}");

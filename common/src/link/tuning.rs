@@ -174,10 +174,10 @@ pub struct Tuning {
 }
 
 impl Tuning {
-    /// Bytes that may be written ahead on a connection, while only data of this `precedence` (0 to 3) waits or lower ones: words and what
+    /// Bytes that may be written ahead on a connection, while only data of this `priority` (0 to 3) waits or lower ones: words and what
     /// goes before find room in the peer's window then. Holds where the peer's end is configured as ours.
-    pub fn ahead(&self, precedence: u8) -> u64 {
-        self.connection_window / 8 * u64::from(4 + precedence.min(3))
+    pub fn ahead(&self, priority: u8) -> u64 {
+        self.connection_window / 8 * u64::from(4 + priority.min(3))
     }
 }
 

@@ -107,7 +107,7 @@ impl BatchHeader {
     }
 
     /// Its place on a LAN, as [`crate::link::Link::open_uni`] wants it: the order follows the lanes of the WAN.
-    pub fn precedence(&self) -> u8 {
+    pub fn priority(&self) -> u8 {
         u8::from(self.urgent) * 2 + u8::from(self.ram.is_some())
     }
 

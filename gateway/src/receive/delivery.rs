@@ -113,15 +113,10 @@ impl Delivery {
 
 /// Writes batches to the agent until nobody has any more, or the link fails.
 async fn hand_over(agent: Link, mut batches: mpsc::Receiver<Restored>, failed: mpsc::Sender<String>) {
-    while let Some(Restored {
-        head,
-        raw,
-        precedence,
-    }) = batches.recv().await
-    {
+    while let Some(Restored { head, raw, priority }) = batches.recv().await {
         let handed = async {
             let mut stream = agent
-                .open_uni(precedence)
+                .open_uni(priority)
                 .await
                 .map_err(|error| error.to_string())?;
             stream
@@ -147,7 +142,7 @@ async fn hand_over(agent: Link, mut batches: mpsc::Receiver<Restored>, failed: m
 struct Restored {
     head: Bytes,
     raw: Bytes,
-    precedence: u8,
+    priority: u8,
 }
 
 /// A payload as it came.
@@ -179,8 +174,7 @@ pub(super) async fn take(receiving: &Receiving, peer: &Identity, mut stream: Rec
         head,
         payload,
     } = arrived;
-    let (sequence, urgent, precedence, vm) =
-        (header.sequence, header.urgent, header.precedence(), delivery.vm);
+    let (sequence, urgent, priority, vm) = (header.sequence, header.urgent, header.priority(), delivery.vm);
     let (windows, name) = (Arc::clone(&receiving.windows), peer.to_string());
     let restored = receiving.workers.run_as(urgent, move || {
         let pair = windows.with(&name);
@@ -191,14 +185,7 @@ pub(super) async fn take(receiving: &Receiving, peer: &Identity, mut stream: Rec
             metrics::counter!(RECEIVED_RAW).increment(raw.len() as u64);
             if delivery.accept(sequence) {
                 // Where the link has failed, its reason is on its way.
-                let _ = delivery
-                    .outlet
-                    .send(Restored {
-                        head,
-                        raw,
-                        precedence,
-                    })
-                    .await;
+                let _ = delivery.outlet.send(Restored { head, raw, priority }).await;
             }
         }
         Ok(Err(RestoreError::Missing)) => {

@@ -44,7 +44,7 @@ impl Lane {
     }
 
     /// As [`longhaul_common::link::Link::open_uni`] wants it: higher goes first.
-    pub fn precedence(self) -> u8 {
+    pub fn priority(self) -> u8 {
         (LANES - 1) as u8 - self as u8
     }
 }
@@ -374,7 +374,7 @@ mod tests {
                 .map(|next| next.sequence.0)
         };
         assert_eq!((taken(), taken(), taken()), (Some(9), Some(8), None));
-        assert!(Lane::Handover.precedence() > Lane::Ram.precedence() && Lane::Bulk.precedence() == 0);
+        assert!(Lane::Handover.priority() > Lane::Ram.priority() && Lane::Bulk.priority() == 0);
     }
 
     proptest! {

@@ -443,7 +443,7 @@ impl Peer {
     /// Writes payloads on one connection until it fails; gives the reason.
     async fn transmit(&self, id: ConnectionId, link: &Link) -> String {
         let tuning = link::tune(&self.settings.link.far_settings());
-        let ahead = Lane::ALL.map(|lane| tuning.ahead(lane.precedence()));
+        let ahead = Lane::ALL.map(|lane| tuning.ahead(lane.priority()));
         loop {
             let changed = self.changed.notified();
             let room = Room {
@@ -472,7 +472,7 @@ fn identity(settings: &PeerSection, tls: &TlsState) -> Result<Identity, String> 
 
 async fn write(link: &Link, ready: Ready) -> Result<(), String> {
     let mut stream = link
-        .open_uni(ready.lane.precedence())
+        .open_uni(ready.lane.priority())
         .await
         .map_err(|error| error.to_string())?;
     for part in ready.parts {

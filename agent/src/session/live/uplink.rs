@@ -161,7 +161,7 @@ impl Uplink {
         let written = async {
             let mut stream = self
                 .link
-                .open_uni(header.precedence())
+                .open_uni(header.priority())
                 .await
                 .map_err(|_| Detached)?;
             stream.write_chunk(head.into()).await.map_err(|_| Detached)?;

@@ -354,3 +354,22 @@ fn check(options: &RoundsOptions) -> Result<(), RoundsError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bitmaps_are_as_fine_as_eight_mebibytes_allow_unless_it_is_said() {
+        const GIB: u64 = 1 << 30;
+        let of = |gib: u64| granularity(0, [GIB, gib * GIB]) >> 10;
+        assert_eq!(
+            [1, 256, 257, 512, 1024, 2048, 2049, 65_536].map(of),
+            [4, 4, 8, 8, 16, 32, 64, 64]
+        );
+        assert_eq!(
+            (granularity(0, []), granularity(32 << 10, [GIB])),
+            (4 << 10, 32 << 10)
+        );
+    }
+}

@@ -10,7 +10,7 @@ mod link_support;
 use std::time::{Duration, Instant};
 
 use link_support::{Authority, Wan, Wish, bulk, bulk_ahead, gateway, listen};
-use longhaul_common::link::{ALPN_PEER, Congestion, Link, LinkSettings, MTU_JUMBO, connect};
+use longhaul_common::link::{ALPN_PEER, Congestion, Link, LinkSettings, MTU_JUMBO, MTU_NEAR, connect};
 
 async fn links(settings: &LinkSettings, wan: Option<Wan>) -> (Vec<Link>, Vec<Link>, impl Sized + use<>) {
     let authority = Authority::new("wan");
@@ -118,6 +118,15 @@ async fn jumbo_packets_pass_without_being_taken_for_a_black_hole() {
     bulk(&near, &far, 3).await;
     let stats = near[0].stats();
     assert_eq!((stats.mtu, stats.black_holes), (MTU_JUMBO, 0), "{stats:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_link_within_a_site_finds_large_packets_by_itself() {
+    let settings = longhaul_common::settings::sections::LinkSection::default().settings();
+    let (near, far, _keep) = links(&settings, None).await;
+    bulk(&near, &far, 3).await;
+    let stats = near[0].stats();
+    assert!(stats.mtu > MTU_NEAR - 20 && stats.black_holes == 0, "{stats:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -365,16 +365,21 @@ fn agent_config(lab: &Lab, end: End, link: &LinkSpec, job: &Job) -> String {
     let _ = write!(
         config,
         "[gateway]\naddress = \"{}:{}\"\nname = \"{}-gateway\"\n\
-         [link]\njumbo = {}\n[paths]\nread = [\"{read}\"]\nwrite = [\"{}\"]\nrun = \"{}\"\nstate = \"{}\"\n",
+         [link]\n{}[paths]\nread = [\"{read}\"]\nwrite = [\"{}\"]\nrun = \"{}\"\nstate = \"{}\"\n",
         lab.address(end),
         ports(lab, end).1,
         end.name(),
-        link.jumbo_lan,
+        jumbo(link),
         text(home.join("disks")),
         text(home.join("run")),
         text(home.join("state")),
     );
     config
+}
+
+/// What a link within a site is told of its packets.
+fn jumbo(link: &LinkSpec) -> &'static str {
+    if link.jumbo_lan { "jumbo = true\n" } else { "" }
 }
 
 /// The link between the sites as a gateway is told of it, under `section`.
@@ -404,8 +409,8 @@ fn gateway_config(lab: &Lab, end: End, link: &LinkSpec, job: &Job) -> String {
     config += &identity(lab.directory(), &name);
     let _ = write!(
         config,
-        "[agents]\nlisten = \"{address}:{agents}\"\nlink = {{ jumbo = {} }}\n[api]\nsocket = \"{}\"\n[peers]\nlisten = \"{address}:{peer}\"\n",
-        link.jumbo_lan,
+        "[agents]\nlisten = \"{address}:{agents}\"\n[agents.link]\n{}[api]\nsocket = \"{}\"\n[peers]\nlisten = \"{address}:{peer}\"\n",
+        jumbo(link),
         text(api_socket(lab.directory(), end)),
     );
     let emulated = !lab.address(end).is_loopback();

@@ -48,7 +48,9 @@ pub use quinn::{
 pub use refusal::{LinkError, Refusal, code};
 pub use reload::Reloader;
 pub use tls::{TlsState, https_client_config, https_server_config};
-pub use tuning::{Congestion, LinkSettings, MTU_JUMBO, MTU_WAN, PACKET_OVERHEAD, Tuning, WAN_RTT, tune};
+pub use tuning::{
+    Congestion, LinkSettings, MTU_JUMBO, MTU_NEAR, MTU_WAN, PACKET_OVERHEAD, Tuning, WAN_RTT, tune,
+};
 
 /// The protocol between agents and their gateway.
 pub const ALPN_AGENT: &[u8] = b"longhaul-agent/1";

@@ -14,12 +14,14 @@ use super::congestion::{CapSchedule, Mode};
 pub const PACKET_OVERHEAD: u64 = 28;
 /// The largest UDP payload that fits a 1500-byte Ethernet over IPv6: 1500 - 40 - 8.
 pub const MTU_WAN: u16 = 1452;
-/// The largest UDP payload that fits a 9000-byte jumbo frame over IPv6: 9000 - 40 - 8. Up to 6,550 bytes quinn can hand ten
+/// The largest UDP payload that fits a 9000-byte jumbo frame over IPv6: 9000 - 40 - 8. Up to [`MTU_NEAR`] quinn can hand ten
 /// packets to the kernel at once, which may be faster still.
 pub const MTU_JUMBO: u16 = 8952;
 
-/// Ten packets of this size are what one system call of UDP can carry.
-const OFFLOAD_MTU_MAX: u16 = 65_507 / 10;
+/// What is probed for within a site unless it is told: the largest packets of which one system call of UDP carries ten, as quinn hands them
+/// over. Jumbo frames and the loopback device carry them, and each costs hardly more than one of 1452 bytes.
+pub const MTU_NEAR: u16 = 65_507 / 10;
+
 const MIB: u64 = 1 << 20;
 /// A batch is at most 1 MiB raw and a header, so twice that never stalls the one stream that carries it.
 const STREAM_WINDOW: u64 = 2 * MIB;
@@ -81,8 +83,10 @@ pub struct LinkSettings {
     pub connections: u32,
     /// It leads to another site: where no rate is configured, buffers are sized for a long path.
     pub far: bool,
-    /// Largest UDP payload to probe for: [`MTU_WAN`], or [`MTU_JUMBO`] on a LAN with jumbo frames.
+    /// Largest UDP payload to probe for: [`MTU_WAN`], [`MTU_NEAR`], or [`MTU_JUMBO`] on a LAN that is said to have jumbo frames.
     pub mtu_max: u16,
+    /// A path that carries less is not as it should be.
+    pub mtu_due: u16,
     /// Congestion control.
     pub congestion: Congestion,
     /// Wanted size of the UDP socket's buffers, in bytes; the kernel may grant less.
@@ -114,6 +118,7 @@ impl Default for LinkSettings {
             connections: 1,
             far: false,
             mtu_max: MTU_WAN,
+            mtu_due: MTU_WAN,
             congestion: Congestion::Auto,
             socket_buffer: 8 << 20,
             idle: Duration::from_secs(30),
@@ -221,7 +226,7 @@ pub fn tune(settings: &LinkSettings) -> Tuning {
             .map_or(Duration::from_millis(20), |_| 2 * rtt),
         mtu_initial: 1200,
         mtu_max,
-        segmentation_offload: settings.segmentation_offload && mtu_max <= OFFLOAD_MTU_MAX,
+        segmentation_offload: settings.segmentation_offload && mtu_max <= MTU_NEAR,
         congestion,
     }
 }

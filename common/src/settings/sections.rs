@@ -9,7 +9,7 @@ use jiff::civil::Time;
 use serde::{Deserialize, Serialize};
 
 use crate::link::congestion::{CapSchedule, CapWindow};
-use crate::link::{Congestion, Credentials, LinkSettings, MTU_JUMBO, MTU_WAN, WAN_RTT};
+use crate::link::{Congestion, Credentials, LinkSettings, MTU_JUMBO, MTU_NEAR, MTU_WAN, WAN_RTT};
 use crate::units::{ByteSize, Rate, Span};
 
 /// `[identity]`: this program's certificate, and whom it trusts. Files are read again when they change.
@@ -45,8 +45,9 @@ pub struct LinkSection {
     pub rtt: Option<Span>,
     /// Connections that share the rate.
     pub connections: u32,
-    /// Jumbo frames: set where every hop of the link carries 9000-byte packets.
-    pub jumbo: bool,
+    /// Jumbo frames: true where every hop of the link carries 9000-byte packets, false for packets of 1500 bytes. Without it, a link within
+    /// a site looks for what passes.
+    pub jumbo: Option<bool>,
     pub congestion: Congestion,
     /// Wanted UDP socket buffers.
     pub socket_buffer: ByteSize,
@@ -75,7 +76,7 @@ impl Default for LinkSection {
             rate: None,
             rtt: None,
             connections: 4,
-            jumbo: false,
+            jumbo: None,
             congestion: Congestion::default(),
             socket_buffer: ByteSize(8 << 20),
             dead_after: Span(Duration::from_secs(10)),
@@ -140,9 +141,12 @@ impl LinkSection {
 
     /// As [`Self::settings`], for a link to another site. One whose round-trip time is that of a LAN is tuned as such.
     pub fn far_settings(&self) -> LinkSettings {
+        let far = self.rtt.is_none_or(|rtt| rtt.0 >= WAN_RTT);
+        let settings = self.settings();
         LinkSettings {
-            far: self.rtt.is_none_or(|rtt| rtt.0 >= WAN_RTT),
-            ..self.settings()
+            far,
+            mtu_max: if far { settings.mtu_due } else { settings.mtu_max },
+            ..settings
         }
     }
 
@@ -152,11 +156,18 @@ impl LinkSection {
             .dead_after
             .0
             .clamp(Duration::from_secs(2), Duration::from_secs(3600));
+        let mtu_due = match self.jumbo {
+            Some(true) => MTU_JUMBO,
+            Some(false) | None => MTU_WAN,
+        };
+        // A configured rate is reckoned with packets of a known size.
+        let searched = self.jumbo.is_none() && self.rate.is_none() && self.cap.is_empty();
         LinkSettings {
             rate: self.rate.map(|rate| rate.0),
             rtt: self.rtt.map(|rtt| rtt.0),
             connections: self.connections.clamp(1, CONNECTIONS_MAX),
-            mtu_max: if self.jumbo { MTU_JUMBO } else { MTU_WAN },
+            mtu_max: if searched { MTU_NEAR } else { mtu_due },
+            mtu_due,
             congestion: self.congestion,
             socket_buffer: usize::try_from(self.socket_buffer.0).unwrap_or(usize::MAX),
             idle: dead_after,
@@ -197,5 +208,23 @@ mod tests {
         assert!(
             toml::from_str::<LinkSection>("[[cap]]\nfrom = \"8\"\nto = \"9\"\nrate = \"1 Mbit/s\"").is_err()
         );
+    }
+
+    #[test]
+    fn a_link_within_a_site_looks_for_the_packets_that_pass_and_one_between_sites_does_not() {
+        let section = |text: &str| toml::from_str::<LinkSection>(text).unwrap();
+        let sizes = |settings: LinkSettings| (settings.mtu_max, settings.mtu_due);
+        assert_eq!(sizes(section("").settings()), (MTU_NEAR, MTU_WAN));
+        assert_eq!(sizes(section("").far_settings()), (MTU_WAN, MTU_WAN));
+        assert_eq!(
+            sizes(section("rtt = \"1 ms\"").far_settings()),
+            (MTU_NEAR, MTU_WAN)
+        );
+        let rated = "rate = \"1 Gbit/s\"\nrtt = \"1 ms\"";
+        assert_eq!(sizes(section(rated).far_settings()), (MTU_WAN, MTU_WAN));
+        for settings in [LinkSection::settings, LinkSection::far_settings] {
+            assert_eq!(sizes(settings(&section("jumbo = true"))), (MTU_JUMBO, MTU_JUMBO));
+            assert_eq!(sizes(settings(&section("jumbo = false"))), (MTU_WAN, MTU_WAN));
+        }
     }
 }

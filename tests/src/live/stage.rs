@@ -314,7 +314,13 @@ fn machine(
     machine.ram_mib = args.ram_mib();
     machine.core = args.core;
     if let Some(qemu) = &args.qemu {
-        machine.set_program(qemu.display().to_string());
+        // The agents run elsewhere. A word without a slash is looked for in PATH, there as here.
+        let found = if qemu.components().count() > 1 {
+            std::path::absolute(qemu)?
+        } else {
+            qemu.clone()
+        };
+        machine.set_program(found.display().to_string());
     }
     Ok(machine)
 }

@@ -328,6 +328,9 @@ impl Target {
             self.failed.store(true, Ordering::Release);
             return Err(TargetError::during("sync", &self.options.path)(error));
         }
+        // Only a hint. What the page cache still has of a running VM's disk, its QEMU drops when it starts the VM, in the blackout: 64 ms for
+        // each GiB (measured; `raw_co_invalidate_cache`, QEMU 7.2 and 10.0).
+        let _ = self.store.drop_cache();
         if records.is_empty() {
             return Ok(flushed);
         }

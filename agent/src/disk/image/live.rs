@@ -25,8 +25,11 @@ pub const READ_MAX: usize = 64 << 10;
 /// How much is asked about at once, so that the answer, 8 bytes for each run, is not larger either: of what is stored, where runs have
 /// 16 KiB on average;
 const STORED_STEP: u64 = READ_MAX as u64 / 8 * (16 << 10);
-/// and of what is dirty, in bits of the bitmap: each may be a run.
+/// and of what is dirty, in bits of the bitmap: each may be a run,
 const DIRTY_STEP: u64 = READ_MAX as u64 / 8;
+/// unless so few bits are set that the answer is short however much is asked about. Each question costs the VM's pause one round trip to
+/// its QEMU, which for a disk of a TiB would be thousands.
+const FAR_STEP: u64 = 64 << 30;
 
 /// A dirty bitmap that an export shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +37,21 @@ pub struct ShownBitmap {
     pub name: String,
     /// Bytes per bit.
     pub granularity: u32,
+    /// Dirty bytes that it holds; it records no more.
+    pub dirty: u64,
+}
+
+impl ShownBitmap {
+    /// How many bytes may be asked about at once, while so many dirty ones are not told yet.
+    fn step(&self, left: u64) -> u64 {
+        let granularity = u64::from(self.granularity.max(1));
+        // Each run of dirty bits comes with one of clean ones.
+        if left / granularity < DIRTY_STEP / 2 {
+            FAR_STEP
+        } else {
+            DIRTY_STEP * granularity
+        }
+    }
 }
 
 /// A disk of a running VM, as one export shows it: always its current content.
@@ -47,8 +65,8 @@ pub struct LiveImage {
     options: ConnectOptions,
     size: u64,
     has_allocation: bool,
-    /// The bitmap's metadata context, and how many bytes are asked about at once, where one was asked for.
-    dirty: Option<(String, u64)>,
+    /// The bitmap and its metadata context, where one was asked for.
+    dirty: Option<(ShownBitmap, String)>,
 }
 
 impl LiveImage {
@@ -64,11 +82,8 @@ impl LiveImage {
         mut sockets: Vec<OwnedFd>,
     ) -> Result<Self, NbdError> {
         let connections = sockets.len();
-        let dirty = bitmap.map(|shown| {
-            let step = DIRTY_STEP * u64::from(shown.granularity);
-            (format!("qemu:dirty-bitmap:{}", shown.name), step)
-        });
-        let context = dirty.as_ref().map(|(context, _)| context.clone());
+        let dirty = bitmap.map(|shown| (shown.clone(), format!("qemu:dirty-bitmap:{}", shown.name)));
+        let context = dirty.as_ref().map(|(_, context)| context.clone());
         let mut options = ConnectOptions::default();
         options.contexts.extend(context.clone());
         let first = Connection::connect_on(next(&mut sockets)?, socket, export, &options)?;
@@ -133,15 +148,25 @@ impl LiveImage {
     /// # Errors
     /// `InvalidInput` where it was connected without a bitmap; else as [`Self::allocation`].
     pub fn dirty(&self, range: Extent) -> io::Result<Vec<Extent>> {
-        let Some((context, most)) = &self.dirty else {
+        // Of a part nobody knows how much of what is dirty it has.
+        let most = self.shown()?.0.step(u64::MAX);
+        self.dirty_by(range, most)
+    }
+
+    fn shown(&self) -> io::Result<&(ShownBitmap, String)> {
+        self.dirty.as_ref().ok_or_else(|| {
             let what = "this export was opened without a dirty bitmap";
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
-        };
+            io::Error::new(io::ErrorKind::InvalidInput, what)
+        })
+    }
+
+    fn dirty_by(&self, range: Extent, most: u64) -> io::Result<Vec<Extent>> {
+        let (_, context) = self.shown()?;
         self.check_range(range.offset(), range.len())?;
         let mut extents: Vec<Extent> = Vec::new();
         let mut at = range.offset();
         while at < range.end() {
-            let step = step(at, range.end(), *most);
+            let step = step(at, range.end(), most);
             let told = self.ask(context, step)?;
             for run in told.iter().filter(|run| run.flags & STATE_DIRTY != 0) {
                 push(&mut extents, run.extent);
@@ -156,11 +181,13 @@ impl LiveImage {
     /// # Errors
     /// As [`Self::dirty`].
     pub fn each_dirty(&self, mut take: impl FnMut(Vec<Extent>)) -> io::Result<()> {
-        let most = self.dirty.as_ref().map_or(self.size, |(_, most)| *most);
-        let mut at = 0;
+        let (shown, _) = self.shown()?;
+        let (mut at, mut left) = (0, shown.dirty);
         while at < self.size {
+            let most = shown.step(left);
             let step = step(at, self.size, most);
-            let extents = self.dirty(step)?;
+            let extents = self.dirty_by(step, most)?;
+            left = left.saturating_sub(extents.iter().map(Extent::len).sum());
             if !extents.is_empty() {
                 take(extents);
             }
@@ -231,5 +258,32 @@ fn push(extents: &mut Vec<Extent>, next: Extent) {
     match extents.last_mut() {
         Some(last) if last.end() == next.offset() => *last = Extent::between(last.offset(), next.end()),
         _ => extents.push(next),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_dirty_bits_are_asked_for_at_once_and_an_answer_never_outgrows_the_socket() {
+        let shown = |granularity, dirty| ShownBitmap {
+            name: "b".to_owned(),
+            granularity,
+            dirty,
+        };
+        for granularity in [4 << 10, 16 << 10, 64 << 10] {
+            let bits = |bits: u64| shown(granularity, bits * u64::from(granularity));
+            assert_eq!(bits(0).step(0), FAR_STEP);
+            let few = bits(DIRTY_STEP / 2 - 1);
+            assert_eq!(few.step(few.dirty), FAR_STEP);
+            // At worst each dirty bit has a clean run behind it, and one is before them all.
+            assert!((2 * (DIRTY_STEP / 2 - 1) + 1) * 8 <= READ_MAX as u64);
+            let many = bits(DIRTY_STEP / 2);
+            let step = many.step(many.dirty);
+            assert!(step / u64::from(granularity) * 8 <= READ_MAX as u64, "{step}");
+            // What is told is not counted again.
+            assert_eq!(many.step(many.dirty / 2), FAR_STEP);
+        }
     }
 }

@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use self::at_handover::HandoverHook;
 use self::steps::Steps;
-use super::ram_in::RamState;
+use super::ram_in::{self, RamState};
 use super::record::Arriving;
 use super::resolve::Resolved;
 use super::target::{Arrived, LiveTarget};
@@ -69,6 +69,8 @@ struct Arrive {
     notes: Vec<String>,
     cancelled: bool,
     steps: Steps,
+    /// The generation whose stream was seen to end last.
+    ended: Option<Generation>,
     /// The hook of this generation, from when the source's VM stands.
     at_handover: Option<HandoverHook>,
     /// The hook on failure of an earlier one, while it may run.
@@ -95,6 +97,7 @@ pub(super) async fn run(session: Arc<LiveTarget>, machine: Machine, events: mpsc
         notes: Vec::new(),
         cancelled: false,
         steps: Steps::default(),
+        ended: None,
         at_handover: None,
         undoing: None,
     };
@@ -129,6 +132,8 @@ impl Arrive {
             }
             let feed = feeds.borrow_and_update().clone();
             let mut ram = feed.as_ref().map(|feed| feed.state());
+            let generation = feed.as_ref().map(|feed| feed.generation);
+            let again = (self.ended == generation).then_some(LOOK_CLOSE);
             let close = self.owner.has_stream() || self.owner.commit().is_some();
             let look = if close { LOOK_CLOSE } else { LOOK };
             tokio::select! {
@@ -143,7 +148,10 @@ impl Arrive {
                     };
                     self.on(TargetEvent::DisksDurable(durable)).await;
                 }
-                state = ended(ram.as_mut()) => self.on_stream(state).await,
+                state = ram_in::ended(ram.as_mut(), again) => {
+                    self.ended = generation;
+                    self.on_stream(state).await;
+                }
                 _ = feeds.changed() => {}
                 () = tokio::time::sleep(look) => self.look().await,
             }
@@ -478,23 +486,5 @@ impl Arrive {
         self.s.hook_failure("the job was cancelled").await;
         self.s.over.send_replace(true);
         true
-    }
-}
-
-/// Waits until a stream has ended, one way or the other.
-async fn ended(state: Option<&mut tokio::sync::watch::Receiver<RamState>>) -> RamState {
-    let Some(state) = state else {
-        return std::future::pending().await;
-    };
-    let ended = state
-        .wait_for(|state| state.stream.is_some() || state.failed.is_some())
-        .await;
-    match ended.map(|state| state.clone()) {
-        Ok(state) => {
-            // Said once: the next look is at another stream, or at nothing new.
-            tokio::time::sleep(LOOK_CLOSE).await;
-            state
-        }
-        Err(_) => std::future::pending().await,
     }
 }

@@ -419,7 +419,9 @@ impl Drive {
         let now = self.began.elapsed();
         let ram = self.vm.ram_view();
         if let Some(out) = self.vm.ram_out() {
-            out.set_window(self.pace.window(rtt));
+            let left = stats.as_ref().and_then(|stats| stats.ram.as_ref());
+            let left = left.map_or(u64::MAX, |ram| ram.remaining);
+            out.set_window(self.pace.window(rtt, left));
         }
         let mut view = self
             .pace

@@ -17,11 +17,18 @@ use crate::vm::outgoing::MigrationStats;
 const MEMORY: Duration = Duration::from_secs(2);
 /// Device state and its description, raw; QEMU's minimal PC has some 170 KB.
 pub(super) const DEVICE_STATE: u64 = 172 << 10;
-/// Stopping, loading, flushing and starting, besides the bytes: measured on small machines.
-pub(super) const STEPS: Duration = Duration::from_millis(90);
+/// Stopping, loading, flushing and starting, besides the bytes and a round trip, of which the VM waits for a half: measured on small machines.
+pub(super) const STEPS: Duration = Duration::from_millis(60);
 /// Beyond twice the round trip the window allows for QEMU's and the disks' uneven pace.
 /// The gateways hold some tenths of a second of it: only with a queue for the link there is time for the best compression.
 const WINDOW_SLACK: Duration = Duration::from_millis(400);
+/// With less than this left of memory, in bytes, the end may come at any moment, and what is in the window then is waited for while the VM
+/// stands: it is kept short.
+const NEAR_END: u64 = 8 << 20;
+/// Beyond one round trip then.
+const SLACK_AT_END: Duration = Duration::from_millis(60);
+/// And no less than this, in bytes of stream.
+const WINDOW_MIN: u64 = 1 << 20;
 
 /// The counters of one migration.
 pub(super) struct Pace {
@@ -91,13 +98,27 @@ impl Pace {
         }
     }
 
-    /// How far the tap may read ahead: enough that the link never runs dry, no more than that.
-    pub(super) fn window(&self, rtt: Option<Duration>) -> u64 {
-        let reach = rtt.unwrap_or(Duration::from_millis(100)) * 2 + WINDOW_SLACK;
+    /// How far the tap may read ahead: enough that the link never runs dry, no more than that. `ram_left`: what QEMU has still to send.
+    pub(super) fn window(&self, rtt: Option<Duration>, ram_left: u64) -> u64 {
+        let rtt = rtt.unwrap_or(Duration::from_millis(100));
+        let (reach, least) = if ram_left < NEAR_END {
+            (rtt + SLACK_AT_END, WINDOW_MIN)
+        } else {
+            (rtt * 2 + WINDOW_SLACK, WINDOW_START)
+        };
         // A stream that has only begun says nothing of the link, but the disks do.
         let rate = self.acked.per_second().unwrap_or(0.0).max(self.busy);
         let wanted = (rate * reach.as_secs_f64()) as u64;
-        wanted.max(WINDOW_START)
+        wanted.max(least)
+    }
+
+    /// Bytes of memory that a VM which stands waits for: taken from QEMU, without credit back, and not just on their way there and back.
+    pub(super) fn waits_for(&self, tap: &Tap, rtt: Option<Duration>) -> RamView {
+        let flying = self.acked.per_second().unwrap_or(0.0) * rtt.unwrap_or_default().as_secs_f64();
+        RamView {
+            buffered: tap.buffered.saturating_sub(flying as u64),
+            ..RamView::default()
+        }
     }
 
     /// How long the link would take for so many bytes; nothing while it is not known.
@@ -190,5 +211,52 @@ pub(super) fn policy(policy: &LivePolicy) -> Policy {
         io_throttle: policy.io_throttle,
         patience,
         deadline: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A stream of 40 MB/s over 80 ms, of which so much is on its way.
+    fn streaming(buffered: u64) -> (Pace, Tap) {
+        let mut pace = Pace::new(1);
+        for second in 0..20 {
+            pace.acked
+                .sample(Duration::from_secs(second), second * 40_000_000);
+        }
+        let tap = Tap {
+            acked: 760_000_000,
+            buffered,
+            counts: crate::vm::ram::Counts::default(),
+            still: Duration::ZERO,
+        };
+        (pace, tap)
+    }
+
+    const RTT: Option<Duration> = Some(Duration::from_millis(80));
+
+    #[test]
+    fn little_is_on_its_way_when_the_vm_may_stop_at_any_moment() {
+        let (pace, _) = streaming(0);
+        let megabytes = |left| pace.window(RTT, left) as f64 / 1e6;
+        assert!(
+            (20.0..25.0).contains(&megabytes(u64::MAX)),
+            "{}",
+            megabytes(u64::MAX)
+        );
+        assert!((5.0..6.5).contains(&megabytes(1 << 20)), "{}", megabytes(1 << 20));
+        // A link of which nothing is known yet.
+        assert_eq!(Pace::new(1).window(RTT, u64::MAX), WINDOW_START);
+        assert_eq!(Pace::new(1).window(RTT, 0), WINDOW_MIN);
+    }
+
+    #[test]
+    fn a_vm_that_stands_waits_for_what_is_queued_but_not_for_what_flies() {
+        let (pace, tap) = streaming(2_000_000);
+        assert_eq!(pace.waits_for(&tap, RTT).buffered, 0);
+        let (pace, tap) = streaming(13_200_000);
+        let buffered = pace.waits_for(&tap, RTT).buffered as f64 / 1e6;
+        assert!((9.0..11.0).contains(&buffered), "{buffered}");
     }
 }

@@ -8,6 +8,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use longhaul_common::wire::ram::RamPart;
 use tokio::sync::{mpsc, watch};
@@ -109,6 +110,28 @@ impl RamIn {
 impl Drop for RamIn {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+/// Waits until a stream has ended, one way or the other, and then for so long where whoever asks has seen that before.
+pub(super) async fn ended(
+    state: Option<&mut watch::Receiver<RamState>>,
+    again: Option<Duration>,
+) -> RamState {
+    let Some(state) = state else {
+        return std::future::pending().await;
+    };
+    let ended = state
+        .wait_for(|state| state.stream.is_some() || state.failed.is_some())
+        .await;
+    match ended.map(|state| state.clone()) {
+        Ok(state) => {
+            if let Some(wait) = again {
+                tokio::time::sleep(wait).await;
+            }
+            state
+        }
+        Err(_) => std::future::pending().await,
     }
 }
 

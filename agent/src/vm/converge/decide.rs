@@ -82,9 +82,12 @@ impl Converge {
     }
 
     /// The guest stands in pre-switchover, unasked: finish (`HandOver`), cancel and go on (`Continue`), or cancel and not try again soon
-    /// (`HoldInSync`), for an idle guest would come to the same end each time?
-    pub fn unasked(&mut self, now: Duration, view: &View, policy: &Policy) -> Verdict {
-        let blackout = predict_stopped(view);
+    /// (`HoldInSync`), for an idle guest would come to the same end each time? `late`: what this stop takes longer than one at a better
+    /// moment, such as for the round that runs.
+    pub fn unasked(&mut self, now: Duration, view: &View, late: Duration, policy: &Policy) -> Verdict {
+        let mut blackout = predict_stopped(view);
+        blackout.fixed = blackout.fixed.saturating_add(late);
+        blackout.total = blackout.total.saturating_add(late);
         let (decision, reason) = if blackout.total <= policy.blackout {
             let predicted = blackout.total;
             (

@@ -443,12 +443,24 @@ fn an_unasked_stop_is_finished_only_if_it_fits() {
     sim.ram = Some(Pass::default());
     let (mut converge, policy) = (Converge::new(), Policy::default());
     assert!(matches!(
-        converge.unasked(Duration::ZERO, &sim.view(), &policy).decision,
+        converge
+            .unasked(Duration::ZERO, &sim.view(), Duration::ZERO, &policy)
+            .decision,
         Decision::HandOver { .. }
     ));
+    // It comes too late, but the next one need not.
+    let late = Duration::from_secs(1);
+    assert_eq!(
+        converge
+            .unasked(Duration::ZERO, &sim.view(), late, &policy)
+            .decision,
+        Decision::Continue
+    );
     sim.disk_dirty = 40.0 * MB;
     assert_eq!(
-        converge.unasked(Duration::ZERO, &sim.view(), &policy).decision,
+        converge
+            .unasked(Duration::ZERO, &sim.view(), Duration::ZERO, &policy)
+            .decision,
         Decision::Continue
     );
     // An idle guest that can never fit comes to this end each time: it is told so at once, and its patience counts from here.
@@ -460,7 +472,7 @@ fn an_unasked_stop_is_finished_only_if_it_fits() {
     let (mut converge, began) = (Converge::new(), Duration::from_secs(3));
     let view = sim.view();
     assert_eq!(
-        converge.unasked(began, &view, &tight).decision,
+        converge.unasked(began, &view, Duration::ZERO, &tight).decision,
         Decision::HoldInSync
     );
     let quiet = View { ram: None, ..view };

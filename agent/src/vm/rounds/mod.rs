@@ -261,7 +261,11 @@ impl Rounds {
 
     /// Bytes that were written since the last swap, for each disk, in steps of the granularity.
     pub async fn dirty_bytes(&self) -> Result<Vec<u64>, RoundsError> {
-        let name = self.bitmap(self.recording);
+        self.counts(&self.bitmap(self.recording)).await
+    }
+
+    /// Dirty bytes of the bitmap `name` of each disk.
+    async fn counts(&self, name: &str) -> Result<Vec<u64>, RoundsError> {
         let all = bitmaps(&self.qmp).await?;
         let count = |node: &String| {
             let found = all.iter().find(|info| info.node == *node && info.name == name);
@@ -269,7 +273,7 @@ impl Rounds {
                 .map(|info| info.count)
                 .ok_or_else(|| RoundsError::BitmapLost {
                     node: node.clone(),
-                    bitmap: name.clone(),
+                    bitmap: name.to_owned(),
                 })
         };
         self.options.nodes.iter().map(count).collect()
@@ -302,15 +306,15 @@ impl Rounds {
     }
 
     async fn open_round(&mut self, bitmap: Option<String>) -> Result<(), RoundsError> {
-        let granularity = self.options.granularity;
         let mut opened = Vec::with_capacity(self.options.nodes.len());
-        for (disk, node) in self.options.nodes.iter().enumerate() {
+        let shown = self.shown(bitmap.as_deref()).await?;
+        for (disk, (node, bitmap)) in self.options.nodes.iter().zip(shown).enumerate() {
             self.serial = self.serial.wrapping_add(1);
             let export = RoundExport {
                 node: node.clone(),
                 socket: self.server.socket().to_owned(),
                 export: format!("{}disk{disk}-{}", self.prefix(), self.serial),
-                bitmap: bitmap.clone().map(|name| ShownBitmap { name, granularity }),
+                bitmap,
             };
             if let Err(error) = exports::add(&self.qmp, &export).await {
                 let ids: Vec<_> = opened
@@ -327,6 +331,22 @@ impl Rounds {
             bitmap,
         });
         Ok(())
+    }
+
+    /// The bitmap of a round that is to be read, of each disk.
+    async fn shown(&self, bitmap: Option<&str>) -> Result<Vec<Option<ShownBitmap>>, RoundsError> {
+        let Some(name) = bitmap else {
+            return Ok(vec![None; self.options.nodes.len()]);
+        };
+        let dirty = self.counts(name).await?;
+        let shown = dirty.into_iter().map(|dirty| {
+            Some(ShownBitmap {
+                name: name.to_owned(),
+                granularity: self.options.granularity,
+                dirty,
+            })
+        });
+        Ok(shown.collect())
     }
 
     fn prefix(&self) -> String {

@@ -100,12 +100,12 @@ fn certificate(whose: &str, days: f64) -> Check {
 }
 
 fn packet_size(mtu: u16, settings: &LinkSettings) -> Check {
-    let short = mtu.saturating_add(MTU_STEP) < settings.mtu_max;
+    let short = mtu.saturating_add(MTU_STEP) < settings.mtu_due;
     let remedy = short.then(|| {
         format!(
             "packets of {} bytes do not pass: look for a tunnel or VPN on the way and set the MTU of every hop, or set \
              the link's largest packet to {mtu}",
-            settings.mtu_max
+            settings.mtu_due
         )
     });
     check("mtu", format!("UDP payloads of {mtu} bytes pass"), remedy)

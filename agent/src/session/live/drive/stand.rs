@@ -89,11 +89,11 @@ impl Drive {
         let (now, rtt) = (self.began.elapsed(), self.s.heard.borrow().rtt());
         let ram = self.vm.ram_view();
         let mut view = self.pace.view(now, &dirty, None, ram.as_ref(), uplink, rtt);
-        view.steps += time;
+        view.ram = ram.as_ref().map(|ram| self.pace.waits_for(ram, rtt));
         if let Some(disk) = view.disks.first_mut() {
             disk.unsent += more;
         }
-        let verdict = self.converge.unasked(now, &view, &self.policy);
+        let verdict = self.converge.unasked(now, &view, time, &self.policy);
         self.note(&verdict.why);
         self.state(LiveStage::Ram, 0, 0, verdict.why.clone()).await;
         Ok(verdict)

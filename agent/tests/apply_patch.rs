@@ -5,6 +5,8 @@
 mod apply_model;
 
 use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
 
 use apply_model::{Model, ODD_SIZE, options, partial, seed};
 use longhaul_agent::disk::apply::{Piece, Target, TargetError, TargetFormat, TargetOptions};
@@ -164,4 +166,46 @@ fn what_cannot_be_patched_is_refused() {
         target.place().map(drop),
         Err(TargetError::Incomplete { .. })
     ));
+}
+
+/// Bytes of a file that are in the page cache.
+fn cached(path: &Path) -> u64 {
+    let told = Command::new("fincore")
+        .args(["-b", "-n", "-o", "RES"])
+        .arg(path)
+        .output();
+    let told = String::from_utf8(told.unwrap().stdout).unwrap();
+    told.trim().parse().unwrap()
+}
+
+/// QEMU drops an image's pages when it starts the VM that has arrived, while its users wait.
+#[test]
+fn what_is_flushed_leaves_the_page_cache() {
+    let parent = env!("CARGO_TARGET_TMPDIR");
+    let kind = Command::new("stat")
+        .args(["-f", "-c", "%T", parent])
+        .output()
+        .unwrap();
+    if kind.stdout.starts_with(b"tmpfs") {
+        return eprintln!("SKIPPED: {parent} is memory, and so nothing but cache");
+    }
+    let mut rng = StdRng::seed_from_u64(11);
+    for format in [TargetFormat::Raw, TargetFormat::Qcow2] {
+        let dir = tempfile::tempdir_in(parent).unwrap();
+        let options = TargetOptions {
+            format,
+            ..options(dir.path(), "disk.img")
+        };
+        let (target, mut disk) = whole(&options, &mut rng);
+        let (copied, file) = (cached(&partial(&options)), partial(&options));
+        patch(&target, &mut disk, (1, 1), &mut rng);
+        let patched = cached(&file);
+        target.flush().unwrap();
+        let flushed = cached(&file);
+        assert!(
+            copied < ODD_SIZE / 8 && flushed < ODD_SIZE / 8,
+            "{copied}, {flushed}"
+        );
+        assert!(patched > copied, "nothing was ever cached: {patched}");
+    }
 }

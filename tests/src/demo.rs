@@ -111,7 +111,7 @@ fn job_of(args: &DemoArgs, link: LinkSpec) -> LiveArgs {
         vars: false,
         by: By::Longhaul,
         qemu_ram: RamMode::Plain,
-        after_template: false,
+        after_first: false,
         before: seconds(4),
         after: seconds(3),
         connections: None,

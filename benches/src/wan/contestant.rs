@@ -7,7 +7,7 @@
 pub enum Case {
     /// A running guest with this workload.
     Live(&'static str),
-    /// A running guest with the mixed workload whose template's disk was moved through the same gateways before.
+    /// A running guest with the mixed workload after another one of the same template was moved, running, through the same gateways.
     Template,
     /// A powered-off disk.
     Cold,
@@ -178,7 +178,7 @@ impl Contestant {
             Case::Template => {
                 let mut words = live("mixed");
                 // The standard disk's content in use fits; the memory stays what it is by default.
-                words.extend(["--after-template", "--window-file=2GiB"].map(str::to_owned));
+                words.extend(["--after-first", "--window-file=2GiB"].map(str::to_owned));
                 words
             }
         };

@@ -77,7 +77,13 @@ fn all(records: &[Record]) -> Vec<Target> {
     };
     all.extend(limited().map(|profile| full(records, profile, Case::Noise)));
     all.extend(limited().map(|profile| full(records, profile, mixed)));
-    all.push(second(records));
+    all.push(part(
+        records,
+        "second VM of a template, of the bytes of the first",
+        12.0,
+        Case::Template,
+        &|record| Some(record.wan_bytes as f64 / record.first_wan_bytes? as f64),
+    ));
     all.push(part(
         records,
         "going straight back, of the bytes of the way there",
@@ -153,21 +159,6 @@ fn full(records: &[Record], profile: Profile, case: Case) -> Target {
         what: format!("link full, {}, {}", case.title(), profile.title),
         wanted: format!("at least {wanted} %"),
         measured: share.map(|share| (share * 100.0, share * 100.0 >= wanted)),
-        unit: "%",
-    }
-}
-
-/// The second VM of a template, as a part of what a first one sends.
-fn second(records: &[Record]) -> Target {
-    let bytes = |case| {
-        let profile = Profile::named(MAIN)?;
-        longhaul(records, profile, case)?.wan_bytes()
-    };
-    let part = bytes(Case::Template).zip(bytes(Case::Live("mixed")));
-    Target {
-        what: "second VM of a template, of the bytes of the first".to_owned(),
-        wanted: "at most 12 %".to_owned(),
-        measured: part.map(|(second, first)| (second / first * 100.0, second <= 0.12 * first)),
         unit: "%",
     }
 }

@@ -178,11 +178,10 @@ impl Page {
                 inside(typical)
             );
         }
-        if let Some(bytes) = own.and_then(|own| own.median(|record| Some(record.template_wan_bytes? as f64)))
-        {
+        if let Some(bytes) = own.and_then(|own| own.median(|record| Some(record.first_wan_bytes? as f64))) {
             let _ = write!(
                 self.text,
-                "The template's disk took {} MB before.\n\n",
+                "The first VM took {} MB before.\n\n",
                 number(bytes / 1e6)
             );
         }

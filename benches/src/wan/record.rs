@@ -57,8 +57,8 @@ pub struct Record {
     pub back_wan_bytes: Option<u64>,
     pub cpu_seconds: BTreeMap<String, f64>,
     pub peak_rss_bytes: BTreeMap<String, u64>,
-    /// What the template's disk took on the WAN before.
-    pub template_wan_bytes: Option<u64>,
+    /// What the first VM of the template took on the WAN, in the run of the second.
+    pub first_wan_bytes: Option<u64>,
     /// What a TCP flow got alone on the link, in bits of its stream per second.
     pub beside_alone_bit_per_s: Option<f64>,
     /// What it got beside the job, as a part of that.

@@ -168,7 +168,7 @@ pub fn read_report(report: &Value) -> Record {
         peak_rss_bytes: programs()
             .filter_map(|(name, part)| Some((name.clone(), part["peak_rss_bytes"].as_u64()?)))
             .collect(),
-        template_wan_bytes: report["template_wan_bytes"].as_u64(),
+        first_wan_bytes: report["first_wan_bytes"].as_u64(),
         beside_alone_bit_per_s: report["beside"]["alone_bit_per_s"].as_f64(),
         beside_kept: report["beside"]["kept"].as_f64(),
         beside_share: report["beside"]["share"].as_f64(),

@@ -95,9 +95,9 @@ pub struct LiveArgs {
     /// How QEMU sends RAM when it migrates alone
     #[arg(long, value_enum, default_value = "plain")]
     pub qemu_ram: RamMode,
-    /// Move the disk of the guest's template, powered off, through the same programs before
+    /// Move a first VM of the same template, running, through the same programs before
     #[arg(long)]
-    pub after_template: bool,
+    pub after_first: bool,
     /// Have so many bytes of noise on their way through the same programs all the while, as a powered-off disk
     #[arg(long, conflicts_with = "by")]
     pub bulk: Option<ByteSize>,

@@ -71,6 +71,11 @@ impl Consoles {
         self.start
     }
 
+    /// Forgets what was heard: another guest will speak.
+    pub fn forget(&self) {
+        *lock(&self.hearing) = Hearing::default();
+    }
+
     /// What was heard so far.
     pub fn hearing(&self) -> MutexGuard<'_, Hearing> {
         lock(&self.hearing)

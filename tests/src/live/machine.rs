@@ -26,6 +26,9 @@ const ODD_KIB: u64 = 8;
 /// The first major version whose fast scan is right.
 const FAST_SCAN_FROM: u32 = 9;
 
+/// What the guest is called.
+pub const NAME: &str = "web";
+
 /// A disk of the machine; its device is called `disk0`, `disk1`, and so on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Disk {
@@ -89,7 +92,7 @@ impl Machine {
         Self {
             odd_kib: odd_kib(&program),
             program,
-            name: "web".to_owned(),
+            name: NAME.to_owned(),
             uuid: "5e0a1c2f-7c56-4a1b-9d43-3a4f6b1c8e21".to_owned(),
             ram_mib: 128,
             cpus: 1,
@@ -105,6 +108,15 @@ impl Machine {
             guest_agent: None,
             core: None,
             incoming: false,
+        }
+    }
+
+    /// The same machine under another name, with another command line for its kernel.
+    pub fn renamed(&self, name: &str, append: String) -> Self {
+        Self {
+            name: name.to_owned(),
+            append,
+            ..self.clone()
         }
     }
 

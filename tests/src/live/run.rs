@@ -108,7 +108,7 @@ impl Run<'_> {
             "the guest is up; watching it for {}",
             self.args.before
         )));
-        let before = self.move_template(programs, watch)?;
+        let before = self.move_first(programs, watch)?;
         let up = self.stage.consoles.now();
         self.idle(self.args.before.0)?;
         if let (Some(programs), Some(ahead)) = (programs, self.args.prepare) {
@@ -177,8 +177,8 @@ impl Run<'_> {
         )))
     }
 
-    /// Moves the template first, where that is asked for; gives what the gateway made of data until now.
-    fn move_template(
+    /// Moves a first VM, where that is asked for; gives what the gateway made of data until now.
+    fn move_first(
         &mut self,
         programs: Option<&Programs>,
         watch: &mut dyn FnMut(Moment),
@@ -186,9 +186,11 @@ impl Run<'_> {
         let Some(programs) = programs else {
             return Ok(BTreeMap::new());
         };
-        if self.args.after_template {
-            watch(Moment::Step("moving the template's disk first".to_owned()));
-            self.report.template_wan_bytes = Some(template::move_it(&self.stage.lab, programs)?);
+        if self.args.after_first {
+            watch(Moment::Step("moving a first VM of the same template".to_owned()));
+            let bytes = template::move_first(self.args, &mut self.stage, programs)?;
+            self.report.first_wan_bytes = Some(bytes);
+            watch(Moment::Step("the guest is up".to_owned()));
         }
         Ok(programs.reduced(&self.stage.lab))
     }

@@ -67,14 +67,17 @@ impl Stage {
         make_folders(&directory)?;
         say("making the guest's disk".to_owned());
         make_disk(args, &image, &|step| eprintln!("{step} ..."))?;
-        make_others_disks(args, &directory, &image)?;
+        make_bulk(args, &directory)?;
         let consoles = Consoles::listen(&directory)?;
         let socket = |end: End| directory.join(format!("{}-lab.sock", end.name()));
         let monitors = [
             Monitor::listen(&socket(End::Source))?,
             Monitor::listen(&socket(End::Target))?,
         ];
-        let machine = machine(args, &directory, &consoles, &monitors)?;
+        let mut machine = machine(args, &directory, &consoles, &monitors)?;
+        if args.after_first {
+            machine = template::first(&machine, args);
+        }
         let template = at_target(args, &directory, &machine, &consoles, &monitors);
         if programs.is_some() {
             // The way back starts a QEMU where the guest came from.
@@ -120,6 +123,25 @@ impl Stage {
             stage.start_target(&template)?;
         }
         Ok(stage)
+    }
+
+    /// Starts another guest at the source, where the last one has ended, and waits until its workload is in its steady state.
+    ///
+    /// # Errors
+    /// When its disk cannot be made or it does not come up.
+    pub fn replace(&mut self, args: &LiveArgs, machine: Machine) -> io::Result<()> {
+        make_disk(args, &self.disk(End::Source), &|step| eprintln!("{step} ..."))?;
+        self.consoles.forget();
+        let from = self.consoles.now();
+        let lab = &self.lab;
+        let log = lab.directory().join("source-qemu-2.log");
+        let program = |program: &Path| lab.command(End::Source, program);
+        self.source = Vm::start(&machine, &self.monitors[0], program, &log)?;
+        self.lab.adopt(self.source.pid())?;
+        (self.machine, self.target_used) = (machine, None);
+        self.consoles
+            .wait_for("LONGHAUL-GUEST-READY", from, READY_LIMIT)?;
+        Ok(())
     }
 
     /// Starts the target's QEMU as an agent would.
@@ -244,11 +266,8 @@ fn make_folders(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The disks of the jobs before and beside the guest's.
-fn make_others_disks(args: &LiveArgs, directory: &Path, image: &Path) -> io::Result<()> {
-    if args.after_template {
-        template::prepare(directory, image, &args.format)?;
-    }
+/// The disk of the job beside the guest's.
+fn make_bulk(args: &LiveArgs, directory: &Path) -> io::Result<()> {
     args.bulk
         .map_or(Ok(()), |bytes| bulk::prepare(directory, bytes.0))
 }

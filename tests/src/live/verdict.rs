@@ -66,8 +66,8 @@ pub struct LiveReport {
     pub phases_ms: BTreeMap<String, f64>,
     /// Bytes of IP that the emulated link delivered during the job: towards the target, and back.
     pub link_bytes: Option<(u64, u64)>,
-    /// What its template's disk took on the WAN, where that was moved before.
-    pub template_wan_bytes: Option<u64>,
+    /// What a first VM of the same template took on the WAN, where one was moved before.
+    pub first_wan_bytes: Option<u64>,
     pub workload: String,
     pub ram_mib: u64,
     pub seed: u64,

@@ -25,8 +25,8 @@ const WINDOW_SLACK: Duration = Duration::from_millis(400);
 /// With less than this left of memory, in bytes, the end may come at any moment, and what is in the window then is waited for while the VM
 /// stands: it is kept short.
 const NEAR_END: u64 = 8 << 20;
-/// Beyond one round trip then.
-const SLACK_AT_END: Duration = Duration::from_millis(60);
+/// Beyond one round trip then: what agents and gateways take on a busy host.
+const SLACK_AT_END: Duration = Duration::from_millis(100);
 /// And no less than this, in bytes of stream.
 const WINDOW_MIN: u64 = 1 << 20;
 
@@ -101,15 +101,17 @@ impl Pace {
     /// How far the tap may read ahead: enough that the link never runs dry, no more than that. `ram_left`: what QEMU has still to send.
     pub(super) fn window(&self, rtt: Option<Duration>, ram_left: u64) -> u64 {
         let rtt = rtt.unwrap_or(Duration::from_millis(100));
-        let (reach, least) = if ram_left < NEAR_END {
-            (rtt + SLACK_AT_END, WINDOW_MIN)
-        } else {
-            (rtt * 2 + WINDOW_SLACK, WINDOW_START)
-        };
+        let acked = self.acked.per_second().unwrap_or(0.0);
+        if ram_left < NEAR_END {
+            // Half of what the link has shown, at the least: a rate that is measured under a short window makes the next one shorter.
+            let rate = acked.max(self.busy / 2.0);
+            let wanted = rate * (rtt + SLACK_AT_END).as_secs_f64();
+            return (wanted as u64).max(WINDOW_MIN);
+        }
+        let reach = rtt * 2 + WINDOW_SLACK;
         // A stream that has only begun says nothing of the link, but the disks do.
-        let rate = self.acked.per_second().unwrap_or(0.0).max(self.busy);
-        let wanted = (rate * reach.as_secs_f64()) as u64;
-        wanted.max(least)
+        let wanted = (acked.max(self.busy) * reach.as_secs_f64()) as u64;
+        wanted.max(WINDOW_START)
     }
 
     /// Bytes of memory that a VM which stands waits for: taken from QEMU, without credit back, and not just on their way there and back.
@@ -156,7 +158,12 @@ impl Pace {
         let disks = disks.collect();
         let acked = tap.map_or(0, |tap| tap.acked);
         self.acked.sample(now, acked);
-        let busy = tap.is_some_and(|tap| tap.buffered >= WINDOW_START / 2);
+        // Near the end it is the window that limits, not the link.
+        let ram_left = stats
+            .and_then(|stats| stats.ram.as_ref())
+            .map(|ram| ram.remaining);
+        let busy = tap.is_some_and(|tap| tap.buffered >= WINDOW_START / 2)
+            && ram_left.is_some_and(|left| left >= NEAR_END);
         self.sample(now, uplink, acked, busy);
         let ram = stats
             .and_then(|stats| stats.ram.as_ref())
@@ -245,10 +252,26 @@ mod tests {
             "{}",
             megabytes(u64::MAX)
         );
-        assert!((5.0..6.5).contains(&megabytes(1 << 20)), "{}", megabytes(1 << 20));
+        assert!((6.5..8.0).contains(&megabytes(1 << 20)), "{}", megabytes(1 << 20));
         // A link of which nothing is known yet.
         assert_eq!(Pace::new(1).window(RTT, u64::MAX), WINDOW_START);
         assert_eq!(Pace::new(1).window(RTT, 0), WINDOW_MIN);
+    }
+
+    #[test]
+    fn a_short_window_does_not_make_itself_shorter_and_shorter() {
+        // 40 MB/s while there is much to send, then a window behind which so much time passes that it carries less.
+        let (mut pace, mut tap) = streaming(8 << 20);
+        pace.busy = 40e6;
+        let (mut acked, latency) = (760_000_000_f64, 0.4);
+        for second in 20..60 {
+            let window = pace.window(RTT, 1 << 20) as f64;
+            acked += (window / latency).min(40e6);
+            (tap.acked, tap.buffered) = (acked as u64, window as u64);
+            pace.acked.sample(Duration::from_secs(second), tap.acked);
+        }
+        let window = pace.window(RTT, 1 << 20) as f64;
+        assert!(window >= 0.18 * 20e6, "{window}");
     }
 
     #[test]

@@ -25,10 +25,11 @@ const WINDOW_SLACK: Duration = Duration::from_millis(400);
 /// Where the window takes all that is left of memory, or less than this is left, in bytes, the end may come at any moment, and what is in
 /// the window then is waited for while the VM stands: it is kept short.
 const NEAR_END: u64 = 8 << 20;
-/// Beyond one round trip then: what agents and gateways take on a busy host.
-const SLACK_AT_END: Duration = Duration::from_millis(100);
+/// Beyond one round trip then: what agents and gateways take on a busy host. With less than they take, the rate that is measured would fall,
+/// and the next window with it.
+const SLACK_AT_END: Duration = Duration::from_millis(150);
 /// And no less than this, in bytes of stream.
-const WINDOW_MIN: u64 = 1 << 20;
+const WINDOW_MIN: u64 = 2 << 20;
 /// Before a round trip was measured.
 const RTT_UNKNOWN: Duration = Duration::from_millis(100);
 
@@ -106,26 +107,18 @@ impl Pace {
         if ram_left >= long.max(NEAR_END) {
             return long;
         }
-        // Half of what the link has shown, at the least: a rate that is measured under a short window makes the next one shorter.
-        let rate = self.acked.per_second().unwrap_or(0.0).max(self.busy / 2.0);
-        let wanted = rate * (rtt.unwrap_or(RTT_UNKNOWN) + SLACK_AT_END).as_secs_f64();
-        (wanted as u64).max(WINDOW_MIN)
+        let reach = rtt.unwrap_or(RTT_UNKNOWN) + SLACK_AT_END;
+        ((self.rate() * reach.as_secs_f64()) as u64).max(WINDOW_MIN)
+    }
+
+    /// What the link carries of memory. A stream that has only begun says nothing of it, but the disks do.
+    fn rate(&self) -> f64 {
+        self.acked.per_second().unwrap_or(0.0).max(self.busy)
     }
 
     fn long_window(&self, rtt: Option<Duration>) -> u64 {
         let reach = rtt.unwrap_or(RTT_UNKNOWN) * 2 + WINDOW_SLACK;
-        // A stream that has only begun says nothing of the link, but the disks do.
-        let rate = self.acked.per_second().unwrap_or(0.0).max(self.busy);
-        ((rate * reach.as_secs_f64()) as u64).max(WINDOW_START)
-    }
-
-    /// Bytes of memory that a VM which stands waits for: taken from QEMU, without credit back, and not just on their way there and back.
-    pub(super) fn waits_for(&self, tap: &Tap, rtt: Option<Duration>) -> RamView {
-        let flying = self.acked.per_second().unwrap_or(0.0) * rtt.unwrap_or_default().as_secs_f64();
-        RamView {
-            buffered: tap.buffered.saturating_sub(flying as u64),
-            ..RamView::default()
-        }
+        ((self.rate() * reach.as_secs_f64()) as u64).max(WINDOW_START)
     }
 
     /// How long the link would take for so many bytes; nothing while it is not known.
@@ -163,12 +156,7 @@ impl Pace {
         let disks = disks.collect();
         let acked = tap.map_or(0, |tap| tap.acked);
         self.acked.sample(now, acked);
-        // Near the end it is the window that limits, not the link.
-        let ram_left = stats
-            .and_then(|stats| stats.ram.as_ref())
-            .map(|ram| ram.remaining);
-        let busy = tap.is_some_and(|tap| tap.buffered >= WINDOW_START / 2)
-            && ram_left.is_some_and(|left| left >= self.long_window(rtt).max(NEAR_END));
+        let busy = tap.is_some_and(|tap| tap.buffered >= WINDOW_START / 2);
         self.sample(now, uplink, acked, busy);
         let ram = stats
             .and_then(|stats| stats.ram.as_ref())
@@ -250,39 +238,19 @@ mod tests {
 
     #[test]
     fn little_is_on_its_way_when_the_vm_may_stop_at_any_moment() {
-        let (pace, _) = streaming(0);
+        // A stream of 40 MB/s over 80 ms.
+        let mut pace = Pace::new(1);
+        for second in 0..20 {
+            pace.acked
+                .sample(Duration::from_secs(second), second * 40_000_000);
+        }
         let megabytes = |left| pace.window(RTT, left) as f64 / 1e6;
         let (much, some, little) = (megabytes(30 << 20), megabytes(18 << 20), megabytes(1 << 20));
         assert!((20.0..25.0).contains(&much), "{much}");
         // The window would take all of it at once.
-        assert!((6.5..8.0).contains(&some) && little == some, "{some} {little}");
+        assert!((8.5..10.0).contains(&some) && little == some, "{some} {little}");
         // A link of which nothing is known yet.
         assert_eq!(Pace::new(1).window(RTT, u64::MAX), WINDOW_START);
         assert_eq!(Pace::new(1).window(RTT, 0), WINDOW_MIN);
-    }
-
-    #[test]
-    fn a_short_window_does_not_make_itself_shorter_and_shorter() {
-        // 40 MB/s while there is much to send, then a window behind which so much time passes that it carries less.
-        let (mut pace, mut tap) = streaming(8 << 20);
-        pace.busy = 40e6;
-        let (mut acked, latency) = (760_000_000_f64, 0.4);
-        for second in 20..60 {
-            let window = pace.window(RTT, 1 << 20) as f64;
-            acked += (window / latency).min(40e6);
-            (tap.acked, tap.buffered) = (acked as u64, window as u64);
-            pace.acked.sample(Duration::from_secs(second), tap.acked);
-        }
-        let window = pace.window(RTT, 1 << 20) as f64;
-        assert!(window >= 0.18 * 20e6, "{window}");
-    }
-
-    #[test]
-    fn a_vm_that_stands_waits_for_what_is_queued_but_not_for_what_flies() {
-        let (pace, tap) = streaming(2_000_000);
-        assert_eq!(pace.waits_for(&tap, RTT).buffered, 0);
-        let (pace, tap) = streaming(13_200_000);
-        let buffered = pace.waits_for(&tap, RTT).buffered as f64 / 1e6;
-        assert!((9.0..11.0).contains(&buffered), "{buffered}");
     }
 }

@@ -89,7 +89,6 @@ impl Drive {
         let (now, rtt) = (self.began.elapsed(), self.s.heard.borrow().rtt());
         let ram = self.vm.ram_view();
         let mut view = self.pace.view(now, &dirty, None, ram.as_ref(), uplink, rtt);
-        view.ram = ram.as_ref().map(|ram| self.pace.waits_for(ram, rtt));
         if let Some(disk) = view.disks.first_mut() {
             disk.unsent += more;
         }

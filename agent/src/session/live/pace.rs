@@ -218,22 +218,6 @@ pub(super) fn policy(policy: &LivePolicy) -> Policy {
 mod tests {
     use super::*;
 
-    /// A stream of 40 MB/s over 80 ms, of which so much is on its way.
-    fn streaming(buffered: u64) -> (Pace, Tap) {
-        let mut pace = Pace::new(1);
-        for second in 0..20 {
-            pace.acked
-                .sample(Duration::from_secs(second), second * 40_000_000);
-        }
-        let tap = Tap {
-            acked: 760_000_000,
-            buffered,
-            counts: crate::vm::ram::Counts::default(),
-            still: Duration::ZERO,
-        };
-        (pace, tap)
-    }
-
     const RTT: Option<Duration> = Some(Duration::from_millis(80));
 
     #[test]

@@ -377,6 +377,18 @@ fn agent_config(lab: &Lab, end: End, link: &LinkSpec, job: &Job) -> String {
     config
 }
 
+/// The number of the job that the operator's program ran, from the first of its lines that says one.
+///
+/// # Errors
+/// When none does.
+pub fn job_number(said: &str) -> io::Result<String> {
+    let mut values = said
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let number = values.find_map(|value| value["job"].as_str().map(str::to_owned));
+    number.ok_or_else(|| io::Error::other("the job has no number"))
+}
+
 /// What a link within a site is told of its packets.
 fn jumbo(link: &LinkSpec) -> &'static str {
     if link.jumbo_lan { "jumbo = true\n" } else { "" }
@@ -478,6 +490,13 @@ fn text(path: impl AsRef<Path>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_jobs_number_is_in_its_first_line_that_has_one() {
+        let said = "a warning\n{\"event\":\"job\",\"job\":\"0a1b\"}\n{\"job\":\"other\"}\n";
+        assert_eq!(job_number(said).unwrap(), "0a1b");
+        assert!(job_number("nothing\n").is_err());
+    }
 
     #[test]
     fn what_became_of_the_data_is_read_from_the_metrics() {

@@ -9,11 +9,9 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use serde_json::Value;
-
 use super::settings;
 use crate::lab::{End, Lab};
-use crate::programs::Programs;
+use crate::programs::{Programs, job_number};
 use crate::usage::wait_until;
 
 /// The job's name, its file in the lab's directory, and what it says.
@@ -69,32 +67,11 @@ impl Bulk {
                 format!("the bulk was over before the guest's job: give it more; its last word: {last}");
             return Err(io::Error::other(what));
         }
-        let mut cancel = programs.cancel_job(lab, &job(&said)?);
+        let mut cancel = programs.cancel_job(lab, &job_number(&said)?);
         cancel.stdin(Stdio::null()).output()?;
         let ended = wait_until(END, || self.0.try_wait().ok().flatten());
         ended.ok_or_else(|| io::Error::other("the bulk does not end, cancelled as it is"))?;
         // What lies in the agents' folders at the end is judged.
         fs::remove_file(settings::other_disk(lab.directory(), End::Source, NAME))
-    }
-}
-
-/// The job's number, as it was said first.
-fn job(said: &str) -> io::Result<String> {
-    let mut values = said
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let number = values.find_map(|value| value["job"].as_str().map(str::to_owned));
-    number.ok_or_else(|| io::Error::other("the bulk's job has no number"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_jobs_number_is_in_its_first_line_that_has_one() {
-        let said = "a warning\n{\"event\":\"job\",\"job\":\"0a1b\"}\n{\"job\":\"other\"}\n";
-        assert_eq!(job(said).unwrap(), "0a1b");
-        assert!(job("nothing\n").is_err());
     }
 }

@@ -16,7 +16,7 @@ use super::settings;
 use super::stage::Stage;
 use crate::guest::workload::command_line;
 use crate::lab::End;
-use crate::programs::{JOB_FILE, Line, Programs, read_line};
+use crate::programs::{JOB_FILE, Line, Programs, job_number, read_line};
 use crate::usage::wait_until;
 
 /// What it and its job are called.
@@ -95,21 +95,15 @@ fn run_job(args: &LiveArgs, stage: &mut Stage, programs: &Programs) -> io::Resul
 }
 
 fn read_report(said: &str) -> io::Result<Value> {
-    let mut values = said
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let job = values.find_map(|value| value["job"].as_str().map(str::to_owned));
     let report = said.lines().rev().find_map(|line| match read_line(line) {
         Line::Report(report) => Some(report),
         _ => None,
     });
-    let (Some(job), Some(mut report)) = (job, report) else {
-        return Err(io::Error::other("the first VM's job gave no report"));
-    };
+    let mut report = report.ok_or_else(|| io::Error::other("the first VM's job gave no report"))?;
     if report["ok"] != true {
         let cause = report["cause"].as_str().unwrap_or("no reason was given");
         return Err(io::Error::other(format!("the first VM was not moved: {cause}")));
     }
-    report["job"] = job.into();
+    report["job"] = job_number(said)?.into();
     Ok(report)
 }

@@ -53,6 +53,8 @@ pub(super) struct Parts {
 /// Why a step ended early.
 pub(super) enum Stop {
     Detached,
+    /// A handover that came to nothing; the VM runs on here.
+    CalledOff(Reason),
     Refused(Refusal),
 }
 
@@ -60,6 +62,7 @@ impl std::fmt::Display for Stop {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Detached => Detached.fmt(f),
+            Self::CalledOff(reason) => write!(f, "the handover was called off: {reason}"),
             Self::Refused(refusal) => refusal.fmt(f),
         }
     }
@@ -229,18 +232,19 @@ impl Drive {
         loop {
             match self.step().await {
                 Ok(()) => return Ok(()),
-                Err(Stop::Detached) => {
+                Err(Stop::Refused(refusal)) => return Err(refusal),
+                // After a handover that was called off the target needs another QEMU; the copy of its disks stays good.
+                Err(stop) => {
                     // The VM runs on here for longer: what was done for its leaving is undone.
                     if std::mem::take(&mut self.at_handover) {
                         self.vm.hook_ended().await;
-                        let problem = self.s.hook_failure("the handover was called off").await;
+                        let problem = self.s.hook_failure(&stop.to_string()).await;
                         self.outcome.notes.extend(problem);
                     }
-                    self.note("the link to the target was lost; the VM runs on");
+                    self.note(&format!("{stop}; the VM runs on here"));
                     // Nothing is gained by a slow guest while nothing moves.
                     self.vm.undo_slowing().await;
                 }
-                Err(Stop::Refused(refusal)) => return Err(refusal),
             }
         }
     }

@@ -139,7 +139,7 @@ impl Drive {
         Ok(())
     }
 
-    /// The VM stands (pre-switchover): the last round, the rest of RAM, and the target's word. `Err(Detached)` only while the VM runs on.
+    /// The VM stands (pre-switchover): the last round, the rest of RAM, and the target's word. `Detached` and `CalledOff` only while the VM runs on.
     pub(in crate::session::live) async fn hand_over(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
         let stopped = self.stands.take().unwrap_or_else(Instant::now);
         let hook = self.s.hook_at_handover();
@@ -162,15 +162,9 @@ impl Drive {
         // Its bitmap counts on: should the VM stay here, what the target was sent just now is sent again.
         self.rounds.give_back().await?;
         self.step_done("exports closed", stopped);
-        let moved = self
-            .vm
+        self.vm
             .finish(uplink, last, self.round, stopped, hook, &mut self.outcome)
             .await?;
-        if !moved {
-            self.note("the handover was called off; the VM runs on here");
-            // What is different now is that the target needs another QEMU: the copy of its disks stays good.
-            return Err(Stop::Detached);
-        }
         self.outcome.blackout_ms = stopped.elapsed().as_millis() as u64;
         Ok(())
     }

@@ -27,7 +27,7 @@ use crate::vm::qmp::{MigrationStatus, Qmp};
 type Again<'a> = Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
 
 impl SourceVm {
-    /// The last disk round is on its way: takes the rest of RAM, hands over, waits for the target's word. `true`: the VM is its.
+    /// The last disk round is on its way: takes the rest of RAM, hands over, waits for the target's word. `Ok`: the VM is its.
     pub(in crate::session::live) async fn finish(
         &mut self,
         uplink: &Arc<Uplink>,
@@ -36,7 +36,7 @@ impl SourceVm {
         stopped: Instant,
         hook: Option<hooks::Running>,
         outcome: &mut LiveOutcome,
-    ) -> Result<bool, Stop> {
+    ) -> Result<(), Stop> {
         let mut step = |name: &str| {
             outcome
                 .steps_ms
@@ -45,7 +45,7 @@ impl SourceVm {
         self.on(SourceEvent::LastRoundRead).await;
         step("told to go on");
         let Some(ram) = self.ram.clone() else {
-            return Ok(false);
+            return Err(self.called_off());
         };
         let stream = self.take_tail(&ram, uplink).await;
         step("stream ended");
@@ -82,17 +82,27 @@ impl SourceVm {
                 let arrival = self.s.heard.borrow().arrival.clone();
                 let named = |(name, ms): (String, u64)| (format!("at the target: {name}"), ms);
                 outcome.steps_ms.extend(arrival.into_iter().map(named));
-                Ok(true)
+                Ok(())
             }
             SourceState::Settling { .. } => {
                 self.give_up(Reason::MigrationFailed).await?;
-                Ok(false)
+                Err(self.called_off())
             }
             _ => {
                 self.let_go().await;
-                self.resolved().map_or(Ok(false), |refusal| Err(refusal.into()))
+                Err(self.resolved().map_or_else(|| self.called_off(), Stop::from))
             }
         }
+    }
+
+    /// Why the VM stayed here.
+    fn called_off(&self) -> Stop {
+        Stop::CalledOff(match *self.owner.state() {
+            SourceState::Settling { reason }
+            | SourceState::Kept { reason, .. }
+            | SourceState::TakenBack { reason, .. } => reason,
+            _ => Reason::MigrationFailed,
+        })
     }
 
     /// What a hook of a handover that was called off did is undone by the one on failure, which must come after it.

@@ -13,7 +13,7 @@ use longhaul_common::extent::Extent;
 use longhaul_common::ids::{Attempt, DiskIndex, JobId, Round, Sequence};
 use longhaul_common::wire::batch::{BatchHeader, Content, Leaves, Piece};
 use longhaul_gateway::reduction::{
-    DigestKey, Index, Level, Method, Pair, Size, Vm, Windows, differing, is_noise, is_zero, reduce,
+    DigestKey, Features, Index, Level, Method, Pair, Size, Vm, Windows, differing, is_noise, is_zero, reduce,
     reduce_plainly, restore, xor,
 };
 
@@ -55,6 +55,9 @@ fn blocks(criterion: &mut Criterion) {
     });
     group.bench_function("noise?", |bench| {
         bench.iter(|| each(&noise, &mut |block| _ = std::hint::black_box(is_noise(block))));
+    });
+    group.bench_function("features", |bench| {
+        bench.iter(|| each(&noise, &mut |block| _ = std::hint::black_box(Features::of(block))));
     });
     group.bench_function("differing", |bench| {
         let pair = || noise.chunks(BLOCK).zip(system.chunks(BLOCK));

@@ -124,7 +124,7 @@ pub struct ReductionSection {
     pub window_file: ByteSize,
     /// Blocks that the peer has already are referred to.
     pub dedup: bool,
-    /// Blocks that were sent before are sent as the difference.
+    /// Blocks that were sent before, or are like one that was, are sent as the difference.
     pub xor: bool,
     pub level: LevelSetting,
 }

@@ -1,7 +1,7 @@
 //! From a batch's data to its payload.
 //!
 //! Owns what becomes of each block, cheapest first: zeros; the content of a slot; the content of an earlier block of the batch; the
-//! difference to what this place held before; content. Leaves slots to `window`, and how it is written to `plan` and `codec`.
+//! difference to what this place held before, or to a block that is nearly the same; content. Leaves slots to `window`, and how it is written to `plan` and `codec`.
 //! Promises a payload that any gateway with the same window restores, at most [`OVERHEAD`] bytes larger than the data.
 //!
 //! ```text
@@ -14,6 +14,7 @@ use std::collections::HashMap;
 use bytes::Bytes;
 use longhaul_common::wire::batch::BatchHeader;
 
+use super::alike::Features;
 use super::block::{self, BlockDigest};
 use super::codec::{self, Codec, Level};
 use super::layout::{BLOCK_LEN, Layout, Vm};
@@ -83,6 +84,7 @@ struct Draft<'a> {
     secret: bool,
     fates: Vec<Fate>,
     digests: Vec<BlockDigest>,
+    features: Vec<Features>,
     /// What stands at a block's place so far, for those that are to be sent as a difference.
     bases: Vec<u8>,
     /// The blocks themselves, where zstd finds the difference; empty where XOR makes it.
@@ -101,6 +103,7 @@ impl<'a> Draft<'a> {
             secret: header.ram.is_some(),
             fates: Vec::with_capacity(blocks),
             digests: Vec::with_capacity(blocks),
+            features: Vec::with_capacity(blocks),
             bases: Vec::new(),
             changed: Vec::new(),
             in_file: Vec::new(),
@@ -165,12 +168,14 @@ impl<'a> Draft<'a> {
             let block = self.block(index);
             if block::is_zero(block) {
                 self.digests.push(BlockDigest::default());
+                self.features.push(Features::default());
                 self.fates.push(Fate::Zero);
                 continue;
             }
             let digest = own.key.digest(block);
             let earlier = *first.entry(digest).or_insert(index as u64);
             self.digests.push(digest);
+            self.features.push(Features::of(block));
             self.fates.push(if earlier < index as u64 {
                 Fate::Same(earlier)
             } else {
@@ -244,6 +249,8 @@ impl<'a> Draft<'a> {
         let found = own.at_place(place, BATCH_BLOCKS).map(|at| (own, at, false));
         let found =
             found.or_else(|| theirs.and_then(|ring| Some((ring, ring.at_place(place, margin(ring))?, true))));
+        let alike = || own.alike(self.features[index], BATCH_BLOCKS);
+        let found = found.or_else(|| Some((own, alike()?, false)));
         let Some((ring, at, of_theirs)) = found else {
             return Fate::Plain;
         };
@@ -274,6 +281,7 @@ impl<'a> Draft<'a> {
                 Fate::Same(earlier) => positions.get(*earlier as usize).copied().flatten(),
                 fate if fate.is_stored() && receipt.count > 0 => {
                     ring.write(next, self.secret, self.digests[index], self.block(index));
+                    receipt.features.push(self.features[index]);
                     next += 1;
                     Some(next - 1)
                 }

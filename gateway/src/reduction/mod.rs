@@ -8,6 +8,7 @@
 //! header's length for each part, that a payload is restored to exactly the data that was reduced or not at all, and that a window that
 //! was lost, at either end, costs bytes and never correctness.
 
+mod alike;
 mod block;
 mod codec;
 mod decode;
@@ -28,6 +29,7 @@ mod tests;
 use bytes::Bytes;
 use longhaul_common::wire::batch::{BatchError, PAYLOAD_OVERHEAD};
 
+pub use alike::Features;
 pub use block::{BlockDigest, DigestKey, differing, is_noise, is_zero, xor};
 pub use codec::Level;
 pub use decode::{RestoreError, restore};

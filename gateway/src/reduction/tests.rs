@@ -366,6 +366,46 @@ fn the_second_vm_of_a_template_and_the_page_cache_are_nearly_free() {
 }
 
 #[test]
+fn what_is_nearly_known_costs_little_wherever_it_lies() {
+    let (a, b) = two();
+    let mut data = noise(6, 200).to_vec();
+    let template: Bytes = data.clone().into();
+    let header = ram_header(5, 200, 0, &template);
+    through(&a.0, &b.0, &header, &template, Vm::named("one"));
+    let mut random = StdRng::seed_from_u64(6);
+    for block in data.chunks_mut(BLOCK) {
+        for _ in 0..6 {
+            let at = random.random_range(0..BLOCK / 16) * 16;
+            random.fill(&mut block[at..at + 16]);
+        }
+    }
+    let data: Bytes = data.into();
+    let header = ram_header(4711, 200, 0, &data);
+    let second = through(&a.0, &b.0, &header, &data, Vm::named("two"));
+    assert!(
+        second.counts.xor * 10 > data.len() as u64 * 8,
+        "{:?}",
+        second.counts
+    );
+    let size = second.payload.bytes.len();
+    assert!(size * 100 < data.len() * 25, "{size} of {}", data.len());
+    // What is like a block that is still on its way is sent whole.
+    let fresh = noise(7, 10);
+    let header = ram_header(9000, 10, 0, &fresh);
+    let waiting = reduce(&fresh, &header, Vm::named("one"), Some(&a.0), ALL);
+    let mut like = fresh.to_vec();
+    like.chunks_mut(BLOCK).for_each(|block| block[77] ^= 1);
+    let like: Bytes = like.into();
+    let header = ram_header(9500, 10, 0, &like);
+    let early = reduce(&like, &header, Vm::named("two"), Some(&a.0), ALL);
+    assert_eq!(early.counts.xor, 0);
+    a.0.accepted(&waiting.kept);
+    let header = ram_header(9900, 10, 0, &like);
+    let late = reduce(&like, &header, Vm::named("three"), Some(&a.0), ALL);
+    assert_eq!(late.counts.xor, like.len() as u64);
+}
+
+#[test]
 fn a_small_change_costs_little_and_a_failback_less() {
     let (a, b) = two();
     let vm = Vm::named("vm");

@@ -1,6 +1,6 @@
 //! One direction's window: a ring of blocks that both gateways hold, and what leads to its slots.
 //!
-//! Owns positions, slots, both indexes, and what may be referred to. The same type serves both ends: the sender assigns positions and
+//! Owns positions, slots, the indexes, and what may be referred to. The same type serves both ends: the sender assigns positions and
 //! enters a block into the indexes when the peer has accepted it, the receiver stores what it is told and enters it at once. Leaves
 //! the choice between references and content to `encode`, and whose window it is to `pair`.
 //!
@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::alike::{Alike, Features};
 use super::block::{BlockDigest, DigestKey, short};
 use super::index::Index;
 use super::layout::BLOCK_LEN;
@@ -103,6 +104,8 @@ pub(super) struct Receipt {
     /// Positions assigned: first and count.
     pub first: u64,
     pub count: u64,
+    /// Of each of these.
+    pub features: Vec<Features>,
     /// Of each block with content, the place it has in its VM and the position of its content.
     pub places: Vec<(u64, u64)>,
     /// The oldest position that is referred to.
@@ -127,10 +130,12 @@ pub(super) struct Ring {
     pub(super) head: u64,
     slots: Vec<Slot>,
     memory: Vec<u8>,
-    /// Which position each block of `memory` has.
-    resident: Vec<u64>,
+    /// What lies before this position is not in `memory`: an earlier life stored it.
+    begun: u64,
     by_digest: Index,
     by_place: Index,
+    /// Hints only: not kept over a restart, and what it leads to counts if `by_digest` knows it, too.
+    alike: Alike,
     /// Oldest positions of payloads on their way, and how many payloads have each.
     pins: BTreeMap<u64, u32>,
 }
@@ -146,9 +151,10 @@ impl Window {
             head: 1,
             slots: vec![Slot::default(); slots as usize],
             memory: vec![0; size.memory as usize * BLOCK_LEN],
-            resident: vec![0; size.memory as usize],
+            begun: 0,
             by_digest: Index::new(slots),
             by_place: Index::new(slots),
+            alike: Alike::new(slots),
             pins: BTreeMap::new(),
         };
         Self {
@@ -171,6 +177,7 @@ impl Window {
             if fits {
                 ring.slots = image.slots;
                 ring.head = image.head.max(1);
+                ring.begun = ring.head;
             } else {
                 ring.forget_all();
                 ring.epoch = ring.epoch.saturating_add(1);
@@ -233,6 +240,9 @@ impl Window {
         for position in receipt.first..receipt.first.saturating_add(receipt.count) {
             ring.enter_digest(position);
         }
+        for (position, features) in (receipt.first..).zip(&receipt.features) {
+            ring.enter_features(position, *features);
+        }
         for (place, position) in &receipt.places {
             ring.enter_place(*place, *position);
         }
@@ -256,8 +266,8 @@ impl Window {
     #[cfg(test)]
     pub(super) fn index_memory(&self) -> usize {
         let ring = self.ring();
-        let slots = ring.slots.len() * size_of::<Slot>() + ring.resident.len() * size_of::<u64>();
-        slots + ring.by_digest.memory() + ring.by_place.memory()
+        let slots = ring.slots.len() * size_of::<Slot>();
+        slots + ring.by_digest.memory() + ring.by_place.memory() + ring.alike.memory()
     }
 }
 
@@ -275,6 +285,7 @@ impl Ring {
         self.slots.fill(Slot::default());
         self.by_digest.clear();
         self.by_place.clear();
+        self.alike.clear();
         self.pins.clear();
     }
 
@@ -302,15 +313,32 @@ impl Ring {
         self.by_place.find(place, |slot| self.filled(slot), fits)
     }
 
+    /// A block that is like one with these features, and may be referred to.
+    pub(super) fn alike(&self, features: Features, margin: u64) -> Option<u64> {
+        let slots = self.alike.find(features);
+        let mut held = slots.filter_map(|slot| self.slots.get(slot as usize));
+        held.find_map(|slot| self.same(&slot.digest, margin))
+    }
+
+    /// Whether the content at `position` is in memory, which holds the newest blocks.
+    fn is_resident(&self, position: u64) -> bool {
+        let blocks = (self.memory.len() / BLOCK_LEN) as u64;
+        position >= self.begun && position.saturating_add(blocks) >= self.head
+    }
+
+    /// Where it lies there.
+    fn in_memory(&self, position: u64) -> std::ops::Range<usize> {
+        let at = (position % (self.memory.len() / BLOCK_LEN) as u64) as usize * BLOCK_LEN;
+        at..at + BLOCK_LEN
+    }
+
     /// Copies the content at `position` from memory, or says where it is.
     pub(super) fn read(&self, position: u64, into: &mut [u8]) -> Read {
         let Some(slot) = self.slot(position) else {
             return Read::Gone;
         };
-        let at = (position % self.resident.len() as u64) as usize;
-        let start = at * BLOCK_LEN;
-        match self.memory.get(start..start + BLOCK_LEN) {
-            Some(block) if self.resident[at] == position && into.len() == BLOCK_LEN => {
+        match self.memory.get(self.in_memory(position)) {
+            Some(block) if self.is_resident(position) && into.len() == BLOCK_LEN => {
                 into.copy_from_slice(block);
                 Read::Done
             }
@@ -369,16 +397,22 @@ impl Ring {
             marked: position | mark,
             digest,
         };
-        let at = (position % self.resident.len() as u64) as usize;
-        if self.resident[at] <= position {
-            self.resident[at] = position;
-            let start = at * BLOCK_LEN;
-            if let Some(kept) = self.memory.get_mut(start..start + BLOCK_LEN) {
-                kept.copy_from_slice(block);
-            }
+        let range = self.in_memory(position);
+        if self.is_resident(position)
+            && let Some(kept) = self.memory.get_mut(range)
+        {
+            kept.copy_from_slice(block);
         }
         self.head = self.head.max(position + 1);
         true
+    }
+
+    /// Lets `position` be found by what is like it.
+    fn enter_features(&mut self, position: u64, features: Features) {
+        if self.slot(position).is_some() {
+            let slot = position % self.len();
+            self.alike.insert(features, slot);
+        }
     }
 
     /// Lets `position` be found by its content.

@@ -2,8 +2,9 @@
 //!
 //! Owns the choice of a step of the ladder from what was seen: how fast each step went and what it made of the data, how much waits for
 //! the link, what the link delivers, whether batches wait for the workers. Leaves measuring to `send`. One step at a time: up while
-//! workers wait for the link and the next step would still keep it full; down while the link waits for workers. Promises that a step that
-//! proved too slow is not tried again before its rest is over, and that rests get longer while it keeps proving so.
+//! workers wait for the link and the next step would still keep it full; down while the link waits for workers, if less work makes them
+//! faster. Promises that a step that proved too slow is not tried again before its rest is over, and that rests get longer while it keeps
+//! proving so.
 
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,8 @@ const SHORT_QUEUE: Duration = Duration::from_millis(30);
 const MARGIN: f64 = 1.15;
 /// Workers that could do so much more than is delivered are not what the link waits for.
 const SLOW: f64 = 1.5;
+/// A step down has to spare this part of the workers' time: where nearly all is references, it only makes the rest larger.
+const SPARED: f64 = 0.1;
 /// A step that was too slow rests for so long at first, and for so long at most.
 const REST: Duration = Duration::from_secs(1);
 const REST_MAX: Duration = Duration::from_secs(30);
@@ -30,6 +33,9 @@ const STEPS: usize = Level::ALL.len();
 /// Before anything is measured: raw bytes per second and thread, and what is left of a byte; one core of a server and an operating
 /// system's files.
 const EXPECTED: [(f64, f64); STEPS] = [(3e9, 1.0), (4.5e8, 0.5), (2.5e8, 0.4), (1.5e8, 0.37), (3e7, 0.34)];
+
+/// Seconds that a byte of a reference takes, beside them.
+const REFERENCE: f64 = 1e-9;
 
 /// What is seen at one moment.
 #[derive(Clone, Copy, Debug)]
@@ -44,12 +50,25 @@ pub struct Seen {
     pub workers: usize,
 }
 
+/// What became of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Work {
+    pub raw: u64,
+    /// The part of `raw` that the step was applied to.
+    pub content: u64,
+    pub payload: u64,
+    /// Of one thread.
+    pub busy: Duration,
+}
+
 /// One lane's choice.
 #[derive(Clone, Debug)]
 pub struct Ladder {
     level: Level,
     /// Raw bytes per second and thread, and what is left of a byte, by step.
     known: [Option<(f64, f64)>; STEPS],
+    /// The part of the data that a step is applied to.
+    content: Option<f64>,
     /// What the link delivers, in bytes per second.
     rate: f64,
     last: Option<Seen>,
@@ -64,6 +83,7 @@ impl Default for Ladder {
         Self {
             level: Level::Lz4,
             known: [None; STEPS],
+            content: None,
             rate: 0.0,
             last: None,
             rests: [None; STEPS],
@@ -78,11 +98,17 @@ impl Ladder {
         self.level
     }
 
-    /// A batch of `raw` bytes became `payload` bytes at `level` within `busy` of one thread.
-    pub fn measured(&mut self, level: Level, raw: u64, payload: u64, busy: Duration) {
+    /// What a batch took at `level`.
+    pub fn measured(&mut self, level: Level, work: Work) {
+        let Work {
+            raw, payload, busy, ..
+        } = work;
         if raw == 0 || busy.is_zero() {
             return;
         }
+        let now = work.content.min(raw) as f64 / raw as f64;
+        let content = self.content.get_or_insert(now);
+        *content += BELIEF * (now - *content);
         let now = (raw as f64 / busy.as_secs_f64(), payload as f64 / raw as f64);
         let known = self.known[level as usize].get_or_insert(now);
         known.0 += BELIEF * (now.0 - known.0);
@@ -134,13 +160,24 @@ impl Ladder {
         // A link that is yet to open up, or a source that gives little, is no reason: workers that could do more are not what it waits for.
         let (speed, left) = self.expected(self.level);
         let slow = speed * left * seen.workers.max(1) as f64 <= self.rate * SLOW;
-        let starving = slow && drain < SHORT_QUEUE.as_secs_f64() && seen.waiting >= seen.workers.max(1);
+        let starving = slow
+            && self.is_worth_a_step_down()
+            && drain < SHORT_QUEUE.as_secs_f64()
+            && seen.waiting >= seen.workers.max(1);
         if starving {
             self.go_down(seen.now);
         } else if drain > LONG_QUEUE.as_secs_f64() {
             self.go_up(seen);
         }
         self.level
+    }
+
+    /// Whether the step below would spare a good part of the workers' time.
+    fn is_worth_a_step_down(&self) -> bool {
+        let content = self.content.unwrap_or(1.0);
+        let takes = |level: Level| content / EXPECTED[level as usize].0;
+        let (here, below) = (takes(self.level), takes(self.level.down()));
+        here - below > SPARED * (here + (1.0 - content) * REFERENCE)
     }
 
     fn go_down(&mut self, now: Instant) {
@@ -198,6 +235,12 @@ mod tests {
         source: f64,
     }
 
+    const MIB_OF_CONTENT: Work = Work {
+        raw: 1 << 20,
+        content: 1 << 20,
+        payload: 1 << 19,
+        busy: Duration::from_millis(2),
+    };
     const QUEUE_MAX: f64 = 64e6;
     const STEP: f64 = 0.01;
 
@@ -245,9 +288,13 @@ mod tests {
             self.delivered += sent;
             self.now += Duration::from_secs_f64(STEP);
             if raw > 1.0 {
-                let busy = Duration::from_secs_f64(raw / speed);
-                self.ladder
-                    .measured(before, raw as u64, (raw * left) as u64, busy);
+                let work = Work {
+                    raw: raw as u64,
+                    content: raw as u64,
+                    payload: (raw * left) as u64,
+                    busy: Duration::from_secs_f64(raw / speed),
+                };
+                self.ladder.measured(before, work);
             }
             let level = self.ladder.choose(Seen {
                 now: self.now,
@@ -349,9 +396,7 @@ mod tests {
                 waiting: 8,
                 workers: 2,
             };
-            world
-                .ladder
-                .measured(Level::Lz4, 1 << 20, 1 << 19, Duration::from_millis(2));
+            world.ladder.measured(Level::Lz4, MIB_OF_CONTENT);
             assert_eq!(world.ladder.choose(seen), Level::Lz4);
             world.delivered += world.link * 0.1;
             world.link += 12.5e6 / 50.0;
@@ -373,6 +418,39 @@ mod tests {
             (ladder.choose(seen), ladder.choose(seen)),
             (Level::Lz4, Level::Lz4)
         );
-        ladder.measured(Level::Lz4, 0, 0, Duration::ZERO);
+        let nothing = Work {
+            raw: 0,
+            content: 0,
+            payload: 0,
+            busy: Duration::ZERO,
+        };
+        ladder.measured(Level::Lz4, nothing);
+    }
+
+    #[test]
+    fn less_work_is_not_tried_where_it_spares_none() {
+        // The link is idle and batches wait: what takes the workers' time decides.
+        let level_after = |content: u64| {
+            let (mut ladder, mut now) = (Ladder::default(), Instant::now());
+            for second in 0..50 {
+                let work = Work {
+                    content,
+                    payload: content / 2,
+                    ..MIB_OF_CONTENT
+                };
+                ladder.measured(ladder.level(), work);
+                ladder.choose(Seen {
+                    now,
+                    queued: 0,
+                    delivered: second * 50_000_000,
+                    waiting: 8,
+                    workers: 2,
+                });
+                now += Duration::from_millis(100);
+            }
+            ladder.level()
+        };
+        assert_eq!(level_after(1 << 20), Level::Raw);
+        assert_eq!(level_after(1 << 15), Level::Lz4, "31 of 32 blocks are references");
     }
 }

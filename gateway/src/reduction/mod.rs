@@ -35,7 +35,7 @@ pub use codec::Level;
 pub use decode::{RestoreError, restore};
 pub use encode::{reduce, reduce_plainly};
 pub use index::Index;
-pub use ladder::{CHOOSE_EVERY, Ladder, Seen};
+pub use ladder::{CHOOSE_EVERY, Ladder, Seen, Work};
 pub use layout::Vm;
 pub use pair::{Pair, Windows};
 pub use window::{SLOTS_MAX, Size};
@@ -109,6 +109,13 @@ pub struct ReductionCounts {
 }
 
 impl ReductionCounts {
+    /// What `level` was applied to: content, and differences from where on they are made by zstd.
+    pub fn content(&self, level: Level) -> u64 {
+        let differences = if level >= Level::Zstd3 { self.xor } else { 0 };
+        let content = self.compressed.saturating_add(self.raw);
+        content.saturating_add(differences)
+    }
+
     /// Both together.
     pub fn plus(self, other: Self) -> Self {
         Self {

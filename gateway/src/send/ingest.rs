@@ -23,7 +23,7 @@ use super::transmit::{Peer, Pending};
 use crate::job::ledger::{DiskSums, Ledger, Sent};
 use crate::metrics::{REDUCED, SENT_RAW, SENT_WAN, XOR_PAYLOAD};
 use crate::reduction::workers::Workers;
-use crate::reduction::{self, Encoding, Level, Method, Reduced, ReductionCounts, Vm, Way};
+use crate::reduction::{self, Encoding, Level, Method, Reduced, ReductionCounts, Vm, Way, Work};
 
 /// Tells the agent that its batch found no job.
 const NO_JOB: VarInt = VarInt::from_u32(1);
@@ -361,10 +361,13 @@ impl Ingest {
         let reduced = reduced.await;
         self.reducing.fetch_sub(1, Ordering::Relaxed);
         let (reduced, busy) = reduced.ok()?;
-        let payload = reduced.payload.bytes.len() as u64;
-        outflow
-            .peer
-            .measured(lane, method.level, raw.len() as u64, payload, busy);
+        let work = Work {
+            raw: raw.len() as u64,
+            content: reduced.counts.content(method.level),
+            payload: reduced.payload.bytes.len() as u64,
+            busy,
+        };
+        outflow.peer.measured(lane, method.level, work);
         Some(reduced)
     }
 

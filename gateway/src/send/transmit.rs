@@ -24,7 +24,7 @@ use super::knock;
 use super::outbox::{ConnectionId, Flow, Lane, Outbox, Ready, Room, SentAgain, window};
 use super::rest::{Heard, Rest};
 use crate::metrics::SENT_AGAIN;
-use crate::reduction::{CHOOSE_EVERY, Kept, Ladder, Level, Pair, Seen, Windows};
+use crate::reduction::{CHOOSE_EVERY, Kept, Ladder, Level, Pair, Seen, Windows, Work};
 use crate::settings::PeerSection;
 
 /// The congestion window may have grown meanwhile: look again.
@@ -223,9 +223,9 @@ impl Peer {
         self.queued(Lane::Bulk) > 0
     }
 
-    /// A lane's batch of `raw` bytes became `payload` bytes at `level` within `busy` of one thread.
-    pub fn measured(&self, lane: Lane, level: Level, raw: u64, payload: u64, busy: Duration) {
-        self.ladders().levels[lane as usize].measured(level, raw, payload, busy);
+    /// What a lane's batch took at `level`.
+    pub fn measured(&self, lane: Lane, level: Level, work: Work) {
+        self.ladders().levels[lane as usize].measured(level, work);
     }
 
     /// How much work each lane's data is worth right now; handover, RAM, dirty, bulk.

@@ -27,6 +27,8 @@ const REST: Duration = Duration::from_secs(1);
 const REST_MAX: Duration = Duration::from_secs(30);
 /// How much of a new measurement is believed at once.
 const BELIEF: f64 = 0.3;
+/// The same for what the data is: some batches are nothing but content where most are nothing but references.
+const BELIEF_IN_KIND: f64 = 0.05;
 
 const STEPS: usize = Level::ALL.len();
 
@@ -108,7 +110,7 @@ impl Ladder {
         }
         let now = work.content.min(raw) as f64 / raw as f64;
         let content = self.content.get_or_insert(now);
-        *content += BELIEF * (now - *content);
+        *content += BELIEF_IN_KIND * (now - *content);
         let now = (raw as f64 / busy.as_secs_f64(), payload as f64 / raw as f64);
         let known = self.known[level as usize].get_or_insert(now);
         known.0 += BELIEF * (now.0 - known.0);
@@ -161,22 +163,25 @@ impl Ladder {
         let (speed, left) = self.expected(self.level);
         let slow = speed * left * seen.workers.max(1) as f64 <= self.rate * SLOW;
         let starving = slow
-            && self.is_worth_a_step_down()
+            && self.is_worth_a_step_down(self.level)
             && drain < SHORT_QUEUE.as_secs_f64()
             && seen.waiting >= seen.workers.max(1);
         if starving {
             self.go_down(seen.now);
+        } else if self.level == Level::Raw && !self.is_worth_a_step_down(Level::Lz4) {
+            // It came here for data of another kind.
+            self.level = Level::Lz4;
         } else if drain > LONG_QUEUE.as_secs_f64() {
             self.go_up(seen);
         }
         self.level
     }
 
-    /// Whether the step below would spare a good part of the workers' time.
-    fn is_worth_a_step_down(&self) -> bool {
+    /// Whether the step below `level` would spare a good part of the workers' time.
+    fn is_worth_a_step_down(&self, level: Level) -> bool {
         let content = self.content.unwrap_or(1.0);
         let takes = |level: Level| content / EXPECTED[level as usize].0;
-        let (here, below) = (takes(self.level), takes(self.level.down()));
+        let (here, below) = (takes(level), takes(level.down()));
         here - below > SPARED * (here + (1.0 - content) * REFERENCE)
     }
 
@@ -430,9 +435,10 @@ mod tests {
     #[test]
     fn less_work_is_not_tried_where_it_spares_none() {
         // The link is idle and batches wait: what takes the workers' time decides.
-        let level_after = |content: u64| {
+        let level_after = |content: u64, after: u64| {
             let (mut ladder, mut now) = (Ladder::default(), Instant::now());
-            for second in 0..50 {
+            for tenth in 0..200 {
+                let content = if tenth < after { 1 << 20 } else { content };
                 let work = Work {
                     content,
                     payload: content / 2,
@@ -442,7 +448,7 @@ mod tests {
                 ladder.choose(Seen {
                     now,
                     queued: 0,
-                    delivered: second * 50_000_000,
+                    delivered: tenth * 50_000_000,
                     waiting: 8,
                     workers: 2,
                 });
@@ -450,7 +456,12 @@ mod tests {
             }
             ladder.level()
         };
-        assert_eq!(level_after(1 << 20), Level::Raw);
-        assert_eq!(level_after(1 << 15), Level::Lz4, "31 of 32 blocks are references");
+        assert_eq!(level_after(1 << 20, 0), Level::Raw);
+        assert_eq!(
+            level_after(1 << 15, 0),
+            Level::Lz4,
+            "31 of 32 blocks are references"
+        );
+        assert_eq!(level_after(1 << 15, 10), Level::Lz4, "they are so after a second");
     }
 }

@@ -170,7 +170,8 @@ impl Pace {
                     dirty_rate: ram.dirty_pages_rate as f64 * ram.page_size as f64,
                     since_sync: now.saturating_sub(self.sync.1),
                     buffered: tap.buffered,
-                    passes: u32::try_from(ram.dirty_sync_count).unwrap_or(u32::MAX),
+                    // QEMU looks once before the first pass, and then after each.
+                    passes: u32::try_from(ram.dirty_sync_count.saturating_sub(1)).unwrap_or(u32::MAX),
                 }
             });
         View {

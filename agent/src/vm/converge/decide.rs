@@ -119,7 +119,9 @@ impl Converge {
         policy: &Policy,
         blackout: &Blackout,
     ) -> (Decision, String) {
-        if view.ram.is_some() && blackout.total <= policy.blackout {
+        // What is written during the first pass QEMU finds at its end: until then nothing says how much that is.
+        let is_counted = view.ram.is_some_and(|ram| ram.passes > 0);
+        if is_counted && blackout.total <= policy.blackout {
             return (
                 Decision::HandOver {
                     predicted: blackout.total,

@@ -437,6 +437,23 @@ fn memory_has_its_turn_between_two_rounds_of_the_disks() {
 }
 
 #[test]
+fn the_end_of_the_first_pass_is_not_the_end() {
+    // QEMU has next to nothing left of its first pass, and has not looked yet what was written meanwhile.
+    let mut sim = Sim::new(CALM, 0.3, LINK);
+    (0..2000).for_each(|_| sim.tick());
+    sim.ram = Some(Pass::default());
+    let decide = |view: &View| {
+        let verdict = Converge::new().decide(Duration::ZERO, view, &Policy::default());
+        verdict.decision
+    };
+    let mut view = sim.view();
+    assert!(predict(&view).total <= Policy::default().blackout);
+    assert_eq!(decide(&view), Decision::Continue);
+    view.ram.as_mut().unwrap().passes = 1;
+    assert!(matches!(decide(&view), Decision::HandOver { .. }));
+}
+
+#[test]
 fn an_unasked_stop_is_finished_only_if_it_fits() {
     let mut sim = Sim::new(CALM, 0.3, LINK);
     (0..2000).for_each(|_| sim.tick());

@@ -2,10 +2,11 @@
 //!
 //! Owns the second job, what it cost, and the look whether both disks are equal. Leaves alone the guest's own proof, which comes after.
 //! Promises that "equal" rests on the lab's own reading: every block that the guest has not written since it came back is as it was left
-//! at the other site, by what QEMU says of its writes.
+//! at the other site, by what QEMU says of its writes. Blocks that were free at both moments may differ, for these are left out.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -207,6 +208,10 @@ fn compare_disks(args: &LiveArgs, stage: &mut Stage, back: &mut BackReport) -> i
     monitor.execute("cont", Value::Null)?;
     let left = shadow(stage, End::Target, &back.id);
     let left = compare::as_raw(&left, args.target_format(), &work.path().join("left"))?;
+    // What was free then and is not now holds what the guest had written and not yet told its journal: that has to be here.
+    let free_then = compare::free_after_replay(&left, &work.path().join("replayed"))?;
+    let free_now = compare::free_after_replay(&here, &work.path().join("replayed"))?;
+    let clean = without(&clean, &common(&free_then, &free_now));
     let (left, here) = (File::open(left)?, File::open(here)?);
     let (mut one, mut two) = (vec![0; CHUNK as usize], vec![0; CHUNK as usize]);
     for (mut at, end) in clean {
@@ -222,6 +227,39 @@ fn compare_disks(args: &LiveArgs, stage: &mut Stage, back: &mut BackReport) -> i
         }
     }
     Ok(())
+}
+
+/// What lies in both; sorted, as each of them is.
+fn common(one: &[Range<u64>], two: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut both = Vec::new();
+    let (mut at, mut other) = (0, 0);
+    while let (Some(a), Some(b)) = (one.get(at), two.get(other)) {
+        let (start, end) = (a.start.max(b.start), a.end.min(b.end));
+        if start < end {
+            both.push(start..end);
+        }
+        if a.end < b.end { at += 1 } else { other += 1 }
+    }
+    both
+}
+
+/// The parts of sorted `ranges` that are in none of the sorted `holes`.
+fn without(ranges: &[(u64, u64)], holes: &[Range<u64>]) -> Vec<(u64, u64)> {
+    let mut left = Vec::new();
+    for (start, end) in ranges {
+        let mut at = *start;
+        let first = holes.partition_point(|hole| hole.end <= *start);
+        for hole in holes[first..].iter().take_while(|hole| hole.start < *end) {
+            if at < hole.start {
+                left.push((at, hole.start));
+            }
+            at = hole.end.max(at);
+        }
+        if at < *end {
+            left.push((at, *end));
+        }
+    }
+    left
 }
 
 /// Of the stopped guest: where it has not written since it came, and a copy of its disk.
@@ -325,4 +363,20 @@ pub fn leftovers(stage: &Stage, report: &LiveReport) -> Vec<String> {
         found.push("the QEMU that the guest came back from runs".to_owned());
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_free_at_both_moments_is_left_out() {
+        let free = common(&[0..10, 20..30, 40..50], &[5..25, 28..29, 45..60]);
+        assert_eq!(free, [5..10, 20..25, 28..29, 45..50]);
+        assert_eq!(
+            without(&[(0, 7), (8, 22), (26, 70)], &free),
+            [(0, 5), (10, 20), (26, 28), (29, 45), (50, 70)]
+        );
+        assert_eq!(without(&[(3, 4)], &[]), [(3, 4)]);
+    }
 }

@@ -205,17 +205,16 @@ fn ext_free(disk: &Path, offset: u64) -> Option<(Range<u64>, Vec<Range<u64>>)> {
         .flatten()
 }
 
-/// What an ext file system that fills this disk has free once its journal is replayed, in bytes; `work` is for a copy. Nothing where
-/// there is none.
+/// What an ext file system that fills this disk has free once its journal is replayed, in bytes; `copy` is where that is done, and stays.
+/// Nothing where there is none.
 ///
 /// # Errors
 /// When the copy cannot be made, or e2fsck is missing.
-pub fn free_after_replay(disk: &Path, work: &Path) -> io::Result<Vec<Range<u64>>> {
-    crate::guest::copy(disk, work)?;
-    let replayed = Command::new("e2fsck").arg("-p").arg(work).output()?;
+pub fn free_after_replay(disk: &Path, copy: &Path) -> io::Result<Vec<Range<u64>>> {
+    crate::guest::copy(disk, copy)?;
+    let replayed = Command::new("e2fsck").arg("-p").arg(copy).output()?;
     let is_sound = matches!(replayed.status.code(), Some(0 | 1));
-    let found = is_sound.then(|| ext_free(work, 0)).flatten();
-    std::fs::remove_file(work)?;
+    let found = is_sound.then(|| ext_free(copy, 0)).flatten();
     Ok(found.map(|(_, free)| free).unwrap_or_default())
 }
 

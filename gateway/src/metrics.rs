@@ -30,6 +30,10 @@ pub const MISSING: &str = "longhaul_window_missing_total";
 pub const REDUCED: &str = "longhaul_reduced_bytes_total";
 /// What the raw data of kind xor came to.
 pub const XOR_PAYLOAD: &str = "longhaul_xor_payload_bytes_total";
+/// The part of it in payloads with differences from the same places' earlier content only, raw.
+pub const REWRITTEN: &str = "longhaul_rewritten_bytes_total";
+/// What that came to.
+pub const REWRITTEN_PAYLOAD: &str = "longhaul_rewritten_payload_bytes_total";
 
 const JOBS: &str = "longhaul_jobs";
 const AGENTS: &str = "longhaul_agents";
@@ -73,6 +77,12 @@ pub fn describe() {
             Unit::Bytes,
             "What the raw data of kind xor came to, compressed",
         ),
+        (
+            REWRITTEN,
+            Unit::Bytes,
+            "Raw data of kind xor in payloads that differ from the same places' earlier content only",
+        ),
+        (REWRITTEN_PAYLOAD, Unit::Bytes, "What this came to, compressed"),
         (
             RECEIVED_RAW,
             Unit::Bytes,

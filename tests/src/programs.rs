@@ -235,8 +235,8 @@ impl Programs {
         command
     }
 
-    /// What the source's gateway made of the data, by kind, in raw bytes, and as `xor_payload` what the differences came to; nothing
-    /// where it does not say.
+    /// What the source's gateway made of the data, by kind, in raw bytes; as `xor_payload` what the differences came to, as `rewritten`
+    /// and `rewritten_payload` the part against the same places' earlier content. Nothing where it does not say.
     pub fn reduced(&self, lab: &Lab) -> BTreeMap<String, u64> {
         let text = metrics(&api_socket(lab.directory(), End::Source)).unwrap_or_default();
         text.lines().filter_map(reduced_line).collect()
@@ -474,8 +474,10 @@ fn metrics(socket: &Path) -> io::Result<String> {
 
 /// Kind and bytes of a line about reduced data.
 fn reduced_line(line: &str) -> Option<(String, u64)> {
-    if let Some(bytes) = line.strip_prefix("longhaul_xor_payload_bytes_total ") {
-        return Some(("xor_payload".to_owned(), bytes.trim().parse().ok()?));
+    for name in ["xor_payload", "rewritten", "rewritten_payload"] {
+        if let Some(bytes) = line.strip_prefix(&format!("longhaul_{name}_bytes_total ")) {
+            return Some((name.to_owned(), bytes.trim().parse().ok()?));
+        }
     }
     let rest = line.strip_prefix("longhaul_reduced_bytes_total{kind=\"")?;
     let (kind, bytes) = rest.split_once("\"} ")?;
@@ -504,6 +506,8 @@ mod tests {
         assert_eq!(reduced_line(line), Some(("xor".to_owned(), 4096)));
         let line = "longhaul_xor_payload_bytes_total 77";
         assert_eq!(reduced_line(line), Some(("xor_payload".to_owned(), 77)));
+        let line = "longhaul_rewritten_payload_bytes_total 5";
+        assert_eq!(reduced_line(line), Some(("rewritten_payload".to_owned(), 5)));
         for line in [
             "",
             "# TYPE longhaul_reduced_bytes_total counter",

@@ -93,10 +93,10 @@ fn all(records: &[Record]) -> Vec<Target> {
     ));
     all.push(part(
         records,
-        "differences on the WAN, of the raw size of what was sent as such",
+        "pages and blocks sent again after small writes, of their raw size",
         3.0,
         mixed,
-        &|record| Some(record.xor_payload_bytes? as f64 / *record.reduced_bytes.get("xor")? as f64),
+        &|record| Some(record.rewritten_payload_bytes? as f64 / record.rewritten_bytes? as f64),
     ));
     all.extend(NEIGHBOURS.into_iter().filter_map(|mode| neighbour(records, mode)));
     all

@@ -53,6 +53,10 @@ pub struct Record {
     pub reduced_bytes: BTreeMap<String, u64>,
     /// What the differences among it came to, compressed.
     pub xor_payload_bytes: Option<u64>,
+    /// Raw data that was written a little and sent again: differences from what stood at the same place.
+    pub rewritten_bytes: Option<u64>,
+    /// What this came to, compressed.
+    pub rewritten_payload_bytes: Option<u64>,
     /// What going back straight after took on the WAN.
     pub back_wan_bytes: Option<u64>,
     pub cpu_seconds: BTreeMap<String, f64>,

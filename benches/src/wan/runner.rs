@@ -160,6 +160,8 @@ pub fn read_report(report: &Value) -> Record {
         phases_ms: map("phases_ms"),
         reduced_bytes: serde_json::from_value(report["reduced_bytes"].clone()).unwrap_or_default(),
         xor_payload_bytes: report["xor_payload_bytes"].as_u64(),
+        rewritten_bytes: report["rewritten_bytes"].as_u64(),
+        rewritten_payload_bytes: report["rewritten_payload_bytes"].as_u64(),
         back_wan_bytes: back
             .and_then(|back| back["link_bytes"].as_u64().or_else(|| back["wan_bytes"].as_u64())),
         cpu_seconds: programs()

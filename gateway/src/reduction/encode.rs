@@ -89,6 +89,8 @@ struct Draft<'a> {
     bases: Vec<u8>,
     /// The blocks themselves, where zstd finds the difference; empty where XOR makes it.
     changed: Vec<u8>,
+    /// Blocks whose base stood somewhere else, by their number.
+    elsewhere: Vec<usize>,
     /// Blocks whose base is read from a file first: where in `bases`, which window, what.
     in_file: Vec<(usize, bool, Found)>,
 }
@@ -106,6 +108,7 @@ impl<'a> Draft<'a> {
             features: Vec::with_capacity(blocks),
             bases: Vec::new(),
             changed: Vec::new(),
+            elsewhere: Vec::new(),
             in_file: Vec::new(),
         }
     }
@@ -250,10 +253,14 @@ impl<'a> Draft<'a> {
         let found =
             found.or_else(|| theirs.and_then(|ring| Some((ring, ring.at_place(place, margin(ring))?, true))));
         let alike = || own.alike(self.features[index], BATCH_BLOCKS);
+        let is_elsewhere = found.is_none();
         let found = found.or_else(|| Some((own, alike()?, false)));
         let Some((ring, at, of_theirs)) = found else {
             return Fate::Plain;
         };
+        if is_elsewhere {
+            self.elsewhere.push(index);
+        }
         let start = self.bases.len();
         self.bases.resize(start + BLOCK_LEN, 0);
         match ring.read(at, &mut self.bases[start..]) {
@@ -376,6 +383,10 @@ impl<'a> Draft<'a> {
             add_patch(&self.changed, &self.bases, level, out);
         }
         counts.xor_payload = (out.len() - before) as u64;
+        let differs = |index: &usize| matches!(self.fates[*index], Fate::XorOwn(_) | Fate::XorTheirs(_));
+        if !self.elsewhere.iter().any(differs) {
+            (counts.rewritten, counts.rewritten_payload) = (counts.xor, counts.xor_payload);
+        }
         if add_section(&plain, level, out) {
             counts.compressed += plain.len() as u64;
         } else {

@@ -106,6 +106,11 @@ pub struct ReductionCounts {
     pub payload: u64,
     /// The part of `payload` that carries what counts as `xor`.
     pub xor_payload: u64,
+    /// The part of `xor` that is in payloads in which all of it is differences from what stood at the same place before: what was
+    /// written a little, and sent again.
+    pub rewritten: u64,
+    /// The part of `payload` that carries what counts as `rewritten`.
+    pub rewritten_payload: u64,
 }
 
 impl ReductionCounts {
@@ -126,6 +131,8 @@ impl ReductionCounts {
             raw: self.raw.saturating_add(other.raw),
             payload: self.payload.saturating_add(other.payload),
             xor_payload: self.xor_payload.saturating_add(other.xor_payload),
+            rewritten: self.rewritten.saturating_add(other.rewritten),
+            rewritten_payload: self.rewritten_payload.saturating_add(other.rewritten_payload),
         }
     }
 }

@@ -305,6 +305,8 @@ fn a_long_story_uses_every_way_and_seldom_misses() {
         raw,
         payload,
         xor_payload,
+        rewritten,
+        rewritten_payload,
     } = story.sums;
     let all = zero + reference + xor + compressed + raw;
     for (name, part) in [
@@ -317,6 +319,7 @@ fn a_long_story_uses_every_way_and_seldom_misses() {
         assert!(part > all / 100, "{name}: {part} of {all}");
     }
     assert!(xor_payload > 0 && xor_payload < xor.min(payload), "{xor_payload}");
+    assert!(rewritten > 0 && rewritten <= xor && rewritten_payload <= xor_payload);
     assert!(payload < all / 2, "{payload} of {all}");
     assert!(
         story.missing * 50 < story.restored,
@@ -403,6 +406,7 @@ fn what_is_nearly_known_costs_little_wherever_it_lies() {
     let header = ram_header(9900, 10, 0, &like);
     let late = reduce(&like, &header, Vm::named("three"), Some(&a.0), ALL);
     assert_eq!(late.counts.xor, like.len() as u64);
+    assert_eq!(late.counts.rewritten, 0, "it never stood there");
 }
 
 #[test]
@@ -428,6 +432,8 @@ fn a_small_change_costs_little_and_a_failback_less() {
         vm,
     );
     assert_eq!(changed.counts.xor, data.len() as u64);
+    assert_eq!(changed.counts.rewritten, changed.counts.xor);
+    assert_eq!(changed.counts.rewritten_payload, changed.counts.xor_payload);
     assert!(
         changed.payload.bytes.len() * 100 < data.len() * 3,
         "{}",

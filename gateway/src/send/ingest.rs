@@ -21,7 +21,7 @@ use super::outbox::{Flow, Lane, Ready};
 use super::shares::Shares;
 use super::transmit::{Peer, Pending};
 use crate::job::ledger::{DiskSums, Ledger, Sent};
-use crate::metrics::{REDUCED, SENT_RAW, SENT_WAN, XOR_PAYLOAD};
+use crate::metrics::{REDUCED, REWRITTEN, REWRITTEN_PAYLOAD, SENT_RAW, SENT_WAN, XOR_PAYLOAD};
 use crate::reduction::workers::Workers;
 use crate::reduction::{self, Encoding, Level, Method, Reduced, ReductionCounts, Vm, Way, Work};
 
@@ -92,6 +92,8 @@ impl Outflow {
             metrics::counter!(REDUCED, "kind" => kind).increment(bytes);
         }
         metrics::counter!(XOR_PAYLOAD).increment(counts.xor_payload);
+        metrics::counter!(REWRITTEN).increment(counts.rewritten);
+        metrics::counter!(REWRITTEN_PAYLOAD).increment(counts.rewritten_payload);
     }
 
     /// Waits until a batch is refused: the attempt cannot come to its end any more. Cancel-safe.

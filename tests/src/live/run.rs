@@ -145,7 +145,10 @@ impl Run<'_> {
         self.measure(up, began, ended);
         if let Some(programs) = programs {
             let mut reduced = since(programs.reduced(&self.stage.lab), &before);
-            self.report.xor_payload_bytes = reduced.remove("xor_payload").unwrap_or_default();
+            let mut take = |name: &str| reduced.remove(name).unwrap_or_default();
+            self.report.xor_payload_bytes = take("xor_payload");
+            self.report.rewritten_bytes = take("rewritten");
+            self.report.rewritten_payload_bytes = take("rewritten_payload");
             self.report.reduced_bytes = reduced;
             self.report.leftovers = self.leftovers()?;
         }

@@ -47,6 +47,9 @@ pub struct LiveReport {
     pub reduced_bytes: BTreeMap<String, u64>,
     /// What the raw bytes of kind xor came to.
     pub xor_payload_bytes: u64,
+    /// Raw bytes of kind xor in payloads that hold differences from the same places' earlier content only, and what these came to.
+    pub rewritten_bytes: u64,
+    pub rewritten_payload_bytes: u64,
     /// What the job should have cleared up and did not: names of files, bitmaps, exports, machines.
     pub leftovers: Vec<String>,
     /// Guest operations per second.

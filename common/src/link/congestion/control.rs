@@ -13,7 +13,7 @@
 //! cannot see is asked of the path by a *dip*, a round trip with less in flight: whether the base delay still holds, and
 //! whether a delay that does not yield to backing off is ours at all.
 //!
-//! Leaves alone who shares the window (`budget`), the contest with others (`rivalry`) and quinn (`plug`).
+//! Leaves alone the search before it (`search`), who shares the window (`budget`), the contest with others (`rivalry`) and quinn (`plug`).
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use super::contest::Others;
 use super::epoch::{Acks, ControlConfig, Epoch, Mode, Verdict};
 use super::rivalry::Rivalry;
+use super::search::{Queued, SAMPLES_MIN};
 
 /// Longest time that one stall of a busy machine may hide the truth.
 const STALL: Duration = Duration::from_millis(100);
@@ -34,8 +35,6 @@ const METER: Duration = Duration::from_millis(100);
 pub(super) const LOSS_GUARD: f64 = 0.10;
 /// Growth after a back-off for loss is slow for so long.
 pub(super) const LOSS_REST: Duration = Duration::from_secs(5);
-/// Fewer samples than this decide nothing.
-const SAMPLES_MIN: u32 = 8;
 /// Most growth and shrinking of one epoch.
 const STEP: (f64, f64) = (0.5, 1.25);
 /// Growth while the queue stays empty, by how many epochs it has.
@@ -78,8 +77,8 @@ pub struct Control {
     pub(super) troughs: VecDeque<(Instant, f64)>,
     pub(super) empty_epochs: usize,
     pub(super) latest_queue: f64,
-    /// Samples in a row that showed a queue, while searching.
-    pub(super) queued: u32,
+    /// What showed a queue, while searching.
+    pub(super) queued: Queued,
     /// When a sample last came near the base.
     pub(super) touched: Option<Instant>,
     back_off: Option<BackOff>,
@@ -113,7 +112,7 @@ impl Control {
             troughs: VecDeque::new(),
             empty_epochs: 0,
             latest_queue: 0.0,
-            queued: 0,
+            queued: Queued::default(),
             touched: None,
             back_off: None,
             in_vain: 0,
@@ -187,11 +186,6 @@ impl Control {
             Mode::Dedicated | Mode::Shared => (self.base / 8.0).clamp(0.004, 0.008),
             Mode::Background => 0.003,
         }
-    }
-
-    /// A queue of this length ends the search.
-    fn startup_limit(&self) -> f64 {
-        (self.base / 8.0).clamp(0.004, 0.016)
     }
 
     fn dip_part(&self, deep: bool) -> f64 {
@@ -291,7 +285,7 @@ impl Control {
     fn restart(&mut self, now: Instant) {
         self.phase = Phase::Startup;
         self.back_off = None;
-        (self.in_vain, self.empty_epochs, self.queued) = (0, 0, 0);
+        (self.in_vain, self.empty_epochs, self.queued) = (0, 0, Queued::default());
         self.troughs.clear();
         self.epoch = Epoch::new(now);
     }
@@ -340,26 +334,6 @@ impl Control {
             }
             Phase::Cruise => self.cruise(now, &epoch),
             Phase::Dip { deep } => self.end_dip(now, &epoch, deep),
-        }
-    }
-
-    fn search(&mut self, now: Instant, acks: &Acks) {
-        if acks.limited {
-            self.window += acks.bytes as f64;
-        }
-        self.queued = if acks.queue > self.startup_limit() {
-            self.queued + 1
-        } else {
-            0
-        };
-        // The more acknowledgements a round trip has, the more of them must agree: some are late for other reasons.
-        let acks = (self.window / (40.0 * self.config.packet as f64)) as u32;
-        if self.queued >= acks.clamp(SAMPLES_MIN, 2 * SAMPLES_MIN) {
-            // The samples are a round trip old: half of the window was in flight then.
-            self.window = (self.window * 0.5).max(self.floor());
-            self.answer_losses(now);
-            self.phase = Phase::Cruise;
-            self.epoch = Epoch::new(now);
         }
     }
 

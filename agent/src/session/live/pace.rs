@@ -107,7 +107,10 @@ impl Pace {
         if ram_left >= long.max(NEAR_END) {
             return long;
         }
-        let reach = rtt.unwrap_or(RTT_UNKNOWN) + SLACK_AT_END;
+        let rtt = rtt.unwrap_or(RTT_UNKNOWN);
+        // What is lost takes a round trip and a half more, and holds up all that follows. A reach that is shorter than what memory takes
+        // makes the rate fall, and with it the window: on a long, lossy path it would never be over.
+        let reach = rtt + SLACK_AT_END.max(rtt * 3 / 2);
         ((self.rate() * reach.as_secs_f64()) as u64).max(WINDOW_MIN)
     }
 
@@ -234,6 +237,9 @@ mod tests {
         assert!((20.0..25.0).contains(&much), "{much}");
         // The window would take all of it at once.
         assert!((8.5..10.0).contains(&some) && little == some, "{some} {little}");
+        // On a long path there is time for what is lost to come again.
+        let long = pace.window(Some(Duration::from_millis(300)), 1 << 20) as f64 / 1e6;
+        assert!((27.5..33.0).contains(&long), "{long}");
         // A link of which nothing is known yet.
         assert_eq!(Pace::new(1).window(RTT, u64::MAX), WINDOW_START);
         assert_eq!(Pace::new(1).window(RTT, 0), WINDOW_MIN);

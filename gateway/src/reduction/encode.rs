@@ -329,8 +329,7 @@ impl<'a> Draft<'a> {
         let (mut from, mut to) = (0, 0);
         for index in 0..self.fates.len() {
             let block = self.block(index);
-            let differs = matches!(self.fates[index], Fate::XorOwn(_) | Fate::XorTheirs(_));
-            if differs {
+            if self.fates[index].is_difference() {
                 let base = &self.bases[from..from + BLOCK_LEN];
                 let differing = block::differing(block, base);
                 let helps = if block::is_noise(block) {
@@ -383,8 +382,11 @@ impl<'a> Draft<'a> {
             add_patch(&self.changed, &self.bases, level, out);
         }
         counts.xor_payload = (out.len() - before) as u64;
-        let differs = |index: &usize| matches!(self.fates[*index], Fate::XorOwn(_) | Fate::XorTheirs(_));
-        if !self.elsewhere.iter().any(differs) {
+        if !self
+            .elsewhere
+            .iter()
+            .any(|index| self.fates[*index].is_difference())
+        {
             (counts.rewritten, counts.rewritten_payload) = (counts.xor, counts.xor_payload);
         }
         if add_section(&plain, level, out) {

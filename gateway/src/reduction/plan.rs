@@ -60,6 +60,11 @@ impl Fate {
         )
     }
 
+    /// Whether it is sent as what differs from a known block.
+    pub(super) fn is_difference(self) -> bool {
+        matches!(self, Self::XorOwn(_) | Self::XorTheirs(_))
+    }
+
     /// Whether the window is needed to restore it.
     pub(super) fn is_reference(self) -> bool {
         matches!(

@@ -120,8 +120,8 @@ impl Volume {
     }
 
     /// Beside the root.
-    pub(crate) fn has_directories(&self) -> bool {
-        self.dirs.len() > 1
+    pub(crate) fn directories(&self) -> usize {
+        self.dirs.len() - 1
     }
 
     /// Creates and deletes files and directories at random.

@@ -187,7 +187,7 @@ fn play(words: &str) -> (String, Verdict) {
 /// The case in a line, and how it ended.
 fn judge(report: &LiveReport) -> (String, Verdict) {
     let ms = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.0}"));
-    let story = format!(
+    let mut story = format!(
         "{} {:.0} s, at the {}, blackout {}/{} ms, {} records",
         if report.report.ok { "moved" } else { "not moved" },
         report.report.seconds,
@@ -196,6 +196,12 @@ fn judge(report: &LiveReport) -> (String, Verdict) {
         ms(report.blackout_heartbeat_ms),
         report.records_acknowledged,
     );
+    let tries = ["called off", "gave the VM up"];
+    for decision in &report.decisions {
+        if tries.iter().any(|words| decision.contains(words)) {
+            story += &format!("\n  {decision}");
+        }
+    }
     let cause = report.report.cause.clone().unwrap_or_default();
     let compared = report.memory_compared.as_ref();
     let left_out = compared.map_or(0, |both| both.differing_pages);

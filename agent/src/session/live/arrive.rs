@@ -28,7 +28,7 @@ use crate::session::threads::on_thread;
 use crate::session::{outcome, target_disks};
 use crate::vm::handover::{
     DiskRound, Effect, Generation, Limits, Note, Reason, Record, Resolve, TargetEvent, TargetOwner,
-    TargetState, Word,
+    TargetState, TargetWatch, Word,
 };
 use crate::vm::journal::Journal;
 
@@ -62,8 +62,7 @@ struct Arrive {
     qemu: TargetQemuVm,
     placed: Vec<Placed>,
     limits: Limits,
-    /// When the owner's state changed last, and what it was.
-    since: (TargetState, Instant),
+    watch: TargetWatch,
     /// Why the target's QEMU did not start.
     unfit: Option<String>,
     notes: Vec<String>,
@@ -84,7 +83,7 @@ pub(super) async fn run(session: Arc<LiveTarget>, machine: Machine, events: mpsc
         journal,
         effects,
     } = machine;
-    let since = (*owner.state(), Instant::now());
+    let watch = TargetWatch::new(&owner, Instant::now());
     let mut arrive = Arrive {
         qemu: TargetQemuVm::new(&session),
         s: session,
@@ -92,7 +91,7 @@ pub(super) async fn run(session: Arc<LiveTarget>, machine: Machine, events: mpsc
         journal,
         placed: Vec::new(),
         limits: Limits::default(),
-        since,
+        watch,
         unfit: None,
         notes: Vec::new(),
         cancelled: false,
@@ -243,9 +242,10 @@ impl Arrive {
             (Some(stream), _) if !self.owner.has_stream() => {
                 self.on(TargetEvent::StreamWritten(stream)).await
             }
-            (None, Some(_)) => {
+            (None, Some(why)) => {
                 // QEMU's own words say more than a broken pipe.
                 self.look().await;
+                self.explain(why).await;
                 self.on(TargetEvent::Stop(Reason::LoadFailed)).await;
             }
             _ => {}
@@ -261,26 +261,29 @@ impl Arrive {
         }
     }
 
+    /// Tells the source why a VM that may still stay there will not be kept here.
+    async fn explain(&self, why: String) {
+        if *self.owner.state() == TargetState::Waiting {
+            let generation = self.owner.generation();
+            self.s.tell(&ToSource::Why { generation, why }).await;
+        }
+    }
+
     /// What goes on too long becomes an event.
     async fn watch(&mut self) {
-        let state = *self.owner.state();
-        if state != self.since.0 {
-            self.since = (state, Instant::now());
-        }
-        if let Some(overdue) = self.owner.overdue(self.since.1.elapsed(), &self.limits) {
-            self.since.1 = Instant::now();
+        let overdue = self.watch.overdue(&self.owner, Instant::now(), &self.limits);
+        if let Some(overdue) = overdue {
             tracing::warn!(job = %self.s.job, "{overdue}");
+            self.explain(overdue.to_string()).await;
             self.on(overdue.event).await;
         }
     }
 
     async fn on(&mut self, event: TargetEvent) {
-        let before = *self.owner.state();
         self.steps.event(&event);
         let effects = self.owner.on(event);
-        if *self.owner.state() != before {
-            self.since = (*self.owner.state(), Instant::now());
-        }
+        // What the effects take counts.
+        self.watch.note(&self.owner, Instant::now());
         self.perform(effects).await;
     }
 
@@ -317,7 +320,13 @@ impl Arrive {
             }
             Effect::Send(word) => self.s.tell(&ToSource::Handover(word)).await,
             Effect::Report(note) => self.report(note),
-            Effect::Look => return Ok(self.qemu.look().await.map(TargetEvent::Qemu)),
+            Effect::Look => {
+                let found = self.qemu.look().await;
+                if let Some(why) = self.qemu.take_why() {
+                    self.explain(why).await;
+                }
+                return Ok(found.map(TargetEvent::Qemu));
+            }
             Effect::StartIncoming => {
                 let paths = self.link().await?;
                 let generation = self.owner.generation();

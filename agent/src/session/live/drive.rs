@@ -54,7 +54,7 @@ pub(super) struct Parts {
 pub(super) enum Stop {
     Detached,
     /// A handover that came to nothing; the VM runs on here.
-    CalledOff(Reason),
+    CalledOff(String),
     Refused(Refusal),
 }
 

@@ -18,6 +18,7 @@ use longhaul_common::wire::session::{
     AgentWord, FromSource, LiveOutcome, LiveSurvey, OpenedDisk, Refusal, RefusalKind, ShadowId, SourceOpen,
     SourceVm, ToSource,
 };
+use longhaul_common::wire::words::cleaned;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -71,6 +72,8 @@ pub(super) struct Heard {
     pub cancel: Option<Refusal>,
     /// How long the target's last steps took, in milliseconds since the first.
     pub arrival: Vec<(String, u64)>,
+    /// Why the target could not keep a generation, in its words.
+    pub why: Option<(Generation, String)>,
     /// There and back without queues: the least of the last seconds, and when it was measured.
     rtt: Option<(Duration, Instant)>,
     /// The last probe, and when it left.
@@ -420,6 +423,10 @@ impl LiveSource {
             Said::Steps(mut steps) => {
                 steps.truncate(STEPS_MAX);
                 self.heard.send_modify(|heard| heard.arrival = steps);
+            }
+            Said::Why { generation, why } => {
+                let why = Some((generation, cleaned(&why)));
+                self.heard.send_modify(|heard| heard.why = why);
             }
             // A queue that is full loses words; each is said again.
             Said::Handover(word) => drop(self.words.try_send(Told::Word(word))),

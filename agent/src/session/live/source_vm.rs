@@ -46,7 +46,7 @@ const REMIND: Duration = Duration::from_secs(1);
 /// Why a RAM stream is over before the VM stood.
 pub(super) enum Over {
     /// The target gave it up.
-    ByTarget(Reason),
+    ByTarget(String),
     /// Something went on too long.
     Stalled(String),
 }
@@ -213,7 +213,7 @@ impl SourceVm {
         }
         let over = match (*self.owner.state(), self.ram_view()) {
             (SourceState::Settling { reason } | SourceState::Kept { reason, .. }, _) if migrated => {
-                Over::ByTarget(reason)
+                Over::ByTarget(self.in_words(reason))
             }
             (_, Some(ram)) => match self.owner.overdue(ram.still, ram.still, &self.limits) {
                 Some(overdue) => {
@@ -226,6 +226,14 @@ impl SourceVm {
         };
         self.end_generation().await?;
         Ok(Some(over))
+    }
+
+    /// A reason, and what the target said of it.
+    fn in_words(&self, reason: Reason) -> String {
+        match &self.s.heard.borrow().why {
+            Some((of, why)) if *of == self.owner.generation() => format!("{reason} ({why})"),
+            _ => reason.to_string(),
+        }
     }
 
     /// Holds RAM back nearly whole, or lets it flow.

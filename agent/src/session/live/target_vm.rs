@@ -25,6 +25,8 @@ pub(super) struct TargetQemuVm {
     vm: Option<VmWords>,
     incoming: Option<Incoming>,
     paths: Vec<PathBuf>,
+    /// Why it cannot be used, until somebody asks.
+    why: Option<String>,
 }
 
 impl TargetQemuVm {
@@ -34,6 +36,7 @@ impl TargetQemuVm {
             vm: None,
             incoming: None,
             paths: Vec::new(),
+            why: None,
         }
     }
 
@@ -156,8 +159,10 @@ impl TargetQemuVm {
         match stats(incoming.qmp()).await {
             Ok(stats) => match stats.status {
                 MigrationStatus::Failed | MigrationStatus::Cancelled => {
-                    let why = stats.error.unwrap_or_default();
-                    tracing::warn!(job = %self.s.job, "the target's QEMU did not load the VM: {why} {}", incoming.last_words());
+                    let said = [stats.error.unwrap_or_default(), incoming.last_words()];
+                    let why = said.join(" ").trim().to_owned();
+                    tracing::warn!(job = %self.s.job, "the target's QEMU did not load the VM: {why}");
+                    self.why = Some(why);
                     Some(TargetQemu::Gone)
                 }
                 MigrationStatus::Completed => match incoming.is_running().await {
@@ -171,12 +176,22 @@ impl TargetQemuVm {
                 },
             },
             Err(error) if error.is_lost() => {
-                tracing::warn!(job = %self.s.job, "the target's QEMU is gone: {}", incoming.last_words());
+                let why = incoming.last_words();
+                tracing::warn!(job = %self.s.job, "the target's QEMU is gone: {why}");
+                self.why = Some(match why.as_str() {
+                    "" => "it ended without a word".to_owned(),
+                    why => format!("it ended: {why}"),
+                });
                 self.incoming = None;
                 Some(TargetQemu::Gone)
             }
             Err(_) => None,
         }
+    }
+
+    /// Why it cannot be used, if that was just found.
+    pub(super) fn take_why(&mut self) -> Option<String> {
+        self.why.take().filter(|why| !why.is_empty())
     }
 
     /// A QEMU of a former life of this agent.

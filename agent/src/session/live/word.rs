@@ -84,6 +84,11 @@ pub(super) enum ToSource {
     Echo(u64),
     /// How long the last steps took, in milliseconds since the first; said with the answer to COMMIT, and only once.
     Steps(Vec<(String, u64)>),
+    /// Why the target cannot keep this one, in words; said before the handover's word, whose reason is one of a few.
+    Why {
+        generation: Generation,
+        why: String,
+    },
 }
 
 /// A word as it crosses the wire.

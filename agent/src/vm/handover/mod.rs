@@ -42,7 +42,7 @@ pub use effect::{Effect, Note, Record};
 pub use reason::{By, Reason, Resolve};
 pub use source::{SourceEvent, SourceOwner, SourceQemu, SourceState};
 pub use target::{TargetEvent, TargetOwner, TargetQemu, TargetState};
-pub use watch::{Limits, Overdue, Wait};
+pub use watch::{Limits, Overdue, TargetWatch, Wait};
 pub use word::{DiskRound, Facts, Generation, Stream, Word};
 
 /// A journal whose records contradict each other, or belong to the other role.

@@ -4,9 +4,11 @@
 //! limit ever makes a loaded target give up by itself, and none makes a source run that has handed over.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::{Reason, SourceEvent, SourceOwner, SourceState, TargetEvent, TargetOwner, TargetState};
+use super::{
+    Generation, Reason, SourceEvent, SourceOwner, SourceState, TargetEvent, TargetOwner, TargetState,
+};
 
 /// How long each wait may last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,8 +148,7 @@ impl SourceOwner {
 }
 
 impl TargetOwner {
-    /// Whether something went on too long. `in_state`: since `state()` changed, the stream was written to its end, or COMMIT was
-    /// heard, whichever was last; or since this last gave something.
+    /// Whether something went on too long. `in_state`: see [`TargetWatch`].
     pub fn overdue(&self, in_state: Duration, limits: &Limits) -> Option<Overdue<TargetEvent>> {
         match self.state() {
             TargetState::Waiting if self.commit().is_some() => overdue(
@@ -167,5 +168,127 @@ impl TargetOwner {
             }
             _ => None,
         }
+    }
+
+    fn awaits(&self) -> Awaits {
+        Awaits {
+            generation: self.generation(),
+            state: *self.state(),
+            stream: self.has_stream(),
+            commit: self.commit().is_some(),
+        }
+    }
+}
+
+/// What a target waits in: a state may last for hours before its end comes into sight, and only from then on is there a limit.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Awaits {
+    generation: Generation,
+    state: TargetState,
+    stream: bool,
+    commit: bool,
+}
+
+/// The clock of one target's waits. It begins anew when the state changes, when the stream was written to its end, when COMMIT is
+/// heard, and when a wait was found to be overdue.
+pub struct TargetWatch {
+    awaits: Awaits,
+    since: Instant,
+}
+
+impl TargetWatch {
+    pub fn new(owner: &TargetOwner, now: Instant) -> Self {
+        Self {
+            awaits: owner.awaits(),
+            since: now,
+        }
+    }
+
+    /// Takes note of what `owner` waits for now.
+    pub fn note(&mut self, owner: &TargetOwner, now: Instant) {
+        if owner.awaits() != self.awaits {
+            *self = Self::new(owner, now);
+        }
+    }
+
+    /// Whether `owner` has waited too long for what it waits for now.
+    pub fn overdue(
+        &mut self,
+        owner: &TargetOwner,
+        now: Instant,
+        limits: &Limits,
+    ) -> Option<Overdue<TargetEvent>> {
+        self.note(owner, now);
+        let overdue = owner.overdue(now.saturating_duration_since(self.since), limits)?;
+        self.since = now;
+        Some(overdue)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use longhaul_common::digest::Digest;
+
+    use super::*;
+    use crate::vm::handover::{DiskRound, Facts, Stream, TargetQemu, Word};
+
+    /// A target whose source's memory has flowed for an hour, what it is handed over with, and the time.
+    fn after_an_hour() -> (TargetOwner, TargetWatch, Facts, Instant) {
+        let mut owner = TargetOwner::new();
+        let start = Instant::now();
+        owner.on(TargetEvent::Prepare(Generation(1)));
+        let mut watch = TargetWatch::new(&owner, start);
+        let now = start + Duration::from_secs(3600);
+        assert_eq!(watch.overdue(&owner, now, &Limits::default()), None);
+        let facts = Facts {
+            disks: DiskRound { round: 3, batches: 2 },
+            stream: Stream {
+                len: 9,
+                hash: Digest([7; 32]),
+            },
+        };
+        (owner, watch, facts, now)
+    }
+
+    #[test]
+    fn the_time_to_load_counts_from_the_end_of_the_stream() {
+        let (mut owner, mut watch, facts, now) = after_an_hour();
+        owner.on(TargetEvent::StreamWritten(facts.stream));
+        let load = Limits::default().load;
+        assert_eq!(watch.overdue(&owner, now, &Limits::default()), None);
+        assert_eq!(watch.overdue(&owner, now + load / 2, &Limits::default()), None);
+        let late = watch
+            .overdue(&owner, now + load, &Limits::default())
+            .expect("overdue");
+        assert_eq!(
+            (late.event, late.waited),
+            (TargetEvent::Stop(Reason::LoadFailed), load)
+        );
+        assert_eq!(watch.overdue(&owner, now + load, &Limits::default()), None);
+    }
+
+    #[test]
+    fn the_time_for_the_last_disk_blocks_counts_from_commit() {
+        let (mut owner, mut watch, facts, now) = after_an_hour();
+        owner.on(TargetEvent::StreamWritten(facts.stream));
+        owner.on(TargetEvent::Qemu(TargetQemu::Loaded));
+        let (heard, load) = (now + Duration::from_secs(100), Limits::default().load);
+        assert_eq!(watch.overdue(&owner, heard, &Limits::default()), None);
+        let generation = Generation(1);
+        owner.on(TargetEvent::Heard(Word::Commit { generation, facts }));
+        assert!(!owner.owns());
+        assert_eq!(watch.overdue(&owner, heard, &Limits::default()), None);
+        assert_eq!(
+            watch.overdue(
+                &owner,
+                heard + load - Limits::default().settle,
+                &Limits::default()
+            ),
+            None
+        );
+        let late = watch
+            .overdue(&owner, heard + load, &Limits::default())
+            .expect("overdue");
+        assert_eq!(late.event, TargetEvent::Stop(Reason::TooSlow));
     }
 }

@@ -54,7 +54,7 @@ impl Drive {
         mut generation: Generation,
     ) -> Result<Generation, Stop> {
         while let Some((upto, reason)) = self.ask_to_prepare(uplink, generation).await? {
-            self.begin_anew(&Over::ByTarget(reason))?;
+            self.begin_anew(&Over::ByTarget(reason.to_string()))?;
             generation = Generation(upto.max(generation).0.saturating_add(1));
         }
         Ok(generation)
@@ -124,13 +124,13 @@ impl Drive {
 
     /// A RAM stream is over before the VM stood; the next one follows unless the target has said often enough that it cannot.
     pub(in crate::session::live) fn begin_anew(&mut self, over: &Over) -> Result<(), Stop> {
-        if let Over::ByTarget(reason) = *over {
+        if let Over::ByTarget(reason) = over {
             let (times, last) = self.given_up;
             let times = if last.elapsed() > IN_A_ROW { 1 } else { times + 1 };
             self.given_up = (times, Instant::now());
             if times >= GIVEN_UP_MAX {
                 let text = format!(
-                    "the VM was not moved: {reason}, {times} times in a row while its RAM flowed; the target agent's log says why"
+                    "the VM was not moved: {reason}, {times} times in a row while its RAM flowed; the target agent's log says more"
                 );
                 return Err(Refusal::new(RefusalKind::Refused, text).into());
             }

@@ -97,12 +97,12 @@ impl SourceVm {
 
     /// Why the VM stayed here.
     fn called_off(&self) -> Stop {
-        Stop::CalledOff(match *self.owner.state() {
+        Stop::CalledOff(self.in_words(match *self.owner.state() {
             SourceState::Settling { reason }
             | SourceState::Kept { reason, .. }
             | SourceState::TakenBack { reason, .. } => reason,
             _ => Reason::MigrationFailed,
-        })
+        }))
     }
 
     /// What a hook of a handover that was called off did is undone by the one on failure, which must come after it.

@@ -15,14 +15,19 @@ use crate::vm::converge::Rate;
 const MEMORY: Duration = Duration::from_secs(2);
 /// Rounds that are remembered: one that only repeats what the peer has is not what the next one will be.
 const ROUNDS: usize = 3;
+/// More must have waited than the link had room for, for so long without a break, before anything is known of it: a job that goes on where
+/// everything is at the target already has hardly anything to carry.
+const FILLED: Duration = Duration::from_secs(1);
 /// Less data than this tells nothing.
 const TELLING: u64 = 64 << 10;
 
 /// The figures so far.
 pub(super) struct Reduced {
     restored: Rate,
-    /// Reduced bytes per second, when there were enough for the link.
+    /// Reduced bytes per second, the most that was seen.
     goodput: Option<f64>,
+    /// There were enough for the link once, so that this is what it carries.
+    filled: bool,
     /// Since when more waits than the link has room for, without a break.
     limited: Option<Duration>,
     /// Of the last rounds.
@@ -37,6 +42,7 @@ impl Default for Reduced {
         Self {
             restored: Rate::new(MEMORY),
             goodput: None,
+            filled: false,
             limited: None,
             rounds: VecDeque::new(),
             began: (0, 0),
@@ -55,12 +61,15 @@ impl Reduced {
         self.last = carried;
         self.restored.sample(now, carried.restored);
         self.limited = carried.limited.then(|| self.limited.unwrap_or(now));
+        let for_long = |span: Duration| {
+            self.limited
+                .is_some_and(|since| now.saturating_sub(since) >= span)
+        };
+        let steady = for_long(2 * MEMORY);
+        self.filled |= for_long(FILLED);
         if let Some(rate) = self.restored.per_second().filter(|rate| *rate > 1.0) {
             let known = self.goodput.unwrap_or(0.0);
             // A round is a burst with pauses for what is to become durable, and tells less than the link can.
-            let steady = self
-                .limited
-                .is_some_and(|since| now.saturating_sub(since) >= 2 * MEMORY);
             self.goodput = Some(if steady { rate } else { rate.max(known) });
         }
     }
@@ -83,6 +92,9 @@ impl Reduced {
 
     /// Bytes of dirty blocks per second, as they are on the disk. `None` before anything is known.
     pub(super) fn blocks(&self) -> Option<f64> {
+        if !self.filled {
+            return None;
+        }
         let rounds = self.rounds.iter().copied().chain(self.running());
         let ratio = rounds.reduce(f64::max)?;
         Some(self.goodput? / ratio.max(0.01))
@@ -147,6 +159,19 @@ mod tests {
         // Pages that become 1 MB/s: the link has room.
         told.flow(10.0, false, (0, 0), 1_000_000);
         assert_eq!(told.blocks(), 10.0);
+    }
+
+    #[test]
+    fn a_link_that_never_had_enough_to_carry_is_not_known() {
+        let mut told = begin();
+        told.flow(60.0, false, (200_000, 200_000), 0);
+        assert_eq!(told.reduced.blocks(), None);
+        // A burst fills it for a moment.
+        told.flow(0.5, true, (1_000_000, 1_000_000), 0);
+        told.flow(60.0, false, (200_000, 200_000), 0);
+        assert_eq!(told.reduced.blocks(), None);
+        told.flow(6.0, true, (8_000_000, 8_000_000), 0);
+        assert_eq!(told.blocks(), 8.0);
     }
 
     #[test]

@@ -24,7 +24,7 @@ const TELLING: u64 = 64 << 10;
 /// The figures so far.
 pub(super) struct Reduced {
     restored: Rate,
-    /// Reduced bytes per second, the most that was seen.
+    /// Reduced bytes per second: the most that was seen, or what a link that has long been filled carries now.
     goodput: Option<f64>,
     /// There were enough for the link once, so that this is what it carries.
     filled: bool,

@@ -254,17 +254,16 @@ mod tests {
     fn the_time_to_load_counts_from_the_end_of_the_stream() {
         let (mut owner, mut watch, facts, now) = after_an_hour();
         owner.on(TargetEvent::StreamWritten(facts.stream));
-        let load = Limits::default().load;
-        assert_eq!(watch.overdue(&owner, now, &Limits::default()), None);
-        assert_eq!(watch.overdue(&owner, now + load / 2, &Limits::default()), None);
-        let late = watch
-            .overdue(&owner, now + load, &Limits::default())
-            .expect("overdue");
+        let limits = Limits::default();
+        let load = limits.load;
+        assert_eq!(watch.overdue(&owner, now, &limits), None);
+        assert_eq!(watch.overdue(&owner, now + load / 2, &limits), None);
+        let late = watch.overdue(&owner, now + load, &limits).expect("overdue");
         assert_eq!(
             (late.event, late.waited),
             (TargetEvent::Stop(Reason::LoadFailed), load)
         );
-        assert_eq!(watch.overdue(&owner, now + load, &Limits::default()), None);
+        assert_eq!(watch.overdue(&owner, now + load, &limits), None);
     }
 
     #[test]
@@ -272,23 +271,15 @@ mod tests {
         let (mut owner, mut watch, facts, now) = after_an_hour();
         owner.on(TargetEvent::StreamWritten(facts.stream));
         owner.on(TargetEvent::Qemu(TargetQemu::Loaded));
-        let (heard, load) = (now + Duration::from_secs(100), Limits::default().load);
-        assert_eq!(watch.overdue(&owner, heard, &Limits::default()), None);
+        let limits = Limits::default();
+        let (heard, load) = (now + Duration::from_secs(100), limits.load);
+        assert_eq!(watch.overdue(&owner, heard, &limits), None);
         let generation = Generation(1);
         owner.on(TargetEvent::Heard(Word::Commit { generation, facts }));
         assert!(!owner.owns());
-        assert_eq!(watch.overdue(&owner, heard, &Limits::default()), None);
-        assert_eq!(
-            watch.overdue(
-                &owner,
-                heard + load - Limits::default().settle,
-                &Limits::default()
-            ),
-            None
-        );
-        let late = watch
-            .overdue(&owner, heard + load, &Limits::default())
-            .expect("overdue");
+        assert_eq!(watch.overdue(&owner, heard, &limits), None);
+        assert_eq!(watch.overdue(&owner, heard + load - limits.settle, &limits), None);
+        let late = watch.overdue(&owner, heard + load, &limits).expect("overdue");
         assert_eq!(late.event, TargetEvent::Stop(Reason::TooSlow));
     }
 }

@@ -423,9 +423,10 @@ impl Drive {
         let now = self.began.elapsed();
         let ram = self.vm.ram_view();
         if let Some(out) = self.vm.ram_out() {
-            let left = stats.as_ref().and_then(|stats| stats.ram.as_ref());
-            let left = left.map_or(u64::MAX, |ram| ram.remaining);
-            out.set_window(self.pace.window(rtt, left));
+            let ram = stats.as_ref().and_then(|stats| stats.ram.as_ref());
+            let (left, written) =
+                ram.map_or((u64::MAX, 0.0), |ram| (ram.remaining, ram.dirtied_per_second()));
+            out.set_window(self.pace.window(now, rtt, left, written));
         }
         let mut view = self
             .pace

@@ -24,6 +24,7 @@ mod ram_out;
 mod record;
 mod reduced;
 mod resolve;
+mod round_trip;
 pub(super) mod settle;
 mod shadow;
 pub(super) mod source;

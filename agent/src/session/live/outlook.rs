@@ -152,6 +152,7 @@ pub(super) fn told(
             goodput,
             rtt,
             page_ratio: shrinks.page,
+            best_page_ratio: shrinks.page,
             block_ratio: shrinks.block,
         },
         device_state: (DEVICE_STATE as f64 * shrinks.first_page) as u64,

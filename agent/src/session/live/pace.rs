@@ -28,6 +28,9 @@ const NEAR_END: u64 = 8 << 20;
 /// Beyond one round trip then: what agents and gateways take on a busy host. With less than they take, the rate that is measured would fall,
 /// and the next window with it.
 const SLACK_AT_END: Duration = Duration::from_millis(150);
+/// A stream that is hardly faster than the guest writes is never over, and where a lost packet holds it up for longer than the window
+/// reaches, it gets no faster: where the link has room, there is room for so many times what the guest writes.
+const KEEP_UP: f64 = 2.0;
 /// And no less than this, in bytes of stream.
 const WINDOW_MIN: u64 = 2 << 20;
 /// Before a round trip was measured.
@@ -39,6 +42,8 @@ pub(super) struct Pace {
     link: Rate,
     /// What it carried when there was enough to carry: a link with little to do is not slow.
     busy: f64,
+    /// The most that it ever carried.
+    most: f64,
     /// What it carries of dirty blocks. Memory that the target's gateway knows already makes the link look far faster than it is for these.
     reduced: Reduced,
     acked: Rate,
@@ -66,6 +71,7 @@ impl Pace {
             dirty: (0..disks).map(|_| dirty()).collect(),
             link: Rate::new(MEMORY),
             busy: 0.0,
+            most: 0.0,
             reduced: Reduced::default(),
             acked: Rate::new(MEMORY),
             sync: (0, Duration::ZERO),
@@ -90,38 +96,52 @@ impl Pace {
     }
 
     /// The link as what is left to send will find it: as fast as it is for the slower kind, and memory made smaller where that is faster.
-    fn link(&self, rtt: Option<Duration>) -> LinkView {
+    fn link(&self, now: Duration, rtt: Option<Duration>) -> LinkView {
         let blocks = self.reduced.blocks();
         let goodput = blocks.map_or(self.busy, |blocks| blocks.min(self.busy));
+        let ratio = |rate: f64| if rate > 0.0 { goodput / rate } else { 1.0 };
+        // Memory that leaves the link room is slow for what it waits for on its way, and may be as fast again as it was.
+        let best = if self.reduced.has_room(now) {
+            self.most
+        } else {
+            self.busy
+        };
         LinkView {
             goodput,
             rtt: rtt.unwrap_or_default(),
-            page_ratio: if self.busy > 0.0 { goodput / self.busy } else { 1.0 },
+            page_ratio: ratio(self.busy),
+            best_page_ratio: ratio(best),
             block_ratio: 1.0,
         }
     }
 
-    /// How far the tap may read ahead: enough that the link never runs dry, no more than that. `ram_left`: what QEMU has still to send.
-    pub(super) fn window(&self, rtt: Option<Duration>, ram_left: u64) -> u64 {
-        let long = self.long_window(rtt);
-        if ram_left >= long.max(NEAR_END) {
-            return long;
-        }
+    /// How far the tap may read ahead: enough that the link never runs dry, no more than that. `ram_left`: what QEMU has still to send;
+    /// `written`: bytes per second that the guest makes dirty.
+    pub(super) fn window(&self, now: Duration, rtt: Option<Duration>, ram_left: u64, written: f64) -> u64 {
+        let has_room = self.reduced.has_room(now);
+        let rate = self.rate().max(if has_room { KEEP_UP * written } else { 0.0 });
         let rtt = rtt.unwrap_or(RTT_UNKNOWN);
+        let window = |reach: Duration| (rate * reach.as_secs_f64()) as u64;
+        let long = window(rtt * 2 + WINDOW_SLACK).max(WINDOW_START);
+        if ram_left >= long.max(NEAR_END) {
+            // A link with room waits for memory, which waits for lost packets or for whoever works on it. A window of what it is seen to
+            // carry would keep it at that; twice as much shows whether it can be faster. Later passes know what they have to keep up with.
+            let is_first_pass = written <= 0.0;
+            let more = if has_room && is_first_pass {
+                (ram_left / 2).min(long * 2)
+            } else {
+                0
+            };
+            return long.max(more);
+        }
         // What is lost takes a round trip and a half more, and holds up all that follows. A reach that is shorter than what memory takes
         // makes the rate fall, and with it the window: on a long, lossy path it would never be over.
-        let reach = rtt + SLACK_AT_END.max(rtt * 3 / 2);
-        ((self.rate() * reach.as_secs_f64()) as u64).max(WINDOW_MIN)
+        window(rtt + SLACK_AT_END.max(rtt * 3 / 2)).max(WINDOW_MIN)
     }
 
     /// What the link carries of memory. A stream that has only begun says nothing of it, but the disks do.
     fn rate(&self) -> f64 {
         self.acked.per_second().unwrap_or(0.0).max(self.busy)
-    }
-
-    fn long_window(&self, rtt: Option<Duration>) -> u64 {
-        let reach = rtt.unwrap_or(RTT_UNKNOWN) * 2 + WINDOW_SLACK;
-        ((self.rate() * reach.as_secs_f64()) as u64).max(WINDOW_START)
     }
 
     /// How long the link would take for so many bytes; nothing while it is not known.
@@ -136,6 +156,7 @@ impl Pace {
         self.link.sample(now, delivered.saturating_add(acked));
         self.reduced.sample(now, uplink.carried());
         let rate = self.link.per_second().unwrap_or(0.0);
+        self.most = self.most.max(rate);
         if busy || rate > self.busy {
             self.busy = rate;
         }
@@ -170,7 +191,7 @@ impl Pace {
                 }
                 RamView {
                     remaining: ram.remaining,
-                    dirty_rate: ram.dirty_pages_rate as f64 * ram.page_size as f64,
+                    dirty_rate: ram.dirtied_per_second(),
                     since_sync: now.saturating_sub(self.sync.1),
                     buffered: tap.buffered,
                     // QEMU looks once before the first pass, and then after each.
@@ -182,7 +203,7 @@ impl Pace {
             round_running: false,
             ram,
             ram_dirty_rate: None,
-            link: self.link(rtt),
+            link: self.link(now, rtt),
             device_state: DEVICE_STATE,
             steps: STEPS,
             cpu_slowed: stats.map_or(0, |stats| stats.throttle.min(99) as u8),
@@ -220,6 +241,8 @@ pub(super) fn policy(policy: &LivePolicy) -> Policy {
 
 #[cfg(test)]
 mod tests {
+    use longhaul_common::wire::session::Carried;
+
     use super::*;
 
     const RTT: Option<Duration> = Some(Duration::from_millis(80));
@@ -232,16 +255,61 @@ mod tests {
             pace.acked
                 .sample(Duration::from_secs(second), second * 40_000_000);
         }
-        let megabytes = |left| pace.window(RTT, left) as f64 / 1e6;
+        let megabytes = |left| pace.window(Duration::ZERO, RTT, left, 0.0) as f64 / 1e6;
         let (much, some, little) = (megabytes(30 << 20), megabytes(18 << 20), megabytes(1 << 20));
         assert!((20.0..25.0).contains(&much), "{much}");
         // The window would take all of it at once.
         assert!((8.5..10.0).contains(&some) && little == some, "{some} {little}");
         // On a long path there is time for what is lost to come again.
-        let long = pace.window(Some(Duration::from_millis(300)), 1 << 20) as f64 / 1e6;
+        let long = pace.window(Duration::ZERO, Some(Duration::from_millis(300)), 1 << 20, 0.0) as f64 / 1e6;
         assert!((27.5..33.0).contains(&long), "{long}");
         // A link of which nothing is known yet.
-        assert_eq!(Pace::new(1).window(RTT, u64::MAX), WINDOW_START);
-        assert_eq!(Pace::new(1).window(RTT, 0), WINDOW_MIN);
+        assert_eq!(
+            Pace::new(1).window(Duration::ZERO, RTT, u64::MAX, 0.0),
+            WINDOW_START
+        );
+        assert_eq!(Pace::new(1).window(Duration::ZERO, RTT, 0, 0.0), WINDOW_MIN);
+    }
+
+    #[test]
+    fn a_stream_that_is_hardly_faster_than_the_guest_writes_gets_more_room() {
+        let long = Some(Duration::from_millis(300));
+        let mut pace = Pace::new(1);
+        // 18 MB/s, of which each byte comes back after a second: two packets of it are lost now and then.
+        for second in 0..20 {
+            pace.acked
+                .sample(Duration::from_secs(second), second * 18_000_000);
+        }
+        let window = |pace: &Pace, left, written| pace.window(Duration::from_secs(20), long, left, written);
+        let megabytes = |pace: &Pace, written| window(pace, 1 << 20, written) as f64 / 1e6;
+        // The link may be full of it: more would only wait.
+        assert!((12.5..14.5).contains(&megabytes(&pace, 17e6)));
+        let idle = Carried::default();
+        pace.reduced.sample(Duration::from_secs(18), idle);
+        pace.reduced.sample(Duration::from_secs(20), idle);
+        assert!((12.5..14.5).contains(&megabytes(&pace, 3e6)));
+        // What is in the window comes back within a second, so it has to be more than what the guest writes in one.
+        assert!(megabytes(&pace, 17e6) > 20.0);
+        assert!(window(&pace, u64::MAX, 17e6) > window(&pace, 1 << 20, 17e6));
+    }
+
+    #[test]
+    fn memory_that_leaves_the_link_room_may_become_faster() {
+        let mut pace = Pace::new(1);
+        for second in 0..20 {
+            pace.acked
+                .sample(Duration::from_secs(second), second * 10_000_000);
+        }
+        let megabytes = |pace: &Pace, left| pace.window(Duration::from_secs(20), RTT, left, 0.0) as f64 / 1e6;
+        let full = megabytes(&pace, 500_000_000);
+        assert!((5.0..6.0).contains(&full), "{full}");
+        pace.reduced.sample(Duration::from_secs(18), Carried::default());
+        pace.reduced.sample(Duration::from_secs(20), Carried::default());
+        assert!((1.9..2.1).contains(&(megabytes(&pace, 500_000_000) / full)));
+        let later = pace.window(Duration::from_secs(20), RTT, 500_000_000, 1e6) as f64 / 1e6;
+        assert!((full * 0.99..full * 1.01).contains(&later), "{later}");
+        // And it never takes all that is left at once.
+        assert!(megabytes(&pace, 16_000_000) <= 8.0);
+        assert!(megabytes(&pace, 9_000_000) <= full);
     }
 }

@@ -30,6 +30,8 @@ pub(super) struct Reduced {
     filled: bool,
     /// Since when more waits than the link has room for, without a break.
     limited: Option<Duration>,
+    /// Since when it has room, without a break.
+    room: Option<Duration>,
     /// Of the last rounds.
     rounds: VecDeque<f64>,
     /// What was counted when the running round began.
@@ -44,6 +46,7 @@ impl Default for Reduced {
             goodput: None,
             filled: false,
             limited: None,
+            room: None,
             rounds: VecDeque::new(),
             began: (0, 0),
             last: Carried::default(),
@@ -61,6 +64,7 @@ impl Reduced {
         self.last = carried;
         self.restored.sample(now, carried.restored);
         self.limited = carried.limited.then(|| self.limited.unwrap_or(now));
+        self.room = (!carried.limited).then(|| self.room.unwrap_or(now));
         let for_long = |span: Duration| {
             self.limited
                 .is_some_and(|since| now.saturating_sub(since) >= span)
@@ -72,6 +76,11 @@ impl Reduced {
             // A round is a burst with pauses for what is to become durable, and tells less than the link can.
             self.goodput = Some(if steady { rate } else { rate.max(known) });
         }
+    }
+
+    /// Whether the link has room for more than comes, and has had it for a while.
+    pub(super) fn has_room(&self, now: Duration) -> bool {
+        self.room.is_some_and(|since| now.saturating_sub(since) >= FILLED)
     }
 
     /// A round of the disks begins: what was counted until now belongs to those before.
@@ -172,6 +181,20 @@ mod tests {
         assert_eq!(told.reduced.blocks(), None);
         told.flow(6.0, true, (8_000_000, 8_000_000), 0);
         assert_eq!(told.blocks(), 8.0);
+    }
+
+    #[test]
+    fn a_link_has_room_once_nothing_waited_for_a_while() {
+        let mut told = begin();
+        told.flow(5.0, true, (8_000_000, 8_000_000), 0);
+        let has_room = |told: &Told| told.reduced.has_room(Duration::from_secs_f64(told.at));
+        assert!(!has_room(&told));
+        told.flow(0.5, false, (0, 0), 1_000_000);
+        assert!(!has_room(&told));
+        told.flow(1.0, false, (0, 0), 1_000_000);
+        assert!(has_room(&told));
+        told.flow(0.25, true, (0, 0), 1_000_000);
+        assert!(!has_room(&told));
     }
 
     #[test]

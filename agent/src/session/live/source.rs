@@ -28,6 +28,7 @@ use super::old_copy::OldCopy;
 use super::proof::FreeProof;
 use super::record::Leaving;
 use super::resolve::Told;
+use super::round_trip::RoundTrip;
 use super::uplink::Uplink;
 use super::word::{self, ToSource as Said, ToTarget};
 use crate::disk::have::HaveLeaves;
@@ -42,8 +43,6 @@ pub(super) use self::preflight::{allowed_guest_agent, allowed_socket};
 
 /// The first version of QEMU whose disks in iothreads are read.
 const IOTHREADS_FROM: (u32, u32) = (8, 1);
-/// For so long the least round trip counts.
-const RTT_MEMORY: Duration = Duration::from_secs(30);
 /// Messages that wait for the gateway or the driver.
 const QUEUE: usize = 64;
 /// More steps of an arrival than there are.
@@ -74,16 +73,13 @@ pub(super) struct Heard {
     pub arrival: Vec<(String, u64)>,
     /// Why the target could not keep a generation, in its words.
     pub why: Option<(Generation, String)>,
-    /// There and back without queues: the least of the last seconds, and when it was measured.
-    rtt: Option<(Duration, Instant)>,
-    /// The last probe, and when it left.
-    probe: Option<(u64, Instant)>,
+    way: RoundTrip,
 }
 
 impl Heard {
     /// The way to the target agent and back, once it was measured.
     pub(super) fn rtt(&self) -> Option<Duration> {
-        self.rtt.map(|(rtt, _)| rtt)
+        self.way.least()
     }
 }
 
@@ -430,16 +426,9 @@ impl LiveSource {
             }
             // A queue that is full loses words; each is said again.
             Said::Handover(word) => drop(self.words.try_send(Told::Word(word))),
-            Said::Echo(number) => self.heard.send_modify(|heard| {
-                if let Some((_, left)) = heard.probe.take_if(|(sent, _)| *sent == number) {
-                    let now = left.elapsed();
-                    // A stopped VM's bytes go before all others, so what waits behind them now does not count.
-                    let least = heard
-                        .rtt
-                        .filter(|(rtt, at)| *rtt <= now && at.elapsed() < RTT_MEMORY);
-                    heard.rtt = Some(least.unwrap_or_else(|| (now, Instant::now())));
-                }
-            }),
+            Said::Echo(number) => self
+                .heard
+                .send_modify(|heard| heard.way.echo(number, Instant::now())),
         }
     }
 
@@ -472,7 +461,7 @@ impl LiveSource {
     /// Measures the way to the target agent and back.
     pub(super) async fn probe(&self, number: u64) {
         self.heard
-            .send_modify(|heard| heard.probe = Some((number, Instant::now())));
+            .send_modify(|heard| heard.way.sent(number, Instant::now()));
         self.tell(&ToTarget::Probe(number)).await;
     }
 }

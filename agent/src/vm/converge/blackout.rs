@@ -62,10 +62,10 @@ pub(crate) fn disk_load(view: &View) -> f64 {
     rate * ratio(view.link.block_ratio)
 }
 
-/// Reduced bytes per second that memory makes.
+/// Reduced bytes per second that memory makes, at best.
 pub(crate) fn ram_load(view: &View) -> f64 {
     let measured = view.ram.map(|ram| ram.dirty_rate).or(view.ram_dirty_rate);
-    sane(measured.unwrap_or(0.0)) * ratio(view.link.page_ratio)
+    sane(measured.unwrap_or(0.0)) * ratio(view.link.best_page_ratio)
 }
 
 fn fixed(view: &View) -> Duration {

@@ -52,7 +52,9 @@ pub struct LinkView {
     pub rtt: Duration,
     /// Reduced bytes for each byte of a page that is sent again, 0 to 1.
     pub page_ratio: f64,
-    /// The same for dirty blocks.
+    /// What it can become. The same where the link is full; where it has room, a page was not held up by it.
+    pub best_page_ratio: f64,
+    /// As `page_ratio`, for dirty blocks.
     pub block_ratio: f64,
 }
 

@@ -172,6 +172,7 @@ impl Sim {
                 goodput: self.goodput.per_second().unwrap_or(0.0),
                 rtt: Duration::from_millis(80),
                 page_ratio: self.page_ratio,
+                best_page_ratio: self.page_ratio,
                 block_ratio: 0.5,
             },
             device_state: 60_000,
@@ -453,6 +454,38 @@ fn the_end_of_the_first_pass_is_not_the_end() {
     assert!(matches!(decide(&view), Decision::HandOver { .. }));
 }
 
+/// The first pass of a long path is over, with content that took nearly half of its size; what the guest writes again takes far less.
+#[test]
+fn what_the_first_pass_took_does_not_make_a_try_hopeless() {
+    let policy = Policy {
+        blackout: Duration::from_millis(600),
+        ..Policy::default()
+    };
+    let mut view = Sim::new(MIXED, 0.46, LINK).view();
+    view.ram = Some(RamView {
+        remaining: 7_000_000,
+        dirty_rate: 17.0 * MB,
+        passes: 1,
+        ..RamView::default()
+    });
+    view.link.goodput = 10.7 * MB;
+    view.link.rtt = Duration::from_millis(300);
+    let given_up = |view: &View| {
+        let mut converge = Converge::new();
+        let mut decisions = (0..30).map(|second| {
+            converge
+                .decide(Duration::from_secs(second), view, &policy)
+                .decision
+        });
+        decisions.any(|decision| decision == Decision::HoldInSync)
+    };
+    view.link.best_page_ratio = 0.23;
+    assert!(!given_up(&view));
+    // The link is full of it.
+    view.link.best_page_ratio = 0.46;
+    assert!(given_up(&view));
+}
+
 #[test]
 fn an_unasked_stop_is_finished_only_if_it_fits() {
     let mut sim = Sim::new(CALM, 0.3, LINK);
@@ -515,6 +548,7 @@ fn survey(guest: &Guest, page_ratio: f64) -> Survey {
             goodput: 12.5 * MB,
             rtt: Duration::from_millis(80),
             page_ratio,
+            best_page_ratio: page_ratio,
             block_ratio: 0.5,
         },
         device_state: 60_000,
@@ -592,7 +626,7 @@ proptest! {
                 remaining: sizes[2], dirty_rate: numbers[1], since_sync: Duration::MAX, buffered: sizes[3], passes: u32::MAX,
             }),
             ram_dirty_rate: flags[2].then_some(numbers[2]),
-            link: LinkView { goodput: numbers[3], rtt: Duration::from_millis(80), page_ratio: numbers[4], block_ratio: numbers[5] },
+            link: LinkView { goodput: numbers[3], rtt: Duration::from_millis(80), page_ratio: numbers[4], best_page_ratio: numbers[2], block_ratio: numbers[5] },
             device_state: sizes[4],
             steps: Duration::MAX,
             cpu_slowed: cpu,

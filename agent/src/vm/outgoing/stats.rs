@@ -47,6 +47,13 @@ pub struct RamStats {
     pub pages_per_second: u64,
 }
 
+impl RamStats {
+    /// Bytes per second that the guest dirties; 0 during the first pass, when nothing is counted yet.
+    pub fn dirtied_per_second(&self) -> f64 {
+        self.dirty_pages_rate as f64 * self.page_size as f64
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Told {

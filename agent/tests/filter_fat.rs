@@ -98,7 +98,7 @@ fn one_changed_byte_never_frees_a_used_cluster() {
             plain.root
         };
         let refused = [boot, used_tables, plain.tables, root].map(|place| {
-            let refused = flip(fat::probe, rng, &image, &[place], 25);
+            let refused = flip(fat::probe, rng, (&image, &plain.free), &[place], 25);
             format!("{refused}/25")
         });
         println!("{options:?}: refused {refused:?}");

@@ -175,7 +175,7 @@ impl ReadAt for Patched<'_> {
 }
 
 /// Changes one byte of `image` at a place drawn from `places`, `count` times: the scan must refuse, or call nothing free that is not in
-/// `truth`, what the intact image's own table says, but for bytes that are zero anyway. Returns how often it refused. An intact scan may
+/// `truth`, what is free in the intact image, but for bytes that are zero anyway. Returns how often it refused. An intact scan may
 /// keep more than that, where another geometry fits as well, and a changed byte may rule that geometry out.
 pub(crate) fn flip(
     probe: Probe,

@@ -28,11 +28,11 @@ const NEAR_END: u64 = 8 << 20;
 /// Beyond one round trip then: what agents and gateways take on a busy host. With less than they take, the rate that is measured would fall,
 /// and the next window with it.
 const SLACK_AT_END: Duration = Duration::from_millis(150);
+/// And no less than this, in bytes of stream.
+const WINDOW_MIN: u64 = 2 << 20;
 /// A stream that is hardly faster than the guest writes is never over, and where a lost packet holds it up for longer than the window
 /// reaches, it gets no faster: where the link has room, there is room for so many times what the guest writes.
 const KEEP_UP: f64 = 2.0;
-/// And no less than this, in bytes of stream.
-const WINDOW_MIN: u64 = 2 << 20;
 /// Before a round trip was measured.
 const RTT_UNKNOWN: Duration = Duration::from_millis(100);
 
@@ -246,47 +246,50 @@ mod tests {
     use super::*;
 
     const RTT: Option<Duration> = Some(Duration::from_millis(80));
+    const NOW: Duration = Duration::from_secs(20);
+
+    /// A stream of which so many bytes per second come back.
+    fn carrying(rate: u64) -> Pace {
+        let mut pace = Pace::new(1);
+        for second in 0..NOW.as_secs() {
+            pace.acked.sample(Duration::from_secs(second), second * rate);
+        }
+        pace
+    }
+
+    /// The gateway says that nothing waits for the link.
+    fn leave_room(pace: &mut Pace) {
+        pace.reduced
+            .sample(NOW - Duration::from_secs(2), Carried::default());
+        pace.reduced.sample(NOW, Carried::default());
+    }
 
     #[test]
     fn little_is_on_its_way_when_the_vm_may_stop_at_any_moment() {
-        // A stream of 40 MB/s over 80 ms.
-        let mut pace = Pace::new(1);
-        for second in 0..20 {
-            pace.acked
-                .sample(Duration::from_secs(second), second * 40_000_000);
-        }
-        let megabytes = |left| pace.window(Duration::ZERO, RTT, left, 0.0) as f64 / 1e6;
+        let pace = carrying(40_000_000);
+        let megabytes = |left| pace.window(NOW, RTT, left, 0.0) as f64 / 1e6;
         let (much, some, little) = (megabytes(30 << 20), megabytes(18 << 20), megabytes(1 << 20));
         assert!((20.0..25.0).contains(&much), "{much}");
         // The window would take all of it at once.
         assert!((8.5..10.0).contains(&some) && little == some, "{some} {little}");
         // On a long path there is time for what is lost to come again.
-        let long = pace.window(Duration::ZERO, Some(Duration::from_millis(300)), 1 << 20, 0.0) as f64 / 1e6;
+        let long = pace.window(NOW, Some(Duration::from_millis(300)), 1 << 20, 0.0) as f64 / 1e6;
         assert!((27.5..33.0).contains(&long), "{long}");
         // A link of which nothing is known yet.
-        assert_eq!(
-            Pace::new(1).window(Duration::ZERO, RTT, u64::MAX, 0.0),
-            WINDOW_START
-        );
-        assert_eq!(Pace::new(1).window(Duration::ZERO, RTT, 0, 0.0), WINDOW_MIN);
+        assert_eq!(Pace::new(1).window(NOW, RTT, u64::MAX, 0.0), WINDOW_START);
+        assert_eq!(Pace::new(1).window(NOW, RTT, 0, 0.0), WINDOW_MIN);
     }
 
     #[test]
     fn a_stream_that_is_hardly_faster_than_the_guest_writes_gets_more_room() {
         let long = Some(Duration::from_millis(300));
-        let mut pace = Pace::new(1);
-        // 18 MB/s, of which each byte comes back after a second: two packets of it are lost now and then.
-        for second in 0..20 {
-            pace.acked
-                .sample(Duration::from_secs(second), second * 18_000_000);
-        }
-        let window = |pace: &Pace, left, written| pace.window(Duration::from_secs(20), long, left, written);
+        // Each byte comes back after a second: two packets of it are lost now and then.
+        let mut pace = carrying(18_000_000);
+        let window = |pace: &Pace, left, written| pace.window(NOW, long, left, written);
         let megabytes = |pace: &Pace, written| window(pace, 1 << 20, written) as f64 / 1e6;
         // The link may be full of it: more would only wait.
         assert!((12.5..14.5).contains(&megabytes(&pace, 17e6)));
-        let idle = Carried::default();
-        pace.reduced.sample(Duration::from_secs(18), idle);
-        pace.reduced.sample(Duration::from_secs(20), idle);
+        leave_room(&mut pace);
         assert!((12.5..14.5).contains(&megabytes(&pace, 3e6)));
         // What is in the window comes back within a second, so it has to be more than what the guest writes in one.
         assert!(megabytes(&pace, 17e6) > 20.0);
@@ -295,18 +298,13 @@ mod tests {
 
     #[test]
     fn memory_that_leaves_the_link_room_may_become_faster() {
-        let mut pace = Pace::new(1);
-        for second in 0..20 {
-            pace.acked
-                .sample(Duration::from_secs(second), second * 10_000_000);
-        }
-        let megabytes = |pace: &Pace, left| pace.window(Duration::from_secs(20), RTT, left, 0.0) as f64 / 1e6;
+        let mut pace = carrying(10_000_000);
+        let megabytes = |pace: &Pace, left| pace.window(NOW, RTT, left, 0.0) as f64 / 1e6;
         let full = megabytes(&pace, 500_000_000);
         assert!((5.0..6.0).contains(&full), "{full}");
-        pace.reduced.sample(Duration::from_secs(18), Carried::default());
-        pace.reduced.sample(Duration::from_secs(20), Carried::default());
+        leave_room(&mut pace);
         assert!((1.9..2.1).contains(&(megabytes(&pace, 500_000_000) / full)));
-        let later = pace.window(Duration::from_secs(20), RTT, 500_000_000, 1e6) as f64 / 1e6;
+        let later = pace.window(NOW, RTT, 500_000_000, 1e6) as f64 / 1e6;
         assert!((full * 0.99..full * 1.01).contains(&later), "{later}");
         // And it never takes all that is left at once.
         assert!(megabytes(&pace, 16_000_000) <= 8.0);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 /// The least of so long counts.
 const MEMORY: Duration = Duration::from_secs(30);
 
-/// The way of one job.
+/// The probes of one job.
 #[derive(Debug, Default)]
 pub(super) struct RoundTrip {
     /// The last probe, and when it left.
@@ -56,20 +56,20 @@ mod tests {
 
     /// A probe each second that takes so many milliseconds; what is known after each.
     fn known(took: &[u64]) -> Vec<u64> {
-        let (mut way, begin) = (RoundTrip::default(), Instant::now());
+        let (mut round_trip, begin) = (RoundTrip::default(), Instant::now());
         let mut known = Vec::new();
         for (number, took) in (0..).zip(took) {
             let left = begin + Duration::from_secs(number);
-            way.sent(number, left);
-            way.echo(number, left + Duration::from_millis(*took));
-            known.extend(way.least().map(|least| least.as_millis() as u64));
+            round_trip.sent(number, left);
+            round_trip.echo(number, left + Duration::from_millis(*took));
+            known.extend(round_trip.least().map(|least| least.as_millis() as u64));
         }
         known
     }
 
     #[test]
     fn one_probe_that_was_lost_does_not_make_the_way_longer() {
-        // Wherever in the row it comes.
+        // Wherever in the row it comes, but for its beginning, when nothing else is known.
         for lost in 1..90 {
             let mut took = [300; 90];
             took[lost] = 900;
@@ -90,12 +90,12 @@ mod tests {
 
     #[test]
     fn an_echo_of_another_probe_tells_nothing() {
-        let (mut way, begin) = (RoundTrip::default(), Instant::now());
-        way.sent(7, begin);
-        way.echo(6, begin);
-        assert_eq!(way.least(), None);
-        way.echo(7, begin + Duration::from_millis(80));
-        way.echo(7, begin + Duration::from_millis(1));
-        assert_eq!(way.least(), Some(Duration::from_millis(80)));
+        let (mut round_trip, begin) = (RoundTrip::default(), Instant::now());
+        round_trip.sent(7, begin);
+        round_trip.echo(6, begin);
+        assert_eq!(round_trip.least(), None);
+        round_trip.echo(7, begin + Duration::from_millis(80));
+        round_trip.echo(7, begin + Duration::from_millis(1));
+        assert_eq!(round_trip.least(), Some(Duration::from_millis(80)));
     }
 }

@@ -73,13 +73,13 @@ pub(super) struct Heard {
     pub arrival: Vec<(String, u64)>,
     /// Why the target could not keep a generation, in its words.
     pub why: Option<(Generation, String)>,
-    way: RoundTrip,
+    round_trip: RoundTrip,
 }
 
 impl Heard {
     /// The way to the target agent and back, once it was measured.
     pub(super) fn rtt(&self) -> Option<Duration> {
-        self.way.least()
+        self.round_trip.least()
     }
 }
 
@@ -428,7 +428,7 @@ impl LiveSource {
             Said::Handover(word) => drop(self.words.try_send(Told::Word(word))),
             Said::Echo(number) => self
                 .heard
-                .send_modify(|heard| heard.way.echo(number, Instant::now())),
+                .send_modify(|heard| heard.round_trip.echo(number, Instant::now())),
         }
     }
 
@@ -461,7 +461,7 @@ impl LiveSource {
     /// Measures the way to the target agent and back.
     pub(super) async fn probe(&self, number: u64) {
         self.heard
-            .send_modify(|heard| heard.way.sent(number, Instant::now()));
+            .send_modify(|heard| heard.round_trip.sent(number, Instant::now()));
         self.tell(&ToTarget::Probe(number)).await;
     }
 }

@@ -8,24 +8,24 @@ mod making;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use bytes::Bytes;
 use longhaul_common::digest::Digest;
 use longhaul_common::extent::Extent;
 use longhaul_common::ids::{DiskIndex, Round};
-use longhaul_common::wire::batch::{BatchHeader, Leaves, Piece};
+use longhaul_common::wire::batch::{BatchHeader, Content, Leaves, Piece, RAW_MAX};
 use longhaul_common::wire::session::{DiskCounts, Refusal, RefusalKind};
 use tokio::sync::mpsc;
 
-use self::making::{Making, read_dirty};
+use self::making::{DIRTY_BATCH, Making, read_dirty};
 use super::disks::{self, Reach};
 use super::drive::Stop;
-use super::proof::FreeProof;
 use super::source::LiveSource;
 use super::uplink::Uplink;
 use crate::disk::free_map::FreeMap;
 use crate::disk::have::HaveLeaves;
 use crate::disk::reader::{DiskRead, KnownLeaves, Outgoing};
 use crate::session::outcome;
-use crate::session::threads::on_thread;
+use crate::session::threads::ThreadFailed;
 
 /// Batches that are read ahead.
 const READ_AHEAD: usize = 4;
@@ -35,34 +35,45 @@ const READ_AHEAD: usize = 4;
 pub(super) struct Batch {
     pub disk: DiskIndex,
     pieces: Vec<Piece>,
-    pub data: Vec<u8>,
+    pub data: Bytes,
+}
+
+/// To whom batches go, and as what.
+#[derive(Clone)]
+pub(super) struct Address {
+    pub uplink: Arc<Uplink>,
+    pub round: Round,
+    pub urgent: bool,
+}
+
+/// A batch with its header for one attempt.
+pub(super) struct Ready {
+    pub batch: Batch,
+    pub header: BatchHeader,
+}
+
+impl Address {
+    /// Hashes the data: not for the runtime's threads.
+    pub(super) fn ready(&self, batch: Batch) -> Result<Ready, Refusal> {
+        let mut header = BatchHeader {
+            job: self.uplink.job,
+            attempt: self.uplink.attempt,
+            disk: batch.disk,
+            round: self.round,
+            sequence: self.uplink.next_sequence(),
+            pieces: batch.pieces.clone(),
+            leaves: Leaves::default(),
+            ram: None,
+            urgent: self.urgent,
+            digest: Digest([0; 32]),
+        };
+        let made = header.digest_of(&batch.data);
+        header.digest = made.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
+        Ok(Ready { batch, header })
+    }
 }
 
 impl Batch {
-    /// The header for one attempt, and the data.
-    pub(super) fn addressed(
-        &self,
-        uplink: &Uplink,
-        round: Round,
-        urgent: bool,
-    ) -> Result<(BatchHeader, Vec<u8>), Stop> {
-        let mut header = BatchHeader {
-            job: uplink.job,
-            attempt: uplink.attempt,
-            disk: self.disk,
-            round,
-            sequence: uplink.next_sequence(),
-            pieces: self.pieces.clone(),
-            leaves: Leaves::default(),
-            ram: None,
-            urgent,
-            digest: Digest([0; 32]),
-        };
-        let made = header.digest_of(&self.data);
-        header.digest = made.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
-        Ok((header, self.data.clone()))
-    }
-
     /// What of the disk it stands for.
     pub(super) fn extents(&self) -> impl Iterator<Item = Extent> + '_ {
         self.pieces.iter().map(|piece| piece.extent)
@@ -107,7 +118,14 @@ pub(super) async fn base(
     let mut done = Vec::new();
     while let Some(event) = read.recv().await {
         match event {
-            Event::Batch(outgoing) => uplink.send_disk(&outgoing.header, outgoing.data).await?,
+            Event::Batch(outgoing) => {
+                // A hole that is told of now is not told of again with what was put off.
+                let pieces = outgoing.header.pieces.iter();
+                let holes = pieces.filter(|piece| piece.content == Content::Hole);
+                let disk = usize::from(outgoing.header.disk.0);
+                session.free.sent(disk, holes.map(|piece| piece.extent));
+                uplink.send_disk(&outgoing.header, outgoing.data.into()).await?;
+            }
             Event::Done(digest, counts) => done.push((digest, counts)),
             Event::Failed(refusal) => return Err(refusal.into()),
         }
@@ -160,101 +178,105 @@ fn read_base(
     }
 }
 
-/// Reads some of what was put off as perhaps free and is not proven so: the batches, and where to go on. `None` at the disk's end.
-pub(super) async fn put_off(
-    session: &Arc<LiveSource>,
-    disk: DiskIndex,
-    from: u64,
-) -> Result<Option<(Vec<Batch>, u64)>, Stop> {
-    let index = usize::from(disk.0);
-    some(session, disk, move |free| {
-        free.unproven(index, from, PUT_OFF_STEP)
-    })
-    .await
-}
+/// Batches as they are read; reading stops with whoever drops this.
+pub(super) type Reading = mpsc::Receiver<Result<Ready, Refusal>>;
 
-/// Reads the first of these extents of a disk, in disk order: the batches, and where to go on.
-pub(super) async fn left_out(
-    session: &Arc<LiveSource>,
-    disk: DiskIndex,
-    extents: &[Extent],
-    from: u64,
-) -> Result<Option<(Vec<Batch>, u64)>, Stop> {
-    let (mut some_of, mut room) = (Vec::new(), PUT_OFF_STEP);
-    for extent in extents.iter().filter(|extent| extent.end() > from) {
-        let start = extent.offset().max(from);
-        let part = Extent::between(start, extent.end().min(start + room));
-        room -= part.len();
-        some_of.push(part);
-        if room == 0 {
-            break;
-        }
-    }
-    some(session, disk, move |_| some_of).await
-}
-
-async fn some(
-    session: &Arc<LiveSource>,
-    disk: DiskIndex,
-    which: impl FnOnce(&FreeProof) -> Vec<Extent> + Send + 'static,
-) -> Result<Option<(Vec<Batch>, u64)>, Stop> {
-    let free = Arc::clone(&session.free);
-    let index = usize::from(disk.0);
-    let read = on_thread("live-put-off", move || {
-        let extents = which(&free);
-        let end = extents.last().map(|extent| extent.end())?;
-        let (batches, mut made) = mpsc::channel(PUT_OFF_BATCHES);
-        let read = free.with_image(index, |image| {
-            let mut making = Making::new(disk);
-            making.read(image, extents, &batches)?;
-            making.send(&batches);
-            Ok::<_, std::io::Error>(())
-        })?;
-        drop(batches);
-        let mut list = Vec::new();
-        while let Some(batch) = made.blocking_recv() {
-            list.push(batch);
-        }
-        Some(read.map(|()| (list, end)))
-    });
-    let read = read
-        .await
-        .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
-    let refused = |error: std::io::Error| Refusal::because(RefusalKind::Refused, &error);
-    let Some((list, end)) = read.transpose().map_err(refused)? else {
-        return Ok(None);
-    };
-    Ok(Some((list.into_iter().collect::<Result<_, _>>()?, end)))
-}
-
-/// How much of what was put off is read at once, in bytes.
-const PUT_OFF_STEP: u64 = 4 << 20;
-/// More batches than that much can make.
-const PUT_OFF_BATCHES: usize = 4096;
-
-/// Reads what the exports' bitmaps call dirty, all disks at once. The receiver's end stops the reading.
-pub(super) async fn dirty(reach: Reach) -> Result<mpsc::Receiver<Result<Batch, Refusal>>, Stop> {
-    let (batches, read) = mpsc::channel(READ_AHEAD);
-    let body = move || {
-        let images = match disks::connect(reach) {
-            Ok(images) => images,
-            Err(refusal) => return drop(batches.blocking_send(Err(refusal))),
+/// Reads what of a disk was put off as perhaps free and is not proven so by the time that it is read.
+pub(super) fn put_off(session: &LiveSource, disk: DiskIndex, address: Address) -> Result<Reading, Refusal> {
+    let (free, index) = (Arc::clone(&session.free), usize::from(disk.0));
+    reading("live-put-off", move |batches| {
+        let Some(image) = free.image(index) else {
+            return Ok(());
         };
-        std::thread::scope(|scope| {
-            for (disk, image) in (0..).map(DiskIndex).zip(&images) {
-                let batches = &batches;
-                scope.spawn(move || {
-                    if let Err(error) = read_dirty(disk, image, batches) {
-                        let refusal = Refusal::because(RefusalKind::Refused, &error);
-                        drop(batches.blocking_send(Err(refusal)));
-                    }
-                });
+        // There is a lot of it, and nothing waits for a single batch.
+        let mut making = Making::new(disk, RAW_MAX, |batch| batches.send(&address, batch));
+        let mut from = 0;
+        loop {
+            let some = free.unproven(index, from, PUT_OFF_STEP);
+            let Some(last) = some.last() else { break };
+            from = last.end();
+            if !making.read(&*image, some).map_err(|error| unread(&error))? {
+                break;
             }
-        });
+        }
+        making.send();
+        Ok(())
+    })
+}
+
+/// Reads these extents of a disk, which ascend.
+pub(super) fn left_out(
+    session: &LiveSource,
+    disk: DiskIndex,
+    extents: Vec<Extent>,
+    address: Address,
+) -> Result<Reading, Refusal> {
+    let image = session.free.image(usize::from(disk.0));
+    reading("live-left-out", move |batches| {
+        let mut making = Making::new(disk, DIRTY_BATCH, |batch| batches.send(&address, batch));
+        if let Some(image) = image {
+            making.read(&*image, extents).map_err(|error| unread(&error))?;
+        }
+        making.send();
+        Ok(())
+    })
+}
+
+/// How much of what was put off is read between two looks at what is proven, in bytes.
+const PUT_OFF_STEP: u64 = 4 << 20;
+
+/// Reads what the exports' bitmaps call dirty, all disks at once.
+pub(super) fn dirty(reach: Reach, address: Address) -> Result<Reading, Refusal> {
+    reading("live-round", move |batches| {
+        let images = disks::connect(reach)?;
+        std::thread::scope(|scope| {
+            let each = (0..).map(DiskIndex).zip(&images).map(|(disk, image)| {
+                let address = &address;
+                scope.spawn(move || {
+                    let mut making = Making::new(disk, DIRTY_BATCH, |batch| batches.send(address, batch));
+                    read_dirty(image, &mut making).map_err(|error| unread(&error))
+                })
+            });
+            let each: Vec<_> = each.collect();
+            let died = |_| Refusal::because(RefusalKind::Protocol, &ThreadFailed);
+            each.into_iter()
+                .try_for_each(|thread| thread.join().map_err(died)?)
+        })
+    })
+}
+
+fn unread(error: &std::io::Error) -> Refusal {
+    Refusal::because(RefusalKind::Refused, error)
+}
+
+/// Where a reading thread leaves its batches.
+struct Batches(mpsc::Sender<Result<Ready, Refusal>>);
+
+impl Batches {
+    /// `false`: nobody wants more.
+    fn send(&self, address: &Address, batch: Batch) -> bool {
+        let ready = address.ready(batch);
+        let goes_on = ready.is_ok();
+        self.0.blocking_send(ready).is_ok() && goes_on
+    }
+}
+
+/// Runs `read` on a thread of its own; its error is the last that comes.
+fn reading(
+    name: &str,
+    read: impl FnOnce(&Batches) -> Result<(), Refusal> + Send + 'static,
+) -> Result<Reading, Refusal> {
+    let (batches, ready) = mpsc::channel(READ_AHEAD);
+    let body = move || {
+        let batches = Batches(batches);
+        if let Err(refusal) = read(&batches) {
+            // Nobody waits for it where the attempt is over.
+            drop(batches.0.blocking_send(Err(refusal)));
+        }
     };
     std::thread::Builder::new()
-        .name("live-round".to_owned())
+        .name(name.to_owned())
         .spawn(body)
         .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
-    Ok(read)
+    Ok(ready)
 }

@@ -22,6 +22,7 @@ use longhaul_common::wire::session::{
     FromSource, LiveOutcome, LiveStage, LiveState, Refusal, RefusalKind, ShadowId,
 };
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use self::foretell::Foretold;
 use super::clock::RunClock;
@@ -113,6 +114,8 @@ pub(super) struct Drive {
     /// The hook of this handover was begun.
     pub at_handover: bool,
     foretold: Foretold,
+    /// A look at what is free, while round 0 goes on.
+    looking: Option<JoinHandle<()>>,
     /// When what round 0 left out was looked at again.
     looked: Option<Instant>,
     /// Since when the VM stands, where QEMU stopped it in the midst of a round that is worth finishing.
@@ -155,6 +158,7 @@ pub(super) async fn run(session: &Arc<LiveSource>, parts: Parts) -> End {
         taken_over: vec![None; disks],
         at_handover: false,
         foretold: Foretold::begin(session),
+        looking: None,
         looked: None,
         stands: None,
         events: session.qmp.events(),
@@ -302,7 +306,7 @@ impl Drive {
                 counts = &mut copying => break counts?,
                 () = tokio::time::sleep(LOOK) => {
                     self.pace.sample(self.began.elapsed(), uplink, 0, true);
-                    self.s.free.look(self.clock.since()).await;
+                    self.look_beside();
                     self.probe().await;
                     self.foretell(uplink).await?;
                     self.prepare_ahead(uplink).await;
@@ -310,6 +314,7 @@ impl Drive {
             }
         };
         drop(copying);
+        self.looked_beside().await;
         uplink.settle().await?;
         if !self.counted {
             for (disk, (digest, counts)) in (0..).map(longhaul_common::ids::DiskIndex).zip(counts) {

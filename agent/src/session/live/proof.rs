@@ -25,7 +25,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(3);
 
 /// One disk's free blocks.
 struct DiskProof {
-    image: LiveImage,
+    image: Arc<LiveImage>,
     /// What the first look called free.
     deferred: FreeMap,
     proofs: Proofs,
@@ -34,7 +34,7 @@ struct DiskProof {
 }
 
 impl DiskProof {
-    fn first(image: LiveImage, started: Instant, age: Option<Duration>, filter: bool) -> Self {
+    fn first(image: Arc<LiveImage>, started: Instant, age: Option<Duration>, filter: bool) -> Self {
         let rules = Rules {
             started,
             age,
@@ -43,7 +43,7 @@ impl DiskProof {
         let mut proofs = Proofs::new(image.size(), rules);
         let mut deferred = FreeMap::new(image.size());
         if filter {
-            let look = Look::running(&image, Instant::now());
+            let look = Look::running(&*image, Instant::now());
             proofs.add(&look);
             deferred = look.free;
         }
@@ -70,7 +70,7 @@ impl DiskProof {
     /// Looks again where something that is put off is not proven yet.
     fn look(&mut self) {
         if self.proofs.missing(&self.deferred, self.image.size()) > 0 {
-            let mut look = Look::running(&self.image, Instant::now());
+            let mut look = Look::running(&*self.image, Instant::now());
             // Little changes between two looks, and the proofs keep what they saw.
             look.free.share(&self.deferred);
             self.proofs.add(&look);
@@ -83,6 +83,8 @@ pub(super) struct FreeProof {
     /// Whether any may stay behind.
     filter: bool,
     disks: Mutex<Vec<DiskProof>>,
+    /// What was sent, of which disk, while somebody had the disks.
+    sent: Mutex<Vec<(usize, Extent)>>,
     next: Mutex<Instant>,
 }
 
@@ -92,10 +94,11 @@ impl FreeProof {
         let age = policy.free_proof_age_ms.map(Duration::from_millis);
         let disks = images
             .into_iter()
-            .map(|image| DiskProof::first(image, started, age, filter));
+            .map(|image| DiskProof::first(Arc::new(image), started, age, filter));
         Self {
             filter,
             disks: Mutex::new(disks.collect()),
+            sent: Mutex::default(),
             next: Mutex::new(Instant::now() + LOOK_EVERY),
         }
     }
@@ -103,7 +106,7 @@ impl FreeProof {
     /// The disks are read by these from now on: the exports of the ones before are closed.
     pub(super) fn renew(&self, images: Vec<LiveImage>) {
         for (disk, image) in self.disks().iter_mut().zip(images) {
-            disk.image = image;
+            disk.image = Arc::new(image);
         }
     }
 
@@ -112,6 +115,7 @@ impl FreeProof {
         Self {
             filter: false,
             disks: Mutex::default(),
+            sent: Mutex::default(),
             next: Mutex::new(Instant::now()),
         }
     }
@@ -142,7 +146,20 @@ impl FreeProof {
     }
 
     fn disks(&self) -> MutexGuard<'_, Vec<DiskProof>> {
-        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        self.take_in(&mut disks);
+        disks
+    }
+
+    /// Has the disks know what was sent.
+    fn take_in(&self, disks: &mut [DiskProof]) {
+        let mut sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        for (disk, extent) in sent.drain(..) {
+            if let Some(disk) = disks.get_mut(disk) {
+                disk.deferred.clear(&extent);
+                disk.left_out.clear(&extent);
+            }
+        }
     }
 
     /// What of a disk is not read in round 0's first pass.
@@ -188,6 +205,11 @@ impl FreeProof {
         *self.next.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
+    /// Whether it is time to look again.
+    pub(super) fn is_due(&self) -> bool {
+        Instant::now() >= *self.next.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Looks again where it is time to. `runs_since`: since when the VM has run without a stop.
     pub(super) async fn look(self: &Arc<Self>, runs_since: Option<Instant>) {
         {
@@ -200,6 +222,7 @@ impl FreeProof {
         let with = Arc::clone(self);
         // A look that cannot be had proves nothing.
         let _ = on_thread("free-look", move || {
+            // Whoever sends tells `sent` meanwhile; the next to take the disks hears of it.
             for disk in with.disks().iter_mut() {
                 disk.proofs.age_from(runs_since);
                 disk.look();
@@ -237,9 +260,9 @@ impl FreeProof {
         found
     }
 
-    /// Reads what is put off and unproven. Blocks.
-    pub(super) fn with_image<T>(&self, disk: usize, read: impl FnOnce(&LiveImage) -> T) -> Option<T> {
-        self.disks().get(disk).map(|disk| read(&disk.image))
+    /// A disk as it is looked at now. Whoever reads it keeps nobody from the proofs.
+    pub(super) fn image(&self, disk: usize) -> Option<Arc<LiveImage>> {
+        self.disks().get(disk).map(|disk| Arc::clone(&disk.image))
     }
 
     /// The end of round 0: what is left out from now on. Gives of each disk the bytes of it that its image stores. Blocks.
@@ -257,19 +280,19 @@ impl FreeProof {
         });
         let left_out: Vec<_> = left_out.collect();
         let skipped = left_out.iter().enumerate().map(|(disk, left)| {
-            let counted = self.with_image(disk, |image| disks::stored_and_free(image, left));
-            counted.unwrap_or(Ok(0))
+            let image = self.image(disk);
+            image.map_or(Ok(0), |image| disks::stored_and_free(&image, left))
         });
         skipped.collect()
     }
 
-    /// This of a disk was sent: it is not left behind.
+    /// This of a disk was sent: it is not left behind. Never waits for a look.
     pub(super) fn sent(&self, disk: usize, extents: impl Iterator<Item = Extent>) {
-        if let Some(disk) = self.disks().get_mut(disk) {
-            extents.for_each(|extent| {
-                disk.deferred.clear(&extent);
-                disk.left_out.clear(&extent);
-            });
+        let mut sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        sent.extend(extents.map(|extent| (disk, extent)));
+        drop(sent);
+        if let Ok(mut disks) = self.disks.try_lock() {
+            self.take_in(&mut disks);
         }
     }
 
@@ -277,7 +300,7 @@ impl FreeProof {
     pub(super) fn second_look(&self) -> Vec<SecondLook> {
         let look = |disk: &DiskProof| match disk.left_out.free_bytes() {
             0 => SecondLook::default(),
-            _ => second_look(&disk.left_out, &Look::running(&disk.image, Instant::now())),
+            _ => second_look(&disk.left_out, &Look::running(&*disk.image, Instant::now())),
         };
         self.disks().iter().map(look).collect()
     }

@@ -138,13 +138,13 @@ impl Uplink {
     }
 
     /// Sends a batch of a disk once there is credit for it.
-    pub(super) async fn send_disk(&self, header: &BatchHeader, data: Vec<u8>) -> Result<(), Detached> {
+    pub(super) async fn send_disk(&self, header: &BatchHeader, data: Bytes) -> Result<(), Detached> {
         let needed = u32::try_from(header.credit()).unwrap_or(u32::MAX);
         let permit = self.credit.acquire_many(needed).await.map_err(|_| Detached)?;
         permit.forget();
         let raw = data.len() as u64;
         self.outstanding().insert(header.sequence, raw);
-        let sent = self.send(header, data.into()).await;
+        let sent = self.send(header, data).await;
         self.delivered.fetch_add(raw, Ordering::Relaxed);
         sent
     }

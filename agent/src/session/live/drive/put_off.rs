@@ -6,12 +6,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use longhaul_common::ids::Round;
+use longhaul_common::ids::DiskIndex;
 use longhaul_common::wire::session::{Refusal, RefusalKind};
 
 use super::{Drive, Stop};
+use crate::session::live::copy::{self, Ready};
+use crate::session::live::disks;
 use crate::session::live::uplink::Uplink;
-use crate::session::live::{copy, disks};
 use crate::session::threads::on_thread;
 
 /// Between two second looks.
@@ -31,25 +32,37 @@ impl Drive {
         Ok(renewed?)
     }
 
+    /// Looks at what is free on a thread of its own, where it is time to: reading and sending go on.
+    pub(super) fn look_beside(&mut self) {
+        let is_under_way = self.looking.as_ref().is_some_and(|look| !look.is_finished());
+        if !is_under_way && self.s.free.is_due() {
+            let (free, since) = (Arc::clone(&self.s.free), self.clock.since());
+            self.looking = Some(tokio::spawn(async move { free.look(since).await }));
+        }
+    }
+
+    /// Waits for the last of these looks: whoever asks for the proofs waits while one is under way.
+    pub(super) async fn looked_beside(&mut self) {
+        if let Some(look) = self.looking.take() {
+            // One that failed proved nothing.
+            let _ = look.await;
+        }
+    }
+
     /// What the first look called free goes last, unless it was proven free meanwhile.
     pub(super) async fn put_off(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
         self.round += 1;
-        for disk in (0..self.s.disks.len() as u16).map(longhaul_common::ids::DiskIndex) {
-            let mut from = 0;
-            loop {
-                self.s.free.look(self.clock.since()).await;
+        for disk in (0..self.s.disks.len() as u16).map(DiskIndex) {
+            let mut batches = copy::put_off(&self.s, disk, self.address(uplink, false))?;
+            while let Some(ready) = batches.recv().await {
+                let Ready { batch, header } = ready?;
                 self.check_cancel()?;
-                let Some((batches, end)) = copy::put_off(&self.s, disk, from).await? else {
-                    break;
-                };
-                for batch in batches {
-                    self.s.free.sent(usize::from(disk.0), batch.extents());
-                    let (header, data) = batch.addressed(uplink, Round(self.round), false)?;
-                    uplink.send_disk(&header, data).await?;
-                }
-                from = end;
+                self.look_beside();
+                self.s.free.sent(usize::from(disk.0), batch.extents());
+                uplink.send_disk(&header, batch.data).await?;
             }
         }
+        self.looked_beside().await;
         uplink.settle().await?;
         self.outcome.parts = self.s.free.report();
         let free = Arc::clone(&self.s.free);
@@ -79,15 +92,13 @@ impl Drive {
                 "a second look: {bytes} bytes that were free are allocated now; they are sent"
             ));
         }
-        for (disk, found) in (0..).map(longhaul_common::ids::DiskIndex).zip(looked) {
-            let mut from = 0;
-            while let Some((batches, end)) = copy::left_out(&self.s, disk, &found.send, from).await? {
-                for batch in batches {
-                    self.count(&batch);
-                    let (header, data) = batch.addressed(uplink, Round(self.round), false)?;
-                    uplink.send_disk(&header, data).await?;
-                }
-                from = end;
+        for (disk, found) in (0..).map(DiskIndex).zip(looked) {
+            let address = self.address(uplink, false);
+            let mut batches = copy::left_out(&self.s, disk, found.send, address)?;
+            while let Some(ready) = batches.recv().await {
+                let Ready { batch, header } = ready?;
+                self.count(&batch);
+                uplink.send_disk(&header, batch.data).await?;
             }
         }
         Ok(())

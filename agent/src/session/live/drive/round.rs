@@ -8,7 +8,7 @@ use std::sync::Arc;
 use longhaul_common::ids::Round;
 
 use super::{Drive, Stop};
-use crate::session::live::copy::{self, Batch};
+use crate::session::live::copy::{self, Address, Batch, Ready};
 use crate::session::live::disks::{self, Reach};
 use crate::session::live::uplink::Uplink;
 
@@ -66,13 +66,12 @@ impl Drive {
     async fn send_round(&mut self, uplink: &Arc<Uplink>, of_round: u64) -> Result<bool, Stop> {
         let (alone, mut bytes) = (self.vm.ram_out().is_none(), 0);
         let reach = self.reach().await?;
-        let mut batches = copy::dirty(reach).await?;
-        while let Some(batch) = batches.recv().await {
-            let batch = batch?;
+        let mut batches = copy::dirty(reach, self.address(uplink, false))?;
+        while let Some(ready) = batches.recv().await {
+            let Ready { batch, header } = ready?;
             self.count(&batch);
             bytes += batch.covered();
-            let (header, data) = batch.addressed(uplink, Round(self.round), false)?;
-            let sending = uplink.send_disk(&header, data);
+            let sending = uplink.send_disk(&header, batch.data);
             tokio::pin!(sending);
             let mut goes_on = true;
             // Never left halfway: a batch that counts as sent must arrive.
@@ -100,6 +99,15 @@ impl Drive {
             }
         }
         Ok(true)
+    }
+
+    /// Batches of the round that is under way.
+    pub(super) fn address(&self, uplink: &Arc<Uplink>, urgent: bool) -> Address {
+        Address {
+            uplink: Arc::clone(uplink),
+            round: Round(self.round),
+            urgent,
+        }
     }
 
     pub(super) async fn reach(&mut self) -> Result<Reach, Stop> {

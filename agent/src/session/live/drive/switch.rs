@@ -7,11 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use longhaul_common::ids::Round;
 use longhaul_common::wire::session::{LiveStage, Refusal, RefusalKind};
 
 use super::{Drive, PREPARE, SAY_AGAIN, Stop};
-use crate::session::live::copy::{self, Batch};
+use crate::session::live::copy::{self, Batch, Ready};
 use crate::session::live::hooks;
 use crate::session::live::source::Unready;
 use crate::session::live::source_vm::Over;
@@ -178,13 +177,12 @@ impl Drive {
         self.outcome.rounds += 1;
         self.rounds.next().await?;
         let reach = self.reach().await?;
-        let mut batches = copy::dirty(reach).await?;
+        let mut batches = copy::dirty(reach, self.address(uplink, true))?;
         let mut last = Vec::new();
-        while let Some(batch) = batches.recv().await {
-            let batch = batch?;
+        while let Some(ready) = batches.recv().await {
+            let Ready { batch, header } = ready?;
             self.count(&batch);
-            let (header, data) = batch.addressed(uplink, Round(self.round), true)?;
-            uplink.send_disk(&header, data).await?;
+            uplink.send_disk(&header, batch.data.clone()).await?;
             last.push(batch);
         }
         Ok(last)

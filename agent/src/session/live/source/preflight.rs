@@ -71,7 +71,8 @@ pub(in crate::session::live) async fn survey(
             let Some(deferred) = free.deferred(index) else {
                 continue;
             };
-            let counted = free.with_image(index, |image| disks::stored_and_free(image, &deferred));
+            let image = free.image(index);
+            let counted = image.map(|image| disks::stored_and_free(&image, &deferred));
             // Holes are left behind as what they are.
             report.free = counted.transpose()?.unwrap_or(0).min(report.allocated);
             report.used = report.allocated - report.free;

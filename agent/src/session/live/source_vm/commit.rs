@@ -12,13 +12,14 @@ use longhaul_common::wire::session::{LiveOutcome, Refusal, RefusalKind};
 use tokio::sync::watch;
 
 use super::{CANCEL_LIMIT, LOOK, REMIND, SourceVm};
-use crate::session::live::copy::Batch;
+use crate::session::live::copy::{Address, Batch, Ready};
 use crate::session::live::drive::{self, Stop};
 use crate::session::live::hooks;
 use crate::session::live::ram_out::RamOut;
 use crate::session::live::source::{End, Heard};
 use crate::session::live::uplink::Uplink;
 use crate::session::live::word::ToTarget;
+use crate::session::threads::on_thread;
 use crate::vm::handover::{DiskRound, Facts, Reason, SourceEvent, SourceQemu, SourceState, Stream};
 use crate::vm::outgoing;
 use crate::vm::qmp::{MigrationStatus, Qmp};
@@ -300,11 +301,18 @@ async fn is_same_life(mut heard: watch::Receiver<Heard>, uplink: &Uplink, life: 
 
 /// A new attempt bars what the old one had on its way: the last round goes once more.
 async fn send_again(uplink: Arc<Uplink>, last: &[Batch], round: u32) {
-    for batch in last {
-        let Ok((header, data)) = batch.addressed(&uplink, Round(round), true) else {
+    let address = Address {
+        uplink: Arc::clone(&uplink),
+        round: Round(round),
+        urgent: true,
+    };
+    for batch in last.iter().cloned() {
+        let address = address.clone();
+        let Ok(Ok(Ready { batch, header })) = on_thread("last-round", move || address.ready(batch)).await
+        else {
             continue;
         };
-        if uplink.send_disk(&header, data).await.is_err() {
+        if uplink.send_disk(&header, batch.data).await.is_err() {
             return;
         }
     }

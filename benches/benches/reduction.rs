@@ -3,6 +3,7 @@
 //! A copy of the same bytes (`copy`, in `pipeline`) is the ceiling of anything that reads and writes memory. Each whole is measured on
 //! the four kinds of content that there are: new, known, changed a little, and noise.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -88,7 +89,7 @@ fn text() -> Bytes {
 
 fn gateways() -> Option<[Arc<Pair>; 2]> {
     let size = Some(Size::of(256 << 20, 0));
-    let pair = || Windows::new(size).with("the other");
+    let pair = || Windows::new(size, BTreeSet::new()).with("the other", "");
     let (a, b) = (pair()?, pair()?);
     a.answered(a.hello(), b.greet(a.hello()));
     Some([a, b])

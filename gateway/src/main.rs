@@ -55,11 +55,12 @@ fn reduction(settings: &GatewaySettings) -> Result<(Arc<Windows>, Way), String> 
         level,
     };
     let size = Size::of(section.window.0, section.window_file.0);
+    let tenants = section.tenants.iter().cloned().collect();
     if section.window_file.0 <= section.window.0 {
-        return Ok((Windows::new(Some(size)), way));
+        return Ok((Windows::new(Some(size), tenants), way));
     }
     let folder = settings.state.join("windows");
-    let windows = Windows::in_folder(size, &folder)
+    let windows = Windows::in_folder(size, tenants, &folder)
         .map_err(|error| format!("cannot keep windows in {}: {error}", folder.display()))?;
     Ok((windows, way))
 }

@@ -180,10 +180,7 @@ impl Gauges {
         gauge!(RECEIVE_MEMORY).set(self.receiving.held() as f64);
         for peer in jobs.peers() {
             let (site, stats) = (peer.settings.site.clone(), peer.stats());
-            for (lane, level) in ["handover", "ram", "dirty", "bulk"]
-                .into_iter()
-                .zip(peer.levels())
-            {
+            for (lane, level) in peer.levels() {
                 gauge!(PEER_LEVEL, "site" => site.clone(), "lane" => lane).set(f64::from(level as u8));
             }
             gauge!(PEER_CONNECTIONS, "site" => site.clone()).set(stats.connections as f64);

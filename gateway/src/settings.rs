@@ -16,6 +16,8 @@ use serde::{Deserialize, Serialize};
 const WORKERS_MAX: usize = 1024;
 /// Most jobs at once.
 const JOBS_MAX: usize = 1000;
+/// Each has memory of its own.
+const TENANTS_MAX: usize = 1000;
 
 /// The whole file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -122,6 +124,8 @@ pub struct ReductionSection {
     pub window: ByteSize,
     /// The same in a file below `state`, older ones included; zero for none.
     pub window_file: ByteSize,
+    /// Who has windows of their own: a job of a tenant refers to nothing that another's sent. Each takes as much as the common ones.
+    pub tenants: Vec<String>,
     /// Blocks that the peer has already are referred to.
     pub dedup: bool,
     /// Blocks that were sent before, or are like one that was, are sent as the difference.
@@ -150,6 +154,7 @@ impl Default for ReductionSection {
             // peer. The file holds what a VM's disk and memory have in common, and the next VM of its template.
             window: ByteSize(48 << 20),
             window_file: ByteSize(2 << 30),
+            tenants: Vec::new(),
             dedup: true,
             xor: true,
             level: LevelSetting::Adaptive,
@@ -176,6 +181,14 @@ impl GatewaySettings {
     pub fn check(&self) -> Result<(), String> {
         check_count("limits.workers", self.limits.workers, 0..=WORKERS_MAX)?;
         check_count("limits.jobs", self.limits.jobs, 1..=JOBS_MAX)?;
+        check_count(
+            "the number of reduction.tenants",
+            self.reduction.tenants.len(),
+            0..=TENANTS_MAX,
+        )?;
+        for (index, tenant) in self.reduction.tenants.iter().enumerate() {
+            check_name(tenant).map_err(|error| format!("reduction.tenants[{index}]: {error}"))?;
+        }
         self.agents.link.check("agents.link")?;
         self.peers.link.check("peers.link")?;
         for (index, peer) in self.peer.iter().enumerate() {

@@ -199,6 +199,33 @@ impl Tool {
         }
     }
 
+    /// The programs that it needs, with the packages of Debian that have them.
+    fn programs(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Rsync => &[("rsync", "rsync")],
+            Self::Nbdcopy => &[("nbdcopy", "libnbd-bin"), ("qemu-nbd", "qemu-utils")],
+            Self::QemuImg => &[("qemu-img", "qemu-utils"), ("qemu-nbd", "qemu-utils")],
+            Self::TarZstd => &[
+                ("socat", "socat"),
+                ("tar", "tar"),
+                ("zstd", "zstd"),
+                ("openssl", "openssl"),
+            ],
+        }
+    }
+
+    /// Refuses before anything is made where one of them is not there.
+    fn require_programs(self) -> io::Result<()> {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let is_there = |name: &str| std::env::split_paths(&path).any(|folder| folder.join(name).is_file());
+        match self.programs().iter().find(|(name, _)| !is_there(name)) {
+            Some((name, package)) => Err(io::Error::other(format!(
+                "{name} is not installed; it comes with the package {package}"
+            ))),
+            None => Ok(()),
+        }
+    }
+
     /// Whether the receiving end stays until it is ended.
     fn stays(self) -> bool {
         self != Self::TarZstd
@@ -237,6 +264,7 @@ fn certificate(directory: &Path) -> io::Result<()> {
 /// # Errors
 /// When the lab itself cannot work: no image, no tool, no directory.
 pub fn run(args: &CopyArgs, watch: &mut dyn FnMut(Moment)) -> io::Result<Report> {
+    args.by.require_programs()?;
     let image = args.image.canonicalize()?;
     if image.to_string_lossy().contains(['\'', '"', '\\', '\n', '?']) {
         let problem = format!("{}: please give it a plainer name", image.display());

@@ -7,7 +7,7 @@
 use std::fmt::Write as _;
 
 use clap::{Args, ValueEnum};
-use longhaul_common::units::ByteSize;
+use longhaul_common::units::{ByteSize, Rate};
 
 /// An idea that can be switched off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -38,6 +38,12 @@ pub struct Ideas {
     /// The same in a file, older blocks included
     #[arg(long)]
     pub window_file: Option<ByteSize>,
+    /// Most that the job may take of the link between the gateways
+    #[arg(long)]
+    pub job_rate: Option<Rate>,
+    /// Whose job it is; both gateways know this tenant
+    #[arg(long)]
+    pub tenant: Option<String>,
 }
 
 impl Ideas {
@@ -61,6 +67,9 @@ impl Ideas {
                 let _ = writeln!(keys, "{key} = \"{} B\"", size.0);
             }
         }
+        if let Some(tenant) = &self.tenant {
+            let _ = writeln!(keys, "tenants = [\"{tenant}\"]");
+        }
         if keys.is_empty() {
             keys
         } else {
@@ -75,12 +84,18 @@ impl Ideas {
     }
 
     /// What is added to a job file, before its first section.
-    pub fn job(&self) -> &'static str {
+    pub fn job(&self) -> String {
+        let mut keys = String::new();
         if self.is_off(Idea::Filter) {
-            "filter = false\n"
-        } else {
-            ""
+            keys += "filter = false\n";
         }
+        if let Some(rate) = self.job_rate {
+            let _ = writeln!(keys, "rate = \"{rate}\"");
+        }
+        if let Some(tenant) = &self.tenant {
+            let _ = writeln!(keys, "tenant = \"{tenant}\"");
+        }
+        keys
     }
 }
 
@@ -105,7 +120,7 @@ mod tests {
         let ideas = ideas(&[]);
         assert_eq!(
             (ideas.reduction(), ideas.link(), ideas.job()),
-            (String::new(), String::new(), "")
+            (String::new(), String::new(), String::new())
         );
     }
 

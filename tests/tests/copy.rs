@@ -78,6 +78,30 @@ fn a_copy_that_takes_too_long_is_given_up() {
 }
 
 #[test]
+fn a_job_of_a_tenant_keeps_to_its_cap() {
+    if let Some(cause) = namespace::missing_rights() {
+        return eprintln!("not tested here: {cause}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.raw");
+    disk(&image, 6);
+    let words = format!(
+        "--rate 100mbit --rtt 10ms --job-rate 8mbit --tenant acme --image {}",
+        image.display()
+    );
+    let args = Beside::try_parse_from(words.split_whitespace()).unwrap().args;
+    let report = move_disk::run(&args, &mut |_| (), &mut |_| Ok(())).unwrap();
+    assert!(report.ok && report.equal, "{:?}", report.cause);
+    // 6 MiB at 7.6 Mbit/s of payload take 6.6 s; the link alone would take 0.6.
+    assert!(
+        (5.5..20.0).contains(&report.seconds),
+        "{} s, {} bytes",
+        report.seconds,
+        report.wan_bytes
+    );
+}
+
+#[test]
 fn a_flow_beside_a_job_gets_what_the_mode_leaves() {
     if let Some(cause) = namespace::missing_rights() {
         return eprintln!("not tested here: {cause}");

@@ -29,8 +29,8 @@
 //!
 //! The operator's word about a handover or a shadow (`operator`) is one frame from a gateway to an agent of its site, and one back.
 //!
-//! Before its first payload each connection between gateways agrees on the window of blocks that payloads refer to (`window`): one
-//! bidirectional stream, `PeerTask::Window` and a `WindowAnswer`. One more, `PeerTask::Knock`, stays open: while the sender hears nothing
+//! Before its first payload each connection between gateways agrees on the windows of blocks that payloads refer to (`window`): for each
+//! tenant one bidirectional stream, `PeerTask::Window` and a `WindowAnswer`. One more, `PeerTask::Knock`, stays open: while the sender hears nothing
 //! it writes a byte now and then, which comes back, so that both ends notice soon that a cut is over.
 //!
 //! Versions: the ALPN carries the major version, one line each:

@@ -49,10 +49,17 @@ pub enum PeerTask {
     Target {
         #[serde(deserialize_with = "words::text")]
         agent: String,
+        /// Whose window its payloads refer to; empty: that of all who name no tenant.
+        #[serde(deserialize_with = "words::text")]
+        tenant: String,
         open: TargetOpen,
     },
-    /// Answered by one `WindowAnswer`, and that is all.
-    Window(WindowHello),
+    /// About a tenant's window, or with an empty name that of all others. Answered by one `WindowAnswer`, and that is all.
+    Window {
+        #[serde(deserialize_with = "words::text")]
+        tenant: String,
+        hello: WindowHello,
+    },
     /// Bytes follow, one at a time, that mean nothing: each is sent back. See `link::Silence`.
     Knock,
 }

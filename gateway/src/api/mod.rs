@@ -10,6 +10,7 @@ mod listen;
 mod orders;
 mod words;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::extract::{Path, Query, State};
@@ -88,6 +89,9 @@ pub struct PeerStatus {
     pub rtt_ms: u64,
     pub sent_bytes: u64,
     pub lost_packets: u64,
+    /// How much work each lane's data is worth right now, from "raw" to "zstd 9": how the link stands to the processors.
+    #[serde(default)]
+    pub levels: BTreeMap<String, String>,
     pub problem: Option<String>,
 }
 
@@ -172,7 +176,9 @@ fn problem(status: StatusCode, error: String) -> Response {
 impl IntoResponse for JobError {
     fn into_response(self) -> Response {
         let status = match &self {
-            Self::Spec(_) | Self::NoSuchPeer { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::Spec(_) | Self::NoSuchPeer { .. } | Self::NoSuchTenant { .. } => {
+                StatusCode::UNPROCESSABLE_ENTITY
+            }
             Self::NoSuchJob(_) => StatusCode::NOT_FOUND,
             Self::NotLive | Self::Ambiguous(_) | Self::WrongState { .. } => StatusCode::CONFLICT,
             Self::Agent(refusal) if refusal.kind.is_transient() => StatusCode::SERVICE_UNAVAILABLE,
@@ -206,6 +212,10 @@ async fn status(State(api): State<Api>) -> Result<Json<Status>, JobError> {
             rtt_ms: stats.rtt_ms,
             sent_bytes: stats.sent_bytes,
             lost_packets: stats.lost_packets,
+            levels: peer
+                .levels()
+                .map(|(lane, level)| (lane.to_owned(), level.to_string()))
+                .into(),
             problem: stats.problem,
         }
     };

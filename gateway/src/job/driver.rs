@@ -18,6 +18,7 @@ use super::board::Board;
 use super::finish;
 use super::kept::KeepLedger;
 use super::ledger::Ledger;
+use super::plan::payload_of;
 use super::progress::{JobState, Phase};
 use super::report::Report;
 use super::spec::Kind;
@@ -262,7 +263,13 @@ impl Driver {
             peer: Arc::clone(&self.context.peer),
         };
         let transfer = Transfer::new(&context, &board, source, target, (self.job, attempt), ledger);
-        transfer.outflow.of_vm(&self.record.spec.name);
+        let spec = &self.record.spec;
+        transfer.outflow.of_vm(&spec.name, &spec.tenant);
+        if let Some(rate) = spec.rate {
+            self.context
+                .peer
+                .set_cap(transfer.outflow.flow, payload_of(rate.0));
+        }
         // Kept by the driver, however the transfer ends: interrupted ones count, too.
         let mut transfer = KeepLedger {
             ledger: &mut self.ledger,

@@ -52,7 +52,7 @@ pub struct LivePlan {
     pub sampled_ms: u64,
     /// What the link is held to carry; none where it has no configured rate and no job has measured it.
     pub link_bit_per_s: Option<u64>,
-    /// "configured", or "measured" by earlier jobs.
+    /// "configured", "measured" by earlier jobs, or "the job's cap"; what is least.
     pub link_known_by: Option<String>,
     pub rtt_ms: f64,
     /// Expected on the WAN, disks and RAM together.
@@ -111,19 +111,20 @@ struct KnownLink {
 }
 
 impl KnownLink {
-    /// `measured`: what earlier jobs got, in bits per second.
-    fn of(context: &Context, measured: Option<u64>) -> Self {
+    /// `measured`: what earlier jobs got, `cap`: what this one may take, in bits per second.
+    fn of(context: &Context, measured: Option<u64>, cap: Option<u64>) -> Self {
         let settings = &context.peer.settings.link;
         let configured = settings.rate.map(|rate| rate.0);
         let seen = Duration::from_millis(context.peer.stats().rtt_ms);
         let rtt = settings.rtt.map_or(Duration::ZERO, |rtt| rtt.0);
+        let (rate, known_by) = match configured {
+            Some(rate) => (Some(rate), "configured"),
+            None => (measured, "measured"),
+        };
+        let is_capped = cap.is_some_and(|cap| rate.is_none_or(|rate| cap < rate));
         Self {
-            rate: configured.or(measured),
-            known_by: if configured.is_some() {
-                "configured"
-            } else {
-                "measured"
-            },
+            rate: if is_capped { cap } else { rate },
+            known_by: if is_capped { "the job's cap" } else { known_by },
             rtt: if seen.is_zero() { rtt } else { seen },
         }
     }
@@ -137,14 +138,15 @@ impl KnownLink {
 }
 
 /// Bytes of payload per second on a link of so many bits: QUIC's packets and headers take about 5 %.
-fn payload_of(rate: u64) -> u64 {
+pub(super) fn payload_of(rate: u64) -> u64 {
     rate / 800 * 95
 }
 
 /// Asks both sides. `measured`: what earlier jobs got on this link, in bits per second.
 pub async fn plan(context: &Context, spec: &JobSpec, measured: Option<u64>) -> Plan {
     let mut plan = Plan::default();
-    let link = KnownLink::of(context, measured);
+    let cap = spec.rate.map(|rate| rate.0);
+    let link = KnownLink::of(context, measured, cap);
     let asked = tokio::time::timeout(ANSWER_TIME, ask(context, spec, &link, &mut plan)).await;
     match asked {
         Ok(Ok(())) => plan.ready = true,
@@ -155,7 +157,8 @@ pub async fn plan(context: &Context, spec: &JobSpec, measured: Option<u64>) -> P
             plan.problems.push(format!("site '{site}': {problem}"));
         }
     }
-    let rate = context.peer.settings.link.rate.map(|rate| rate.0);
+    let configured = context.peer.settings.link.rate.map(|rate| rate.0);
+    let rate = configured.into_iter().chain(cap).min();
     (plan.wan_bytes, plan.seconds) = forecast(plan.used_bytes, rate);
     plan
 }

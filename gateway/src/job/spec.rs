@@ -3,19 +3,21 @@
 //! Owns its keys, defaults and the checks that need no agent; `configs/move.toml` shows them all. Leaves paths to the agents, which
 //! alone know what they may touch.
 
+mod live;
+
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use longhaul_common::ids::Attempt;
 use longhaul_common::ids::JobId;
-use longhaul_common::units::{ByteSize, Span};
+use longhaul_common::units::Rate;
 use longhaul_common::wire::prepare::PrepareOpen;
 use longhaul_common::wire::session::{
-    AgentWord, DISKS_MAX, LinkForecast, LivePolicy, MediaRule, Place, SourceDisk, SourceOpen, SourceVm,
-    TargetVm,
+    AgentWord, DISKS_MAX, LinkForecast, Place, SourceDisk, SourceOpen, SourceVm, TargetVm,
 };
 use longhaul_common::wire::words::{cleaned, is_plain};
 use serde::{Deserialize, Serialize};
+
+pub use self::live::{LiveSection, MediaSection, ProofAge};
 
 /// A job file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -30,6 +32,13 @@ pub struct JobSpec {
     /// Leave blocks behind that are proven free.
     #[serde(default = "yes")]
     pub filter: bool,
+    /// Most that this job's payloads may take of the link between the sites; what a VM waits for that stands is not held up by it.
+    #[schema(value_type = Option<String>)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<Rate>,
+    /// One of the gateway's `reduction.tenants`: only what was sent for it makes this job's bytes fewer, and the other way round.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub tenant: String,
     pub source: SourceSection,
     pub target: TargetSection,
     /// How a running VM is moved; for kind "live" only.
@@ -90,159 +99,6 @@ pub struct TargetSection {
     pub qmp: Option<PathBuf>,
 }
 
-/// `[live]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct LiveSection {
-    /// Longest blackout that is aimed at.
-    #[schema(value_type = String)]
-    pub blackout: Span,
-    /// Let QEMU slow the guest's CPUs down where it writes faster than the link carries.
-    pub auto_converge: bool,
-    /// Slow the guest's disk writes down where they outrun the link.
-    pub io_throttle: bool,
-    /// What becomes of read-only media (CD-ROMs, ISO images) that no `[[disk]]` names: the VM is refused, they are ejected, or the target's
-    /// QEMU has them already.
-    pub media: MediaSection,
-    /// How long a VM that does not converge is kept in sync before the job gives up; for ever without it.
-    #[schema(value_type = Option<String>)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub give_up: Option<Span>,
-    /// How long a broken link may hold the RAM stream, while the VM runs on, before that stream is given up and begun anew.
-    #[schema(value_type = String)]
-    pub hold: Span,
-    /// What one bit of a dirty bitmap stands for: a power of two from 4 KiB to 64 KiB; without it, by the size of the largest disk.
-    #[schema(value_type = Option<String>)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub granularity: Option<ByteSize>,
-    /// A block that is free in the guest's journal and was not written for so long counts as free; "never" forbids it.
-    #[schema(value_type = String)]
-    pub free_proof_age: ProofAge,
-    /// Have the guest trim its file systems before the disks are read, by its agent.
-    pub fstrim: bool,
-}
-
-/// How long a dirty bitmap has to be on for the age proof.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "ProofAgeWord", into = "String")]
-pub enum ProofAge {
-    After(Span),
-    Never,
-}
-
-/// As it is written: a time, "never", or `false`, which is the same.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum ProofAgeWord {
-    Text(String),
-    Plain(bool),
-}
-
-impl TryFrom<ProofAgeWord> for ProofAge {
-    type Error = String;
-
-    fn try_from(word: ProofAgeWord) -> Result<Self, String> {
-        match word {
-            ProofAgeWord::Plain(false) => Ok(Self::Never),
-            ProofAgeWord::Text(text) if text.trim() == "never" => Ok(Self::Never),
-            ProofAgeWord::Text(text) => text.parse().map(Self::After).map_err(|error| format!("{error}")),
-            ProofAgeWord::Plain(true) => {
-                Err("live.free_proof_age is a time, such as \"15 min\", or \"never\"".to_owned())
-            }
-        }
-    }
-}
-
-impl From<ProofAge> for String {
-    fn from(age: ProofAge) -> Self {
-        match age {
-            ProofAge::After(span) => span.to_string(),
-            ProofAge::Never => "never".to_owned(),
-        }
-    }
-}
-
-/// Rules for read-only media.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum MediaSection {
-    Refuse,
-    Eject,
-    Map,
-}
-
-impl From<MediaSection> for MediaRule {
-    fn from(section: MediaSection) -> Self {
-        match section {
-            MediaSection::Refuse => Self::Refuse,
-            MediaSection::Eject => Self::Eject,
-            MediaSection::Map => Self::Map,
-        }
-    }
-}
-
-impl Default for LiveSection {
-    fn default() -> Self {
-        Self {
-            blackout: Span(Duration::from_millis(300)),
-            auto_converge: false,
-            io_throttle: false,
-            media: MediaSection::Refuse,
-            give_up: None,
-            hold: Span(Duration::from_secs(60)),
-            granularity: None,
-            free_proof_age: ProofAge::After(Span(Duration::from_secs(900))),
-            fstrim: false,
-        }
-    }
-}
-
-impl LiveSection {
-    fn is_default(&self) -> bool {
-        *self == Self::default()
-    }
-
-    fn policy(&self) -> LivePolicy {
-        let ms = |span: &Span| span.0.as_millis() as u64;
-        LivePolicy {
-            blackout_ms: ms(&self.blackout),
-            auto_converge: self.auto_converge,
-            io_throttle: self.io_throttle,
-            give_up_ms: self.give_up.as_ref().map(ms),
-            hold_ms: ms(&self.hold),
-            granularity: self.granularity.map_or(0, |granularity| granularity.0 as u32),
-            free_proof_age_ms: match &self.free_proof_age {
-                ProofAge::After(span) => Some(ms(span)),
-                ProofAge::Never => None,
-            },
-        }
-    }
-
-    fn check(&self) -> Result<(), SpecError> {
-        if self.blackout.0 < BLACKOUT_MIN || self.blackout.0 > BLACKOUT_MAX {
-            return Err(SpecError::Blackout);
-        }
-        let fits = |granularity: ByteSize| {
-            granularity.0.is_power_of_two() && (4096..=64 << 10).contains(&granularity.0)
-        };
-        if !self.granularity.is_none_or(fits) {
-            return Err(SpecError::Granularity);
-        }
-        match &self.free_proof_age {
-            ProofAge::After(span) if span.0 < PROOF_AGE_MIN => Err(SpecError::ProofAge),
-            _ => Ok(()),
-        }
-    }
-}
-
-/// Shorter is not possible with any link.
-const BLACKOUT_MIN: Duration = Duration::from_millis(10);
-/// Longer is no live migration.
-const BLACKOUT_MAX: Duration = Duration::from_secs(600);
-
-/// No file system that the age proof is for holds metadata back for longer unless somebody told it to.
-const PROOF_AGE_MIN: Duration = Duration::from_secs(30);
-
 /// `[[disk]]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -263,6 +119,8 @@ pub struct DiskSection {
     pub target_format: String,
 }
 
+/// One batch may be a MiB: below this it would block a job for minutes, in bit/s.
+const RATE_MIN: u64 = 100_000;
 /// Most characters of a name or path.
 const SHOWN_MAX: usize = 1024;
 
@@ -307,6 +165,8 @@ pub enum SpecError {
     NotLive { key: &'static str },
     #[error("only a running VM is prepared; this job is not of kind \"live\"")]
     NotRunning,
+    #[error("rate must be at least 100 kbit/s; leave it out for no cap")]
+    Rate,
     #[error("live.blackout must lie between 10 ms and 10 min")]
     Blackout,
     #[error("live.granularity must be a power of two from 4 KiB to 64 KiB")]
@@ -332,6 +192,9 @@ impl JobSpec {
             ("target.site", &self.target.site),
             ("target.agent", &self.target.agent),
         ];
+        if self.rate.is_some_and(|rate| rate.0 < RATE_MIN) {
+            return Err(SpecError::Rate);
+        }
         if let Some((key, _)) = named.iter().find(|(_, value)| value.trim().is_empty()) {
             return Err(SpecError::Empty { key });
         }
@@ -518,6 +381,13 @@ pub(crate) mod tests {
         let spec = parsed(GOOD);
         spec.check().unwrap();
         assert!(spec.filter && spec.disk[0].target_format == "raw");
+        assert!(spec.rate.is_none() && spec.tenant.is_empty());
+        let more = parsed(&format!("rate = '20 Mbit/s'\ntenant = 'acme'\n{GOOD}"));
+        more.check().unwrap();
+        assert_eq!(
+            (more.rate, more.tenant.as_str()),
+            (Some(Rate(20_000_000)), "acme")
+        );
     }
 
     #[test]
@@ -570,6 +440,7 @@ pub(crate) mod tests {
         };
         wrong(|spec| spec.name = " ".to_owned(), "name is empty");
         wrong(|spec| spec.disk.clear(), "this one has 0");
+        wrong(|spec| spec.rate = Some(Rate(9_600)), "at least 100 kbit/s");
         wrong(|spec| spec.disk[0].target = "b.img".into(), "not absolute");
         wrong(|spec| spec.disk[0].target_format = "vmdk".to_owned(), "vmdk");
         wrong(

@@ -33,6 +33,10 @@ pub enum JobError {
     Spec(#[from] SpecError),
     #[error("there is no [[peer]] for site '{site}'; known sites: {known}")]
     NoSuchPeer { site: String, known: String },
+    #[error(
+        "this gateway has no windows for tenant '{tenant}'; add it to reduction.tenants, at the target's gateway too; known: {known}"
+    )]
+    NoSuchTenant { tenant: String, known: String },
     #[error("there is no job '{0}'")]
     NoSuchJob(String),
     #[error("'{0}' names several jobs; write more of its digits")]
@@ -162,6 +166,13 @@ impl Jobs {
     /// What a job of this spec works with.
     pub fn context(&self, spec: &JobSpec) -> Result<Context, JobError> {
         let peer = self.peer(&spec.target.site)?;
+        if !spec.tenant.is_empty() && peer.pair(&spec.tenant).is_none() {
+            let known: Vec<_> = peer.tenants().collect();
+            return Err(JobError::NoSuchTenant {
+                tenant: spec.tenant.clone(),
+                known: known.join(", "),
+            });
+        }
         Ok(Context {
             agents: Arc::clone(&self.agents),
             ingest: Arc::clone(&self.ingest),

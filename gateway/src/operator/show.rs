@@ -292,10 +292,14 @@ pub(super) fn status(status: &Status) -> String {
             }
             None => {
                 let (connections, rtt) = (peer.connections, peer.rtt_ms);
+                let level = |lane: &str| peer.levels.get(lane).map_or("-", String::as_str);
                 let _ = writeln!(
                     out,
-                    "site {}: {connections} connections, round trip {rtt} ms",
-                    peer.site
+                    "site {}: {connections} connections, round trip {rtt} ms; disks are reduced with {}, changes with {}, memory with {}",
+                    peer.site,
+                    level("bulk"),
+                    level("dirty"),
+                    level("ram"),
                 );
             }
         }

@@ -26,11 +26,19 @@ const OUTLET: usize = 2;
 /// A payload must be complete within this time: the slowest links take seconds for one.
 const STREAM_TIME: Duration = Duration::from_secs(300);
 
+/// What a job's payloads belong to.
+pub(super) struct Owner {
+    /// Whose job it is: nobody else's payloads are taken for it.
+    pub peer: Identity,
+    /// Whose window they refer to; empty: that of all who name no tenant.
+    pub tenant: String,
+    pub vm: Vm,
+}
+
 /// A job's attempt on the receiving side.
 pub(super) struct Delivery {
     pub attempt: Attempt,
-    /// Whose job it is: nobody else's payloads are taken for it.
-    pub peer: Identity,
+    pub of: Owner,
     /// Batches on their way to the agent, written one after the other: were several streams open at once, the ones that the agent has
     /// not taken yet could fill its receive window and starve the ones it reads.
     outlet: mpsc::Sender<Restored>,
@@ -40,8 +48,6 @@ pub(super) struct Delivery {
     unsaid: Mutex<Sequences>,
     /// Not restored, for want of blocks that they refer to, and not said yet.
     missing: Mutex<Sequences>,
-    /// The VM that the batches belong to.
-    vm: Vm,
     /// Something was accepted, or is missing.
     pub said: Notify,
     /// Takes the reason why the attempt cannot go on.
@@ -49,25 +55,18 @@ pub(super) struct Delivery {
 }
 
 impl Delivery {
-    /// From `peer` to `agent`; `failed` takes the first reason why it cannot go on.
-    pub(super) fn new(
-        attempt: Attempt,
-        peer: Identity,
-        agent: Link,
-        vm: Vm,
-        failed: mpsc::Sender<String>,
-    ) -> Self {
+    /// To `agent`; `failed` takes the first reason why it cannot go on.
+    pub(super) fn new(attempt: Attempt, of: Owner, agent: Link, failed: mpsc::Sender<String>) -> Self {
         let (outlet, batches) = mpsc::channel(OUTLET);
         tokio::spawn(hand_over(agent, batches, failed.clone()));
         let (accepted, unsaid) = (Mutex::default(), Mutex::default());
         Self {
             attempt,
-            peer,
+            of,
             outlet,
             accepted,
             unsaid,
             missing: Mutex::default(),
-            vm,
             said: Notify::new(),
             failed,
         }
@@ -174,11 +173,12 @@ pub(super) async fn take(receiving: &Receiving, peer: &Identity, mut stream: Rec
         head,
         payload,
     } = arrived;
-    let (sequence, urgent, priority, vm) = (header.sequence, header.urgent, header.priority(), delivery.vm);
-    let (windows, name) = (Arc::clone(&receiving.windows), peer.to_string());
+    let (sequence, urgent, priority) = (header.sequence, header.urgent, header.priority());
+    let (windows, of) = (Arc::clone(&receiving.windows), Arc::clone(&delivery));
     let restored = receiving.workers.run_as(urgent, move || {
-        let pair = windows.with(&name);
-        reduction::restore(&payload, &header, vm, pair.as_deref())
+        let Owner { peer, tenant, vm } = &of.of;
+        let pair = windows.with(&peer.to_string(), tenant);
+        reduction::restore(&payload, &header, *vm, pair.as_deref())
     });
     match restored.await {
         Ok(Ok(raw)) => {
@@ -224,5 +224,5 @@ fn find(receiving: &Receiving, peer: &Identity, job: JobId, attempt: Attempt) ->
         .deliveries
         .get(&job)
         .map(|entry| Arc::clone(entry.value()));
-    delivery.filter(|delivery| delivery.attempt == attempt && delivery.peer == *peer)
+    delivery.filter(|delivery| delivery.attempt == attempt && delivery.of.peer == *peer)
 }

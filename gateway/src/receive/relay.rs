@@ -16,7 +16,7 @@ use longhaul_common::wire::window::WindowHello;
 use tokio::sync::{Semaphore, mpsc};
 
 use super::Receiving;
-use super::delivery::Delivery;
+use super::delivery::{Delivery, Owner};
 use crate::reduction::Vm;
 
 /// Messages that wait for a stream.
@@ -36,10 +36,10 @@ pub(super) async fn run(
 ) {
     let first = tokio::time::timeout(FIRST_FRAME, frame::read(&mut recv)).await;
     let refusal = |kind, text: &str| FromTarget::Failed(Refusal::new(kind, text));
-    let (agent, open) = match first {
-        Ok(Ok(Some(PeerTask::Target { agent, open }))) => (agent, open),
-        Ok(Ok(Some(PeerTask::Window(hello)))) => {
-            return agree(&receiving, peer.peer(), hello, &mut send).await;
+    let (agent, tenant, open) = match first {
+        Ok(Ok(Some(PeerTask::Target { agent, tenant, open }))) => (agent, tenant, open),
+        Ok(Ok(Some(PeerTask::Window { tenant, hello }))) => {
+            return agree(&receiving, peer.peer(), tenant, hello, &mut send).await;
         }
         Ok(Ok(Some(PeerTask::Knock))) => return answer_knocks(send, recv).await,
         Ok(Ok(None)) => return,
@@ -58,7 +58,11 @@ pub(super) async fn run(
         return last_word(&mut send, &said).await;
     };
     tracing::info!(job = %open.job, attempt = %open.attempt, peer = %peer.peer(), %agent, "a job arrives");
-    let ended = connect(&receiving, peer.peer(), &agent, open, &mut send, recv).await;
+    let to = Destination {
+        agent: &agent,
+        tenant,
+    };
+    let ended = connect(&receiving, peer.peer(), to, open, &mut send, recv).await;
     if let Err(refusal) = ended {
         tracing::warn!("an arriving job's attempt ended: {refusal}");
         return last_word(&mut send, &FromTarget::Failed(refusal)).await;
@@ -78,9 +82,15 @@ async fn answer_knocks(mut send: SendStream, mut recv: RecvStream) {
 }
 
 /// Answers a peer that says with which window it goes on. One that is to have none gets no answer.
-async fn agree(receiving: &Receiving, peer: &Identity, hello: WindowHello, send: &mut SendStream) {
+async fn agree(
+    receiving: &Receiving,
+    peer: &Identity,
+    tenant: String,
+    hello: WindowHello,
+    send: &mut SendStream,
+) {
     let (windows, name) = (Arc::clone(&receiving.windows), peer.to_string());
-    let greet = move || Some(windows.with(&name)?.greet(hello));
+    let greet = move || Some(windows.with(&name, &tenant)?.greet(hello));
     if let Ok(Some(answer)) = receiving.workers.run_as(true, greet).await {
         tracing::debug!(%peer, epoch = answer.epoch, held = answer.held, "a window is agreed on");
         // A peer that is gone need not be told.
@@ -101,14 +111,21 @@ async fn close(send: &mut SendStream) {
     let _ = tokio::time::timeout(LAST_WORD, send.stopped()).await;
 }
 
+/// Where a job's batches go, and whose window they refer to on the way.
+struct Destination<'a> {
+    agent: &'a str,
+    tenant: String,
+}
+
 async fn connect(
     receiving: &Receiving,
     peer: &Identity,
-    agent: &str,
+    to: Destination<'_>,
     mut open: TargetOpen,
     send: &mut SendStream,
     recv: RecvStream,
 ) -> Result<(), Refusal> {
+    let Destination { agent, tenant } = to;
     let link = receiving.agents.link(agent)?;
     if let Some(vm) = &mut open.live {
         vm.source.site = peer.site().to_owned();
@@ -133,7 +150,12 @@ async fn connect(
         .await
         .map_err(|error| lost(&error))?;
     let (failed, failures) = mpsc::channel(1);
-    let delivery = Arc::new(Delivery::new(attempt, peer.clone(), link.clone(), vm, failed));
+    let of = Owner {
+        peer: peer.clone(),
+        tenant,
+        vm,
+    };
+    let delivery = Arc::new(Delivery::new(attempt, of, link.clone(), failed));
     enter(receiving, job, &delivery)?;
     let (say, said) = mpsc::channel(QUEUE);
     let (done, over) = mpsc::channel(1);
@@ -157,7 +179,7 @@ fn enter(receiving: &Receiving, job: JobId, delivery: &Arc<Delivery>) -> Result<
     if Arc::ptr_eq(&entry, delivery) {
         return Ok(());
     }
-    if entry.peer != delivery.peer || entry.attempt >= delivery.attempt {
+    if entry.of.peer != delivery.of.peer || entry.attempt >= delivery.attempt {
         let text = format!("attempt {} of this job is already under way", entry.attempt);
         return Err(Refusal::new(RefusalKind::Superseded, text));
     }

@@ -1,7 +1,7 @@
 //! The two windows that this gateway shares with one peer, one for each direction.
 //!
-//! Owns which epoch both ends are in (drawn below), and the windows of all peers by their names: no peer sees what another one sent.
-//! Leaves carrying the words to `send` and `receive`.
+//! Owns which epoch both ends are in (drawn below), and the windows of all peers by their names, and by tenant: no peer sees what another
+//! one sent, and no tenant's payload is made smaller by what another tenant sent. Leaves carrying the words to `send` and `receive`.
 //!
 //! ```text
 //! sender                      receiver
@@ -12,6 +12,7 @@
 //!
 //! Promises that a payload of another epoch than the one agreed is never restored from the window: it is asked for plainly.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
@@ -29,16 +30,19 @@ use super::window::{Size, Window};
 pub struct Windows {
     /// None where there are to be no windows.
     size: Option<Size>,
+    /// Who has windows of their own with every peer.
+    tenants: BTreeSet<String>,
     key: DigestKey,
     folder: Option<Arc<Folder>>,
     pairs: DashMap<String, Arc<Pair>>,
 }
 
 impl Windows {
-    /// Windows of this size with every peer; none at all without one.
-    pub fn new(size: Option<Size>) -> Arc<Self> {
+    /// Windows of this size with every peer, for each of `tenants` and for all others together; none at all without a size.
+    pub fn new(size: Option<Size>, tenants: BTreeSet<String>) -> Arc<Self> {
         Arc::new(Self {
             size,
+            tenants,
             key: DigestKey::random(),
             folder: None,
             pairs: DashMap::new(),
@@ -49,10 +53,11 @@ impl Windows {
     ///
     /// # Errors
     /// A folder that cannot be made or written.
-    pub fn in_folder(size: Size, folder: &Path) -> std::io::Result<Arc<Self>> {
+    pub fn in_folder(size: Size, tenants: BTreeSet<String>, folder: &Path) -> std::io::Result<Arc<Self>> {
         let (folder, key) = Folder::open(folder)?;
         Ok(Arc::new(Self {
             size: Some(size),
+            tenants,
             key,
             folder: Some(Arc::new(folder)),
             pairs: DashMap::new(),
@@ -74,14 +79,28 @@ impl Windows {
         Ok(())
     }
 
-    /// The windows shared with a peer; `name` is its whole name. Reads files where it is asked for the first time.
-    pub fn with(&self, name: &str) -> Option<Arc<Pair>> {
-        let size = self.size?;
-        let new = || Arc::new(Pair::new(name, size, self.key.clone(), self.folder.clone()));
-        Some(Arc::clone(
-            &*self.pairs.entry(name.to_owned()).or_insert_with(new),
-        ))
+    /// Who has windows of their own; the empty name stands for all others.
+    pub fn tenants(&self) -> impl Iterator<Item = &str> {
+        std::iter::once("").chain(self.tenants.iter().map(String::as_str))
     }
+
+    /// The windows shared with a peer, by its whole name, for one of [`Self::tenants`]; `None` for any other. Reads files where it is
+    /// asked for the first time.
+    pub fn with(&self, peer: &str, tenant: &str) -> Option<Arc<Pair>> {
+        let size = self.size?;
+        let name = match tenant {
+            "" => peer.to_owned(),
+            _ if self.tenants.contains(tenant) => named(peer, tenant),
+            _ => return None,
+        };
+        let new = || Arc::new(Pair::new(&name, size, self.key.clone(), self.folder.clone()));
+        Some(Arc::clone(&*self.pairs.entry(name.clone()).or_insert_with(new)))
+    }
+}
+
+/// A tenant's windows with a peer: no peer's name has a space.
+fn named(peer: &str, tenant: &str) -> String {
+    format!("{peer} for {tenant}")
 }
 
 fn out(name: &str) -> String {

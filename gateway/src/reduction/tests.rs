@@ -72,14 +72,18 @@ struct Gateway(Arc<Pair>, Arc<Windows>);
 
 impl Gateway {
     fn new(size: Size) -> Self {
-        let windows = Windows::new(Some(size));
-        Self(windows.with("the other").unwrap(), windows)
+        let windows = Windows::new(Some(size), tenants());
+        Self(windows.with("the other", "").unwrap(), windows)
     }
 
     fn in_folder(size: Size, folder: &Path) -> Self {
-        let windows = Windows::in_folder(size, folder).unwrap();
-        Self(windows.with("the other").unwrap(), windows)
+        let windows = Windows::in_folder(size, tenants(), folder).unwrap();
+        Self(windows.with("the other", "").unwrap(), windows)
     }
+}
+
+fn tenants() -> std::collections::BTreeSet<String> {
+    ["acme", "globex"].map(str::to_owned).into()
 }
 
 /// As a connection begins.
@@ -366,6 +370,34 @@ fn the_second_vm_of_a_template_and_the_page_cache_are_nearly_free() {
         Vm::named("two"),
     );
     assert!(cached.payload.bytes.len() < 40);
+}
+
+#[test]
+fn a_tenant_gains_nothing_from_what_others_sent() {
+    let (a, b) = two();
+    let data = noise(7, 64);
+    let header = disk_header(0, &data);
+    let pairs = |tenant: &str| {
+        let ends = [&a, &b].map(|end| end.1.with("the other", tenant));
+        let [Some(from), Some(to)] = ends else {
+            panic!("no window for '{tenant}'")
+        };
+        agree(&from, &to);
+        (from, to)
+    };
+    for tenant in ["", "acme", "globex"] {
+        let (from, to) = pairs(tenant);
+        let first = through(&from, &to, &header, &data, Vm::named("one"));
+        assert_eq!(first.counts.reference, 0, "'{tenant}' knows what others sent");
+        let again = through(&from, &to, &header, &data, Vm::named("two"));
+        assert_eq!(again.counts.reference, data.len() as u64, "'{tenant}'");
+        // And a payload for one tenant is nothing to another's window.
+        let other =
+            b.1.with("the other", if tenant == "acme" { "globex" } else { "acme" });
+        let wrong = restore(&again.payload, &header, Vm::named("two"), other.as_deref());
+        assert_eq!(wrong, Err(RestoreError::Missing));
+    }
+    assert!(a.1.with("the other", "nobody").is_none());
 }
 
 #[test]

@@ -23,7 +23,7 @@ use super::transmit::{Peer, Pending};
 use crate::job::ledger::{DiskSums, Ledger, Sent};
 use crate::metrics::{REDUCED, REWRITTEN, REWRITTEN_PAYLOAD, SENT_RAW, SENT_WAN, XOR_PAYLOAD};
 use crate::reduction::workers::Workers;
-use crate::reduction::{self, Encoding, Level, Method, Reduced, ReductionCounts, Vm, Way, Work};
+use crate::reduction::{self, Encoding, Level, Method, Pair, Reduced, ReductionCounts, Vm, Way, Work};
 
 /// Tells the agent that its batch found no job.
 const NO_JOB: VarInt = VarInt::from_u32(1);
@@ -44,6 +44,8 @@ pub struct Outflow {
     reduced: Mutex<ReductionCounts>,
     /// The VM that the batches belong to, where it was said.
     vm: OnceLock<Vm>,
+    /// The windows that its payloads refer to.
+    pair: OnceLock<Option<Arc<Pair>>>,
     /// Bytes of payloads that the peer has restored.
     restored: AtomicU64,
     /// Why a batch was refused; the first reason stays.
@@ -59,14 +61,22 @@ impl Outflow {
             ledger: Mutex::new(ledger),
             reduced: Mutex::default(),
             vm: OnceLock::new(),
+            pair: OnceLock::new(),
             restored: AtomicU64::new(0),
             refused: watch::channel(None).0,
         }
     }
 
-    /// Says which VM the batches belong to: its blocks are then known again in its next job. Once, before the first batch.
-    pub fn of_vm(&self, name: &str) {
+    /// Says which VM the batches belong to, so that its blocks are known again in its next job, and whose windows they may refer to. Once,
+    /// before the first batch.
+    pub fn of_vm(&self, name: &str, tenant: &str) {
         let _ = self.vm.set(Vm::named(name));
+        let _ = self.pair.set(self.peer.pair(tenant));
+    }
+
+    /// Of nobody, where it was not said: content of one tenant must not meet another's.
+    fn pair(&self) -> Option<Arc<Pair>> {
+        self.pair.get().cloned().flatten()
     }
 
     fn vm(&self) -> Vm {
@@ -127,7 +137,7 @@ impl Outflow {
         Carried {
             dirty: self.ledger().dirty(),
             restored: self.restored.load(Ordering::Relaxed),
-            limited: self.peer.is_limited(),
+            limited: self.peer.is_limited(self.flow),
         }
     }
 
@@ -307,6 +317,7 @@ impl Ingest {
         let len = ready.len();
         let pending = Pending {
             kept,
+            pair: outflow.pair(),
             plain,
             len,
             credit: if header.ram.is_some() { 0 } else { header.credit() },
@@ -320,7 +331,7 @@ impl Ingest {
             outflow.ledger().entered(&header, ready.len());
             outflow.count(reduced.counts);
             outflow.peer.push(ready, pending);
-        } else if let Some(pair) = &outflow.peer.pair {
+        } else if let Some(pair) = &pending.pair {
             pair.given_up(&pending.kept);
         }
     }
@@ -353,7 +364,7 @@ impl Ingest {
             xor: self.way.xor,
             level: self.level(outflow, lane),
         };
-        let (pair, vm) = (outflow.peer.pair.clone(), outflow.vm());
+        let (pair, vm) = (outflow.pair(), outflow.vm());
         let (data, of) = (raw.clone(), header.clone());
         let reduced = self.workers.run_as(header.urgent, move || {
             let began = Instant::now();

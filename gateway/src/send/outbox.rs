@@ -1,17 +1,23 @@
 //! Which payload goes next, on which connection, and which may be forgotten. Pure: no socket, no clock.
 //!
-//! Owns stage 4: lanes, turns between jobs within a lane, what is in flight on each connection. Leaves transmitting to the
-//! parent module. Promises: a lane goes before every lower one; jobs of a lane take turns by bytes; a payload is kept until the peer
-//! accepted it and is sent again when its connection dies; nothing is sent for a job that was closed.
+//! Owns stage 4: lanes, turns between jobs within a lane, what a job may send at most, what is in flight on each connection. Leaves
+//! transmitting to the parent module. Promises: a lane goes before every lower one, unless the jobs in it have sent all they may for the
+//! moment; jobs of a lane take turns by bytes; a payload is kept until the peer accepted it and is sent again when its connection dies;
+//! nothing is sent for a job that was closed.
+
+mod cap;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use longhaul_common::ids::{Attempt, JobId, Round, Sequence};
 use longhaul_common::wire::batch::BatchHeader;
 use longhaul_common::wire::sequences::Sequences;
 use tokio::sync::OwnedSemaphorePermit;
+
+use self::cap::Cap;
 
 /// Priority classes, highest first. Control messages go before all of them, on two-way streams (`common/src/link/endpoint.rs`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -32,6 +38,16 @@ const LANES: usize = 4;
 impl Lane {
     /// In the order in which they go.
     pub const ALL: [Self; LANES] = [Self::Handover, Self::Ram, Self::Dirty, Self::Bulk];
+
+    /// As it is shown.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Handover => "handover",
+            Self::Ram => "ram",
+            Self::Dirty => "dirty",
+            Self::Bulk => "bulk",
+        }
+    }
 
     /// The lane that a batch belongs to.
     pub fn of(header: &BatchHeader) -> Self {
@@ -109,6 +125,8 @@ pub struct Outbox {
     /// Bytes in flight by lane.
     on_connection: HashMap<ConnectionId, [u64; LANES]>,
     again: HashMap<Flow, SentAgain>,
+    /// Of flows that may not send all they could.
+    caps: HashMap<Flow, Cap>,
 }
 
 /// What had to be sent a second time because its connection died, in bytes.
@@ -143,23 +161,37 @@ impl Outbox {
             .any(|flow| !flow.waiting.is_empty())
     }
 
+    /// Has a flow send no more than so many bytes per second of payload from now on. What a VM waits for that stands is not held up by it.
+    pub fn set_cap(&mut self, flow: Flow, bytes_per_second: u64, now: Instant) {
+        self.caps.insert(flow, Cap::new(bytes_per_second, now));
+    }
+
     /// The payload to send next on `connection`, unless there is no `room`; one payload may always be in flight. Lower lanes
     /// do not fill the window of higher ones: what they have in flight gives way on the connection itself.
-    pub fn take(&mut self, connection: ConnectionId, room: &Room) -> Option<Ready> {
+    pub fn take(&mut self, connection: ConnectionId, room: &Room, now: Instant) -> Option<Ready> {
         let on_connection = self.on_connection.entry(connection).or_default();
+        let caps = &self.caps;
+        let may_go = |lane: Lane, of: &Flow, flow: &FlowQueue| {
+            let is_free = lane == Lane::Handover || caps.get(of).is_none_or(|cap| cap.allows(now));
+            !flow.waiting.is_empty() && is_free
+        };
         let mut lanes = self.lanes.iter_mut();
-        let (lane, flows) = lanes.find(|(_, lane)| lane.values().any(|flow| !flow.waiting.is_empty()))?;
+        let (lane, flows) =
+            lanes.find(|(lane, flows)| flows.iter().any(|(of, flow)| may_go(**lane, of, flow)))?;
         let ahead: u64 = on_connection[..=*lane as usize].iter().sum();
         let all: u64 = on_connection.iter().sum();
         if ahead > 0 && (ahead >= room.window || all >= room.ahead[*lane as usize]) {
             return None;
         }
-        let flow = flows
-            .values_mut()
-            .filter(|flow| !flow.waiting.is_empty())
-            .min_by_key(|flow| flow.taken)?;
+        let (_, flow) = flows
+            .iter_mut()
+            .filter(|(of, flow)| may_go(*lane, of, flow))
+            .min_by_key(|(_, flow)| flow.taken)?;
         let ready = flow.waiting.pop_front()?;
         flow.taken += ready.len();
+        if let Some(cap) = self.caps.get_mut(&ready.flow) {
+            cap.sent(ready.len(), now);
+        }
         if ready.again {
             let counted = self.again.entry(ready.flow).or_default();
             counted.raw += ready.raw;
@@ -230,6 +262,7 @@ impl Outbox {
             .map(|ready| ready.sequence)
             .collect();
         self.again.remove(&flow);
+        self.caps.remove(&flow);
         let gone: Vec<_> = self
             .in_flight
             .keys()
@@ -253,10 +286,25 @@ impl Outbox {
         flows.flat_map(|flow| &flow.waiting).map(Ready::len).sum()
     }
 
-    /// Bytes of this lane and those before it that wait for a connection.
+    /// Bytes of this lane and those before it that wait for a connection. Of a flow with a cap, no more than it may send soon: the rest
+    /// says nothing of the link.
     pub fn waiting_up_to(&self, lane: Lane) -> u64 {
-        let lanes = self.lanes.range(..=lane).flat_map(|(_, flows)| flows.values());
-        lanes.flat_map(|flow| &flow.waiting).map(Ready::len).sum()
+        let flows = self.lanes.range(..=lane).flat_map(|(_, flows)| flows);
+        let waiting = flows.map(|(of, flow)| {
+            let most = self.caps.get(of).map_or(u64::MAX, Cap::soon);
+            flow.waiting.iter().map(Ready::len).sum::<u64>().min(most)
+        });
+        waiting.sum()
+    }
+
+    /// Whether a flow has more to send than its cap lets go; `None` where it has no cap.
+    pub fn is_held(&self, flow: Flow, now: Instant) -> Option<bool> {
+        let cap = self.caps.get(&flow)?;
+        let has_waiting = |lane: &BTreeMap<Flow, FlowQueue>| {
+            let queue = lane.get(&flow);
+            queue.is_some_and(|queue| !queue.waiting.is_empty())
+        };
+        Some(!cap.allows(now) && self.lanes.values().any(has_waiting))
     }
 
     /// Bytes in flight on all connections.
@@ -310,7 +358,11 @@ mod tests {
             window: u64::MAX,
             ahead: [900, 800, 700, 500],
         };
-        let next = |outbox: &mut Outbox| outbox.take(ConnectionId(0), &room).map(|next| next.lane);
+        let next = |outbox: &mut Outbox| {
+            outbox
+                .take(ConnectionId(0), &room, Instant::now())
+                .map(|next| next.lane)
+        };
         while next(&mut outbox).is_some() {}
         assert_eq!(outbox.in_flight(), 500);
         let urgent = |n| Ready {
@@ -332,7 +384,9 @@ mod tests {
         }
         let mut sent = HashMap::new();
         for _ in 0..55 {
-            let next = outbox.take(ConnectionId(0), &room(u64::MAX)).unwrap();
+            let next = outbox
+                .take(ConnectionId(0), &room(u64::MAX), Instant::now())
+                .unwrap();
             *sent.entry(next.flow).or_insert(0) += next.len();
         }
         assert!(sent[&big].abs_diff(sent[&small]) <= 1000, "{sent:?}");
@@ -344,10 +398,10 @@ mod tests {
         let mut outbox = Outbox::default();
         outbox.push(ready(job, 0, 500));
         outbox.push(ready(job, 1, 500));
-        assert!(outbox.take(ConnectionId(0), &room(10)).is_some());
-        assert!(outbox.take(ConnectionId(0), &room(10)).is_none());
+        assert!(outbox.take(ConnectionId(0), &room(10), Instant::now()).is_some());
+        assert!(outbox.take(ConnectionId(0), &room(10), Instant::now()).is_none());
         assert!(
-            outbox.take(ConnectionId(1), &room(10)).is_some(),
+            outbox.take(ConnectionId(1), &room(10), Instant::now()).is_some(),
             "another connection has its own window"
         );
     }
@@ -359,7 +413,10 @@ mod tests {
         for n in 0..4 {
             outbox.push(ready(job, n, 500));
         }
-        while outbox.take(ConnectionId(0), &room(1000)).is_some() {}
+        while outbox
+            .take(ConnectionId(0), &room(1000), Instant::now())
+            .is_some()
+        {}
         outbox.push(Ready {
             lane: Lane::Ram,
             ..ready(job, 8, 500)
@@ -370,11 +427,71 @@ mod tests {
         });
         let mut taken = || {
             outbox
-                .take(ConnectionId(0), &room(1000))
+                .take(ConnectionId(0), &room(1000), Instant::now())
                 .map(|next| next.sequence.0)
         };
         assert_eq!((taken(), taken(), taken()), (Some(9), Some(8), None));
         assert!(Lane::Handover.priority() > Lane::Ram.priority() && Lane::Bulk.priority() == 0);
+    }
+
+    #[test]
+    fn a_job_with_a_cap_keeps_to_it_and_others_go_on() {
+        let (capped, free) = (flow(), flow());
+        let begin = Instant::now();
+        let mut outbox = Outbox::default();
+        outbox.set_cap(capped, 1_000_000, begin);
+        let mut sent = HashMap::new();
+        let mut number = 0;
+        // Ten seconds, in steps of a millisecond: the link takes up to 4 MB/s in payloads of 1 kB.
+        for ms in 0..10_000 {
+            let now = begin + std::time::Duration::from_millis(ms);
+            for flow in [capped, free] {
+                // The free job has less to send than there is room.
+                for _ in 0..if flow == capped { 4 } else { 2 } {
+                    outbox.push(ready(flow, number, 1000));
+                    number += 1;
+                }
+            }
+            for _ in 0..4 {
+                let Some(next) = outbox.take(ConnectionId(0), &room(u64::MAX), now) else {
+                    break;
+                };
+                *sent.entry(next.flow).or_insert(0) += next.len();
+                outbox.accepted(next.flow, next.sequence);
+            }
+        }
+        assert!((9_900_000..10_200_000).contains(&sent[&capped]), "{sent:?}");
+        assert_eq!(sent[&free], 20_000_000, "{sent:?}");
+        let end = begin + std::time::Duration::from_millis(9_999);
+        assert_eq!(outbox.is_held(capped, end), Some(true));
+        assert_eq!(outbox.is_held(free, end), None);
+        assert!(outbox.waiting() > 20_000_000 && outbox.waiting_up_to(Lane::Bulk) <= 500_000);
+    }
+
+    #[test]
+    fn a_cap_holds_no_stopped_vm_up_and_no_lower_lane() {
+        let (capped, other) = (flow(), flow());
+        let now = Instant::now();
+        let mut outbox = Outbox::default();
+        outbox.set_cap(capped, 1000, now);
+        let of = |lane, flow, number| Ready {
+            lane,
+            ..ready(flow, number, 5000)
+        };
+        (0..3).for_each(|n| outbox.push(of(Lane::Ram, capped, n)));
+        outbox.push(of(Lane::Bulk, other, 7));
+        let next = |outbox: &mut Outbox| {
+            let next = outbox.take(ConnectionId(0), &room(u64::MAX), now)?;
+            Some((next.lane, next.flow))
+        };
+        // One payload may always go; the next one is seconds away.
+        assert_eq!(next(&mut outbox), Some((Lane::Ram, capped)));
+        assert_eq!(next(&mut outbox), Some((Lane::Bulk, other)));
+        assert_eq!(next(&mut outbox), None);
+        outbox.push(of(Lane::Handover, capped, 9));
+        assert_eq!(next(&mut outbox), Some((Lane::Handover, capped)));
+        outbox.close(capped);
+        assert_eq!(outbox.is_held(capped, now), None);
     }
 
     proptest! {
@@ -389,7 +506,7 @@ mod tests {
             for (what, connection) in steps {
                 match what {
                     0 => { outbox.push(ready(job, pushed, 100)); pushed += 1; }
-                    1 => if let Some(next) = outbox.take(ConnectionId(connection), &room(350)) {
+                    1 => if let Some(next) = outbox.take(ConnectionId(connection), &room(350), Instant::now()) {
                         on_wire.push((connection, next.sequence));
                     },
                     2 => { outbox.connection_lost(ConnectionId(connection)); on_wire.retain(|(on, _)| *on != connection); }
@@ -401,7 +518,7 @@ mod tests {
                 prop_assert_eq!(outbox.in_flight(), on_wire.len() as u64 * 100);
             }
             for _ in 0..pushed { // drain
-                if let Some(next) = outbox.take(ConnectionId(9), &room(u64::MAX)) { on_wire.push((9, next.sequence)); }
+                if let Some(next) = outbox.take(ConnectionId(9), &room(u64::MAX), Instant::now()) { on_wire.push((9, next.sequence)); }
             }
             accepted.extend(on_wire.iter().map(|(_, sequence)| *sequence));
             prop_assert_eq!(accepted.len() as u64, pushed);

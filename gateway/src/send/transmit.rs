@@ -14,15 +14,13 @@ use bytes::Bytes;
 use longhaul_common::ids::Sequence;
 use longhaul_common::link::{self, Identity, Link, LinkSettings, RecvStream, Role, SendStream, TlsState};
 use longhaul_common::wire::ALPN_PEER;
-use longhaul_common::wire::frame;
 use longhaul_common::wire::sequences::Sequences;
-use longhaul_common::wire::session::{PeerTask, Refusal, RefusalKind, chain};
-use longhaul_common::wire::window::WindowAnswer;
+use longhaul_common::wire::session::{Refusal, RefusalKind, chain};
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 
-use super::knock;
 use super::outbox::{ConnectionId, Flow, Lane, Outbox, Ready, Room, SentAgain, window};
 use super::rest::{Heard, Rest};
+use super::{greeting, knock};
 use crate::metrics::SENT_AGAIN;
 use crate::reduction::{CHOOSE_EVERY, Kept, Ladder, Level, Pair, Seen, Windows, Work};
 use crate::settings::PeerSection;
@@ -31,10 +29,6 @@ use crate::settings::PeerSection;
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// A call that is not answered by then (plus some round trips) is made anew: after a cut, QUIC's own repetitions come ever later.
 const CALL_TIME: Duration = Duration::from_secs(4);
-/// The peer's answer about the window must be there by then.
-const AGREE_TIME: Duration = Duration::from_secs(5);
-/// Each try begins a later epoch than the peer has seen: two are enough, unless connections do it at once.
-const AGREE_TRIES: usize = 4;
 /// Waits between two tries to reach the peer.
 const BACKOFF: [u64; 5] = [100, 250, 500, 1000, 2000];
 
@@ -55,6 +49,8 @@ pub struct PeerStats {
 /// What is remembered of a payload until the peer has accepted it.
 pub struct Pending {
     pub kept: Kept,
+    /// The windows that it refers to, and adds to.
+    pub pair: Option<Arc<Pair>>,
     /// Header and raw data, where the peer may lack what the payload refers to.
     pub plain: Option<[Bytes; 2]>,
     /// Bytes on the stream.
@@ -92,8 +88,8 @@ pub struct Peer {
     ladders: Mutex<Ladders>,
     /// Bytes of payloads that the peer has accepted.
     delivered: AtomicU64,
-    /// The windows shared with this peer, unless there are to be none.
-    pub pair: Option<Arc<Pair>>,
+    /// The windows shared with this peer, by tenant; the empty name is that of all others.
+    pairs: BTreeMap<String, Arc<Pair>>,
     /// Something was pushed, accepted or closed.
     changed: Notify,
     links: Mutex<Links>,
@@ -104,9 +100,11 @@ pub struct Peer {
 impl Peer {
     /// Begins to dial, and goes on for as long as the program runs.
     pub fn start(settings: PeerSection, tls: Arc<TlsState>, windows: &Windows) -> Arc<Self> {
-        let pair = identity(&settings, &tls)
+        let name = identity(&settings, &tls)
             .ok()
-            .and_then(|identity| windows.with(&identity.to_string()));
+            .map(|identity| identity.to_string());
+        let pair = |tenant: &str| Some((tenant.to_owned(), windows.with(name.as_ref()?, tenant)?));
+        let pairs = windows.tenants().filter_map(pair).collect();
         let peer = Arc::new(Self {
             settings,
             tls,
@@ -114,7 +112,7 @@ impl Peer {
             pending: Mutex::default(),
             ladders: Mutex::default(),
             delivered: AtomicU64::new(0),
-            pair,
+            pairs,
             changed: Notify::new(),
             links: Mutex::default(),
             linked: Notify::new(),
@@ -124,6 +122,22 @@ impl Peer {
             tokio::spawn(Arc::clone(&peer).keep_connected());
         }
         peer
+    }
+
+    /// The windows for a tenant's payloads; `None` where there is no such tenant, or there are no windows.
+    pub fn pair(&self, tenant: &str) -> Option<Arc<Pair>> {
+        self.pairs.get(tenant).cloned()
+    }
+
+    /// The names of tenants with windows of their own.
+    pub fn tenants(&self) -> impl Iterator<Item = &str> {
+        let names = self.pairs.keys().map(String::as_str);
+        names.filter(|tenant| !tenant.is_empty())
+    }
+
+    /// Has a flow send no more than so many bytes per second of payload.
+    pub fn set_cap(&self, flow: Flow, bytes_per_second: u64) {
+        self.outbox().set_cap(flow, bytes_per_second, Instant::now());
     }
 
     fn outbox(&self) -> MutexGuard<'_, Outbox> {
@@ -172,8 +186,10 @@ impl Peer {
         };
         let bytes = accepted.iter().map(|pending| pending.len).sum();
         self.delivered.fetch_add(bytes, Ordering::Relaxed);
-        if let Some(pair) = &self.pair {
-            accepted.iter().for_each(|pending| pair.accepted(&pending.kept));
+        for pending in &accepted {
+            if let Some(pair) = &pending.pair {
+                pair.accepted(&pending.kept);
+            }
         }
         (accepted.iter().map(|pending| pending.credit).sum(), bytes)
     }
@@ -218,9 +234,10 @@ impl Peer {
         outbox.waiting_up_to(lane) + outbox.in_flight().saturating_sub(windows)
     }
 
-    /// Whether more is to be sent than the link has room for.
-    pub fn is_limited(&self) -> bool {
-        self.queued(Lane::Bulk) > 0
+    /// Whether a flow has more to send than the link has room for, or its own cap.
+    pub fn is_limited(&self, flow: Flow) -> bool {
+        let is_held = self.outbox().is_held(flow, Instant::now());
+        is_held == Some(true) || self.queued(Lane::Bulk) > 0
     }
 
     /// What a lane's batch took at `level`.
@@ -228,10 +245,10 @@ impl Peer {
         self.ladders().levels[lane as usize].measured(level, work);
     }
 
-    /// How much work each lane's data is worth right now; handover, RAM, dirty, bulk.
-    pub fn levels(&self) -> [Level; 4] {
+    /// How much work each lane's data is worth right now, by the lane's name.
+    pub fn levels(&self) -> [(&'static str, Level); 4] {
         let ladders = self.ladders();
-        std::array::from_fn(|lane| ladders.levels[lane].level())
+        Lane::ALL.map(|lane| (lane.name(), ladders.levels[lane as usize].level()))
     }
 
     /// The peer cannot restore these: what it takes to send them plainly. One that is on its way again already stays: the peer will say
@@ -252,7 +269,7 @@ impl Peer {
             let pending = flows.get_mut(&flow).and_then(|known| known.get_mut(&sequence));
             let Some(pending) = pending else { continue };
             let kept = std::mem::take(&mut pending.kept);
-            if let Some(pair) = &self.pair {
+            if let Some(pair) = &pending.pair {
                 pair.missing(&kept);
             }
             if let Some(plain) = pending.plain.clone() {
@@ -272,8 +289,10 @@ impl Peer {
         let unsent = self.outbox().close(flow);
         self.changed.notify_waiters();
         let pending = self.pending().remove(&flow).unwrap_or_default();
-        if let Some(pair) = &self.pair {
-            pending.values().for_each(|pending| pair.given_up(&pending.kept));
+        for pending in pending.values() {
+            if let Some(pair) = &pending.pair {
+                pair.given_up(&pending.kept);
+            }
         }
         unsent
     }
@@ -371,7 +390,7 @@ impl Peer {
     async fn use_link(self: &Arc<Self>, link: Link) {
         let id = ConnectionId(self.next.fetch_add(1, Ordering::Relaxed));
         tracing::info!(peer = %self.settings.site, connection = id.0, address = %link.remote_address(), "linked to the peer");
-        self.agree(&link).await;
+        greeting::agree(&link, &self.settings.site, &self.pairs).await;
         self.links().live.insert(id, link.clone());
         self.linked.notify_waiters();
         let reason = tokio::select! {
@@ -400,30 +419,6 @@ impl Peer {
         });
     }
 
-    /// Agrees with the peer on the window; without that, payloads refer to nothing.
-    async fn agree(&self, link: &Link) {
-        let Some(pair) = &self.pair else { return };
-        let agreed = tokio::time::timeout(AGREE_TIME, async {
-            for _ in 0..AGREE_TRIES {
-                let hello = pair.hello();
-                let (mut send, mut recv) = link.open_bi().await.ok()?;
-                frame::write(&mut send, &PeerTask::Window(hello)).await.ok()?;
-                let _ = send.finish();
-                let answer = frame::read::<WindowAnswer>(&mut recv).await.ok()??;
-                if pair.answered(hello, answer) {
-                    return Some(answer);
-                }
-            }
-            None
-        });
-        match agreed.await {
-            Ok(Some(answer)) => {
-                tracing::debug!(peer = %self.settings.site, epoch = answer.epoch, "the window is agreed on")
-            }
-            _ => tracing::debug!(peer = %self.settings.site, "the peer has no window for this gateway"),
-        }
-    }
-
     /// Packets received, by connection.
     fn heard(&self) -> Heard {
         let links = self.links();
@@ -450,7 +445,7 @@ impl Peer {
                 window: window(link.stats().congestion_window),
                 ahead,
             };
-            let next = self.outbox().take(id, &room);
+            let next = self.outbox().take(id, &room, Instant::now());
             let Some(ready) = next else {
                 // Woken by a change, or soon in any case: the window grows by itself.
                 let _ = tokio::time::timeout(LOOK_AGAIN, changed).await;

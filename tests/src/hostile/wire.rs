@@ -1,5 +1,6 @@
 //! What crosses the links: frames of every message, batches, payloads.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
@@ -15,6 +16,7 @@ use longhaul_common::wire::session::{
     AgentTask, DiskCounts, FromSource, FromTarget, Have, OpenedDisk, PartReport, PeerTask, Refusal,
     RefusalKind, ShadowId, SourceDisk, SourceOpen, TargetDisk, TargetOpen, ToSource, ToTarget,
 };
+use longhaul_common::wire::window::WindowHello;
 use longhaul_gateway::reduction::{self, Encoding, Level, Method, Pair, Payload, Size, Vm, Windows};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -142,7 +144,15 @@ pub(super) fn frames() -> io::Result<Vec<Vec<u8>>> {
             1,
             &PeerTask::Target {
                 agent: "agent".to_owned(),
+                tenant: "acme".to_owned(),
                 open: target,
+            },
+        ),
+        body(
+            1,
+            &PeerTask::Window {
+                tenant: "acme".to_owned(),
+                hello: WindowHello { epoch: 3, slots: 9 },
             },
         ),
         body(
@@ -261,8 +271,8 @@ fn disk_header(len: usize, data: &[u8]) -> BatchHeader {
 fn gateways() -> io::Result<[Arc<Pair>; 2]> {
     let size = Some(Size::of(0, 0));
     let pair = || {
-        Windows::new(size)
-            .with("the other")
+        Windows::new(size, BTreeSet::new())
+            .with("the other", "")
             .ok_or(io::ErrorKind::NotFound)
     };
     let (a, b) = (pair()?, pair()?);

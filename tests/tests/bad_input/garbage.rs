@@ -273,6 +273,7 @@ async fn tasks(link: &Link) -> usize {
         };
         let task = PeerTask::Target {
             agent: "target-agent".to_owned(),
+            tenant: "x".repeat(10_000),
             open,
         };
         let Ok(Ok((mut send, mut recv))) = soon(link.open_bi()).await else {

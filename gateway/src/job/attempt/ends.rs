@@ -161,6 +161,7 @@ impl Target {
         let (link, mut send, recv) = context.peer.control().await?;
         let task = PeerTask::Target {
             agent: spec.target.agent.clone(),
+            tenant: spec.tenant.clone(),
             open,
         };
         let lost = |error: frame::FrameError| Refusal::because(RefusalKind::Lost, &error);

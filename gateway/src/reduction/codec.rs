@@ -189,6 +189,8 @@ fn unzstd(bytes: &[u8], raw: &mut [u8]) -> Option<usize> {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::block;
+    use super::super::layout::BLOCK_LEN;
     use super::*;
 
     #[test]
@@ -231,5 +233,94 @@ mod tests {
         fn damage_is_refused_or_of_the_right_length(bytes in prop::collection::vec(any::<u8>(), 0..300), codec in 1u8..5, len in 0usize..5000) {
             let _ = decompress(Codec::from_wire(codec).unwrap(), &bytes, &mut vec![0; len]);
         }
+    }
+
+    /// What each way makes of changed blocks that are sent together, in bytes: XOR and LZ4, XOR and zstd 1, LZ4 and zstd 3 with the old content as
+    /// their dictionary.
+    fn ways(old: &[u8], new: &[u8]) -> [usize; 4] {
+        let mut residue = new.to_vec();
+        block::xor(&mut residue, old);
+        let of = |small: Option<(Codec, Vec<u8>)>| small.map_or(new.len(), |(_, small)| small.len());
+        let blocks = new.chunks(BLOCK_LEN).zip(old.chunks(BLOCK_LEN));
+        let lz4 = blocks.map(|(new, old)| lz4_flex::block::compress_with_dict(new, old).len());
+        [
+            of(compress(&residue, Level::Lz4)),
+            of(compress(&residue, Level::Zstd1)),
+            lz4.sum::<usize>().min(new.len()),
+            compress_against(new, old, Level::Zstd3).map_or(new.len(), |small| small.len()),
+        ]
+    }
+
+    /// Of all changed blocks, by whether a third of their bytes changed or more: how many there are, and what each way makes of them.
+    fn compared(old: &[u8], new: &[u8]) -> [(usize, [usize; 4]); 2] {
+        let mut kinds = [const { (Vec::new(), Vec::new()) }; 2];
+        for (old, new) in old.chunks_exact(BLOCK_LEN).zip(new.chunks_exact(BLOCK_LEN)) {
+            if old != new && !block::is_zero(old) && !block::is_zero(new) {
+                let kind = &mut kinds[usize::from(block::differing(old, new) > BLOCK_LEN / 3)];
+                kind.0.extend_from_slice(old);
+                kind.1.extend_from_slice(new);
+            }
+        }
+        kinds.map(|(old, new)| {
+            let batches = old.chunks(64 * BLOCK_LEN).zip(new.chunks(64 * BLOCK_LEN));
+            let sum = batches.fold([0; 4], |sum: [usize; 4], (old, new)| {
+                let more = ways(old, new);
+                std::array::from_fn(|n| sum[n] + more[n])
+            });
+            (new.len() / BLOCK_LEN, sum)
+        })
+    }
+
+    /// Blocks of which the first kind is written in a few places, the other has moved within the block.
+    fn changed() -> (Vec<u8>, Vec<u8>) {
+        let mut state = 1_u64;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 33) as usize
+        };
+        // Records as programs keep them: text, and numbers that differ.
+        let mut old = Vec::new();
+        while old.len() < 512 * BLOCK_LEN {
+            old.extend(
+                format!(
+                    "{:08x} name={} value={:>6};",
+                    next(),
+                    next() % 97,
+                    next() % 100_000
+                )
+                .bytes(),
+            );
+        }
+        old.truncate(512 * BLOCK_LEN);
+        let mut new = old.clone();
+        for (index, block) in new.chunks_mut(BLOCK_LEN).enumerate() {
+            if index % 2 == 0 {
+                (0..6).for_each(|_| block[next() % BLOCK_LEN] = next() as u8);
+            } else {
+                block.rotate_right(16 + next() % 200);
+            }
+        }
+        (old, new)
+    }
+
+    #[test]
+    fn each_kind_of_change_is_sent_in_the_way_that_is_smallest() {
+        // Two images of one guest's memory, as QEMU's `pmemsave` writes them, where they are named: their figures are in ARCHITECTURE.md.
+        let named = std::env::var("LONGHAUL_MEMORY_IMAGES").ok();
+        if let Some((old, new)) = named.as_deref().and_then(|names| names.split_once(',')) {
+            let [old, new] = [old, new].map(|name| std::fs::read(name).unwrap());
+            eprintln!("{:?}", compared(&old, &new));
+        }
+        let (old, new) = changed();
+        let [(few, written), (many, moved)] = compared(&old, &new);
+        assert_eq!((few, many), (256, 256));
+        let [xor_lz4, xor_zstd, lz4, zstd] = written;
+        assert!(xor_zstd < xor_lz4 && xor_zstd < lz4, "small writes: {written:?}");
+        assert!(zstd < lz4, "small writes: {written:?}");
+        let [.., lz4, zstd] = moved;
+        assert!(
+            zstd < lz4 && 4 * zstd < moved[0].min(moved[1]),
+            "moved: {moved:?}"
+        );
     }
 }

@@ -3,7 +3,7 @@
 //! Owns the targets as numbers and their judgement on the results. Leaves alone why one is missed: that is written by people,
 //! in `benches/results/notes.md`. Promises that a target which nothing was measured for says so.
 
-use super::contestant::{Case, Contestant, LONGHAUL, NEIGHBOURS, QEMU};
+use super::contestant::{Case, Contestant, LONGHAUL, NEIGHBOURS, QEMU, TOOLS};
 use super::figures::Standing;
 use super::plan::Cell;
 use super::profile::{MAIN, Profile};
@@ -16,14 +16,19 @@ struct Target {
     wanted: String,
     measured: Option<(f64, bool)>,
     unit: &'static str,
+    /// Why there is nothing to measure by.
+    none: &'static str,
 }
+
+/// Nobody has run it.
+const NOT_MEASURED: &str = "not measured";
 
 /// The table of all targets.
 pub fn targets(records: &[Record]) -> String {
     let mut text = String::from("| target | wanted | measured | |\n|---|---|---:|---|\n");
     for target in all(records) {
         let (measured, word) = match target.measured {
-            None => ("-".to_owned(), "not measured"),
+            None => ("-".to_owned(), target.none),
             Some((value, reached)) => {
                 let word = if reached { "reached" } else { "**missed**" };
                 (format!("{} {}", number(value), target.unit), word)
@@ -46,6 +51,7 @@ fn all(records: &[Record]) -> Vec<Target> {
                 wanted: format!("at most {} {unit}", number(wanted)),
                 measured: value.map(|value| (value, value <= wanted)),
                 unit,
+                none: NOT_MEASURED,
             });
         };
     most(MAIN, "whole time", "s", 30.0, &|own| own.seconds());
@@ -56,20 +62,7 @@ fn all(records: &[Record]) -> Vec<Target> {
         own.median(|record| record.heartbeat_gap_ms)
     });
     most("50-100", "whole time", "s", 60.0, &|own| own.seconds());
-    for (profile, times) in [
-        ("20-200", 5.0),
-        ("50-100", 5.0),
-        ("100-300", 5.0),
-        (MAIN, 5.0),
-        ("200-40", 3.0),
-        ("250-2", 1.3),
-        ("veth", 1.0),
-    ] {
-        all.extend(Profile::named(profile).map(|profile| faster(records, profile, times)));
-    }
-    for profile in super::profile::PROFILES {
-        all.push(shorter(records, profile));
-    }
+    all.extend(beside_others(records));
     let limited = || {
         super::profile::PROFILES
             .into_iter()
@@ -102,50 +95,97 @@ fn all(records: &[Record]) -> Vec<Target> {
     all
 }
 
+/// Against whoever else was given the same to do.
+fn beside_others(records: &[Record]) -> Vec<Target> {
+    let mixed = Case::Live("mixed");
+    let mut all = Vec::new();
+    for (profile, times) in [
+        ("20-200", 5.0),
+        ("50-100", 5.0),
+        ("100-300", 5.0),
+        (MAIN, 5.0),
+        ("200-40", 3.0),
+        ("250-2", 1.3),
+        ("veth", 1.0),
+    ] {
+        let profile = Profile::named(profile);
+        all.extend(profile.map(|profile| faster(records, Cell { profile, case: mixed }, &QEMU, times)));
+    }
+    let others = ["idle", "redis", "fsync"].map(Case::Live);
+    let other_cells = || {
+        let profiles = [MAIN, "50-100"].into_iter().filter_map(Profile::named);
+        profiles.flat_map(|profile| others.map(|case| Cell { profile, case }))
+    };
+    all.extend(other_cells().map(|cell| faster(records, cell, &QEMU, 5.0)));
+    let cold = |profile| {
+        let case = Case::Cold;
+        faster(records, Cell { profile, case }, &TOOLS, 5.0)
+    };
+    all.extend(Profile::named(MAIN).map(cold));
+    let mixed_cells = super::profile::PROFILES
+        .into_iter()
+        .map(|profile| Cell { profile, case: mixed });
+    all.extend(
+        mixed_cells
+            .chain(other_cells())
+            .map(|cell| shorter(records, cell)),
+    );
+    all
+}
+
 fn longhaul(records: &[Record], profile: Profile, case: Case) -> Option<Standing<'_>> {
     Standing::of(records, Cell { profile, case }, LONGHAUL)
 }
 
-fn rivals(records: &[Record], profile: Profile) -> Vec<Standing<'_>> {
-    let cell = Cell {
-        profile,
-        case: Case::Live("mixed"),
-    };
-    QEMU.into_iter()
-        .filter_map(|rival| Standing::of(records, cell, rival))
+fn rivals<'a>(records: &'a [Record], cell: Cell, rivals: &[Contestant]) -> Vec<Standing<'a>> {
+    rivals
+        .iter()
+        .filter_map(|rival| Standing::of(records, cell, *rival))
         .collect()
 }
 
+/// Link and guest, as they are told.
+fn title(cell: Cell) -> String {
+    format!("{}, {}", cell.profile.title, cell.case.title())
+}
+
 /// How many times faster than the best rival that finishes; where none does, than what the longest was given.
-fn faster(records: &[Record], profile: Profile, wanted: f64) -> Target {
-    let rivals = rivals(records, profile);
-    let own = longhaul(records, profile, Case::Live("mixed")).and_then(|own| own.seconds());
+fn faster(records: &[Record], cell: Cell, against: &[Contestant], wanted: f64) -> Target {
+    let rivals = rivals(records, cell, against);
+    let own = longhaul(records, cell.profile, cell.case).and_then(|own| own.seconds());
     let best = rivals.iter().filter_map(Standing::seconds).reduce(f64::min);
     let waited = rivals.iter().filter_map(Standing::given_up).reduce(f64::max);
     let measured = own.zip(best.or(waited)).map(|(own, best)| best / own);
-    let what = if best.is_none() && waited.is_some() {
-        "faster than what QEMU was given, and did not end in"
-    } else {
-        "faster than QEMU's best"
+    let what = match (cell.case, best.is_none() && waited.is_some()) {
+        (Case::Cold, false) => "faster than the best other tool",
+        (_, false) => "faster than QEMU's best",
+        (_, true) => "faster than what others were given, and did not end in",
     };
     Target {
-        what: format!("{what}, {}", profile.title),
+        what: format!("{what}, {}", title(cell)),
         wanted: format!("at least {wanted} times"),
         measured: measured.map(|times| (times, times >= wanted)),
         unit: "times",
+        none: NOT_MEASURED,
     }
 }
 
 /// Longhaul's heartbeat gap as a part of the rivals' shortest.
-fn shorter(records: &[Record], profile: Profile) -> Target {
+fn shorter(records: &[Record], cell: Cell) -> Target {
     let gap = |standing: &Standing<'_>| standing.median(|record| record.heartbeat_gap_ms);
-    let own = longhaul(records, profile, Case::Live("mixed")).and_then(|own| gap(&own));
-    let best = rivals(records, profile).iter().filter_map(gap).reduce(f64::min);
+    let own = longhaul(records, cell.profile, cell.case).and_then(|own| gap(&own));
+    let rivals = rivals(records, cell, &QEMU);
+    let best = rivals.iter().filter_map(gap).reduce(f64::min);
     Target {
-        what: format!("heartbeat gap against the shortest of QEMU's, {}", profile.title),
+        what: format!("heartbeat gap against the shortest of QEMU's, {}", title(cell)),
         wanted: "less than 100 %".to_owned(),
         measured: own.zip(best).map(|(own, best)| (own / best * 100.0, own < best)),
         unit: "%",
+        none: if rivals.is_empty() {
+            NOT_MEASURED
+        } else {
+            "none of QEMU's ended"
+        },
     }
 }
 
@@ -160,6 +200,7 @@ fn full(records: &[Record], profile: Profile, case: Case) -> Target {
         wanted: format!("at least {wanted} %"),
         measured: share.map(|share| (share * 100.0, share * 100.0 >= wanted)),
         unit: "%",
+        none: NOT_MEASURED,
     }
 }
 
@@ -178,6 +219,7 @@ fn part(
         wanted: format!("at most {most} %"),
         measured: part.map(|part| (part * 100.0, part * 100.0 <= most)),
         unit: "%",
+        none: NOT_MEASURED,
     }
 }
 
@@ -198,6 +240,7 @@ fn neighbour(records: &[Record], mode: Contestant) -> Option<Target> {
         wanted: wanted.to_owned(),
         measured: value.map(|part| (part * 100.0, range.contains(&part))),
         unit: "%",
+        none: NOT_MEASURED,
     })
 }
 
@@ -278,6 +321,9 @@ mod tests {
             record("qemu-plain", End::GivenUp, 150.0),
         ];
         let text = targets(&records);
-        assert!(text.contains("did not end in, 100 Mbit/s, 80 ms | at least 5 times | 6.0 times | reached"));
+        let ended = "did not end in, 100 Mbit/s, 80 ms, running guest, mixed workload | at least 5 times | 6.0 times | reached";
+        assert!(text.contains(ended), "{text}");
+        let silence = "shortest of QEMU's, 100 Mbit/s, 80 ms, running guest, mixed workload | less than 100 % | - | none of QEMU's ended";
+        assert!(text.contains(silence), "{text}");
     }
 }

@@ -31,7 +31,15 @@ pub(super) async fn agree(link: &Link, site: &str, pairs: &BTreeMap<String, Arc<
                 Ok(Some(answer)) => {
                     tracing::debug!(peer = %site, tenant, epoch = answer.epoch, "the window is agreed on")
                 }
-                _ => tracing::debug!(peer = %site, tenant, "the peer has no such window for this gateway"),
+                _ if tenant.is_empty() => {
+                    tracing::debug!(peer = %site, "the peer has no window for this gateway")
+                }
+                // Its jobs go on, and cost more than they need to.
+                _ => tracing::warn!(
+                    peer = %site,
+                    tenant,
+                    "no window for this tenant is agreed on with the peer; is it in reduction.tenants there?"
+                ),
             }
         });
     }

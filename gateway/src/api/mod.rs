@@ -89,7 +89,7 @@ pub struct PeerStatus {
     pub rtt_ms: u64,
     pub sent_bytes: u64,
     pub lost_packets: u64,
-    /// How much work each lane's data is worth right now, from "raw" to "zstd 9": how the link stands to the processors.
+    /// How much work each lane's data is worth right now, from "raw" to "zstd9": how the link stands to the processors.
     #[serde(default)]
     pub levels: BTreeMap<String, String>,
     pub problem: Option<String>,

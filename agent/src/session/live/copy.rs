@@ -5,6 +5,7 @@
 
 mod making;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -269,7 +270,10 @@ fn reading(
     let (batches, ready) = mpsc::channel(READ_AHEAD);
     let body = move || {
         let batches = Batches(batches);
-        if let Err(refusal) = read(&batches) {
+        // A thread that dies must not look like one that came to the end: what it did not read would be lost.
+        let ended = catch_unwind(AssertUnwindSafe(|| read(&batches)));
+        let died = |_| Err(Refusal::because(RefusalKind::Protocol, &ThreadFailed));
+        if let Err(refusal) = ended.unwrap_or_else(died) {
             // Nobody waits for it where the attempt is over.
             drop(batches.0.blocking_send(Err(refusal)));
         }
@@ -279,4 +283,17 @@ fn reading(
         .spawn(body)
         .map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
     Ok(ready)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_dies_has_not_read_to_the_end() {
+        let mut died = reading("test", |_| panic!("on purpose")).unwrap();
+        assert!(matches!(died.blocking_recv(), Some(Err(_))));
+        assert!(died.blocking_recv().is_none());
+        assert!(reading("test", |_| Ok(())).unwrap().blocking_recv().is_none());
+    }
 }

@@ -199,6 +199,24 @@ fn what_had_little_to_send_starts_again_at_once() {
 }
 
 #[test]
+fn all_that_find_something_to_send_at_once_share_the_window() {
+    for (mbit, ms) in [(100.0, 80.0), (50.0, 100.0), (250.0, 2.0), (100.0, 300.0)] {
+        let path = Path::new(mbit, ms);
+        let mut simulation = Simulation::blind(path, 4);
+        simulation.run(5.0);
+        (0..4).for_each(|flow| simulation.offer(flow, 0.0));
+        simulation.run(3.0);
+        (0..4).for_each(|flow| simulation.offer(flow, f64::INFINITY));
+        let burst = simulation.run(0.5 + 2.0 * path.rtt);
+        let outcome = simulation.run(3.0);
+        assert!(
+            part(&outcome, &path) > 0.95 && burst.lost_part < 0.01,
+            "{path:?}: {burst:?}, then {outcome:?}"
+        );
+    }
+}
+
+#[test]
 fn trace() {
     let Ok(wish) = std::env::var("LONGHAUL_TRACE") else {
         return;

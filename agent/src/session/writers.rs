@@ -4,12 +4,14 @@
 //! order to `disk::apply`. Promises that credit is given once for each batch taken, that a sequence is called durable only after the
 //! flush behind its write, and that a full disk holds the job up instead of ending it.
 
+mod due;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
 use longhaul_common::ids::{Attempt, DiskIndex, Round, Sequence};
@@ -18,6 +20,7 @@ use longhaul_common::wire::sequences::Sequences;
 use longhaul_common::wire::session::{FromTarget, Refusal, RefusalKind};
 use tokio::sync::{mpsc, watch};
 
+use self::due::{Due, FlushDue};
 use super::arrivals::Arrived;
 use super::outcome;
 use crate::disk::apply::{self, Applied, LeafRecord, Piece, Target, TargetError, Ticket};
@@ -70,7 +73,12 @@ struct Shared {
     say: mpsc::Sender<FromTarget>,
     last_round: watch::Sender<LastRound>,
     stop: AtomicBool,
-    flush_due: Sender<()>,
+    /// Batches written so far.
+    written: AtomicU64,
+    /// A flush is wanted at once.
+    flush_now: AtomicBool,
+    /// Has the flusher look at both.
+    wake: Sender<()>,
     /// A disk's writers never have more bytes than this on it that a crash could take: they flush first.
     unflushed_max: u64,
     /// How many threads find a disk full right now.
@@ -93,13 +101,15 @@ impl Writers {
         say: mpsc::Sender<FromTarget>,
         last_round: watch::Sender<LastRound>,
     ) -> std::io::Result<Self> {
-        let (flush_due, due) = crossbeam_channel::bounded(1);
+        let (wake, woken) = crossbeam_channel::bounded(1);
         let shared = Arc::new(Shared {
             disks,
             say,
             last_round,
             stop: AtomicBool::new(false),
-            flush_due,
+            written: AtomicU64::new(0),
+            flush_now: AtomicBool::new(false),
+            wake,
             unflushed_max: limits.flush_bytes.0.saturating_mul(2),
             full: Mutex::default(),
         });
@@ -113,7 +123,7 @@ impl Writers {
         let flush_time = limits.flush_time.0;
         let flushing = Arc::clone(&shared);
         let flusher = std::thread::Builder::new().name("flush".to_owned());
-        let flusher = flusher.spawn(move || flushing.flush_all(&due, flush_time))?;
+        let flusher = flusher.spawn(move || flushing.flush_all(&woken, flush_time))?;
         Ok(Self {
             shared,
             writers,
@@ -135,7 +145,7 @@ impl Writers {
             writer.join().map_err(died)?;
         }
         self.shared.stop.store(true, Ordering::Relaxed);
-        let _ = self.shared.flush_due.try_send(());
+        self.shared.ask_for_flush();
         self.flusher.join().map_err(died)?;
         let shared = Arc::into_inner(self.shared);
         let shared = shared.ok_or_else(|| Refusal::new(RefusalKind::Protocol, "a writer thread lives on"))?;
@@ -225,12 +235,21 @@ impl Shared {
             let mut urgent = disk.urgent.lock().unwrap_or_else(PoisonError::into_inner);
             urgent.insert(applied.ticket, ((header.attempt, header.round), begins));
             drop(urgent);
-            // A VM stands and waits for it.
-            let _ = self.flush_due.try_send(());
-        } else if applied.flush_due {
-            let _ = self.flush_due.try_send(());
+        }
+        self.written.fetch_add(1, Ordering::Release);
+        // For an urgent one a VM stands and waits.
+        if header.urgent || applied.flush_due {
+            self.ask_for_flush();
+        } else {
+            let _ = self.wake.try_send(());
         }
         Ok(())
+    }
+
+    fn ask_for_flush(&self) {
+        self.flush_now.store(true, Ordering::Release);
+        // Where it is full the flusher is about to look, and finds this.
+        let _ = self.wake.try_send(());
     }
 
     /// Waits until `bytes` more may be written to a disk, and counts them. Whoever waits here keeps the credit for its batch.
@@ -291,12 +310,23 @@ impl Shared {
         }
     }
 
-    fn flush_all(&self, due: &Receiver<()>, every: Duration) {
+    fn flush_all(&self, woken: &Receiver<()>, every: Duration) {
         let mut full = vec![false; self.disks.len()];
+        let mut times = FlushDue::new(every, Instant::now());
+        let mut wait = every;
         loop {
-            // Either somebody asks, or time is up; both mean: flush.
-            let _ = due.recv_timeout(every);
+            let _ = woken.recv_timeout(wait);
             let stopping = self.stopping();
+            // A disk that was full is tried again, whatever was written meanwhile.
+            let asked = self.flush_now.swap(false, Ordering::AcqRel) || stopping || full.contains(&true);
+            let due = times.look(Instant::now(), self.written.load(Ordering::Acquire), asked);
+            wait = match due {
+                Due::Now => every,
+                Due::In(wait) => wait,
+            };
+            if due != Due::Now {
+                continue;
+            }
             for (index, disk) in (0..).map(DiskIndex).zip(&self.disks) {
                 let was_full = &mut full[usize::from(index.0)];
                 match self.flush(index, disk) {

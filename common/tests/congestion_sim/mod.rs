@@ -260,8 +260,8 @@ impl Simulation {
     fn window(&self, sender: usize) -> f64 {
         match &self.senders[sender].kind {
             Kind::Own(_) => {
-                let active = self.budget.active(self.instant(self.now));
-                Budget::part(self.budget.window(), active, PACKET) as f64
+                let own = self.senders[sender].in_flight.len() as u64 * PACKET;
+                self.budget.share(self.instant(self.now)).part(own, PACKET) as f64
             }
             Kind::Rival(rival) => rival.window(),
         }
@@ -333,8 +333,13 @@ impl Simulation {
         let number = state.next;
         state.next += 1;
         state.in_flight.push_back(Sent { number, at: now });
-        if let Kind::Rival(rival) = &mut state.kind {
-            rival.on_sent(now, number);
+        let in_flight = state.in_flight.len() as u64 * PACKET;
+        match &mut state.kind {
+            Kind::Rival(rival) => rival.on_sent(now, number),
+            Kind::Own(id) => {
+                let id = *id;
+                self.budget.on_sent(self.instant(now), id, in_flight);
+            }
         }
         let waiting = (self.busy_until - now).max(0.0);
         self.queue_samples.push(waiting as f32);

@@ -16,12 +16,20 @@ pub const CHOOSE_EVERY: Duration = Duration::from_millis(100);
 const LONG_QUEUE: Duration = Duration::from_millis(150);
 /// Waiting for the link for less: it may run dry.
 const SHORT_QUEUE: Duration = Duration::from_millis(30);
+/// The same, in batches of the step in force: a worker ends the one that it has begun before it takes to another step, and one more
+/// passes before what it makes then has reached the link.
+const SHORT_QUEUE_BATCHES: f64 = 2.0;
 /// How much faster than the link a step must look before it is tried.
 const MARGIN: f64 = 1.15;
 /// Workers that could do so much more than is delivered are not what the link waits for.
 const SLOW: f64 = 1.5;
 /// A step down has to spare this part of the workers' time: where nearly all is references, it only makes the rest larger.
 const SPARED: f64 = 0.1;
+/// Waiting for the link for this long: a step up need not prove itself before the next one.
+const VERY_LONG_QUEUE: Duration = Duration::from_millis(600);
+/// Where a lane begins. Before the first word from the peer comes back, all the memory that a job may take is filled: with LZ4, a 100
+/// Mbit/s link would be busy for a second and a half with what zstd makes a fifth smaller; a link of 2 Gbit/s is kept full.
+const START: Level = Level::Zstd1;
 /// A step that was too slow rests for so long at first, and for so long at most.
 const REST: Duration = Duration::from_secs(1);
 const REST_MAX: Duration = Duration::from_secs(30);
@@ -71,6 +79,8 @@ pub struct Ladder {
     known: [Option<(f64, f64)>; STEPS],
     /// The part of the data that a step is applied to.
     content: Option<f64>,
+    /// Raw bytes of a batch.
+    batch: f64,
     /// What the link delivers, in bytes per second.
     rate: f64,
     last: Option<Seen>,
@@ -83,9 +93,10 @@ pub struct Ladder {
 impl Default for Ladder {
     fn default() -> Self {
         Self {
-            level: Level::Lz4,
+            level: START,
             known: [None; STEPS],
             content: None,
+            batch: 0.0,
             rate: 0.0,
             last: None,
             rests: [None; STEPS],
@@ -111,6 +122,7 @@ impl Ladder {
         let now = work.content.min(raw) as f64 / raw as f64;
         let content = self.content.get_or_insert(now);
         *content += BELIEF_IN_KIND * (now - *content);
+        self.batch += BELIEF * (raw as f64 - self.batch);
         let now = (raw as f64 / busy.as_secs_f64(), payload as f64 / raw as f64);
         let known = self.known[level as usize].get_or_insert(now);
         known.0 += BELIEF * (now.0 - known.0);
@@ -162,17 +174,19 @@ impl Ladder {
         // A link that is yet to open up, or a source that gives little, is no reason: workers that could do more are not what it waits for.
         let (speed, left) = self.expected(self.level);
         let slow = speed * left * seen.workers.max(1) as f64 <= self.rate * SLOW;
+        let short = (SHORT_QUEUE_BATCHES * self.batch / speed)
+            .clamp(SHORT_QUEUE.as_secs_f64(), LONG_QUEUE.as_secs_f64());
         let starving = slow
             && self.is_worth_a_step_down(self.level)
-            && drain < SHORT_QUEUE.as_secs_f64()
+            && drain < short
             && seen.waiting >= seen.workers.max(1);
         if starving {
             self.go_down(seen.now);
         } else if self.level == Level::Raw && !self.is_worth_a_step_down(Level::Lz4) {
             // It came here for data of another kind.
             self.level = Level::Lz4;
-        } else if drain > LONG_QUEUE.as_secs_f64() {
-            self.go_up(seen);
+        } else if drain > LONG_QUEUE.as_secs_f64() + short {
+            self.go_up(seen, drain > VERY_LONG_QUEUE.as_secs_f64());
         }
         self.level
     }
@@ -199,10 +213,10 @@ impl Ladder {
         self.level = self.level.down();
     }
 
-    fn go_up(&mut self, seen: Seen) {
+    fn go_up(&mut self, seen: Seen, at_once: bool) {
         if let Some(since) = self.risen {
             // It keeps a queue for the link: it has proved itself.
-            if seen.now.saturating_duration_since(since) < 3 * CHOOSE_EVERY {
+            if !at_once && seen.now.saturating_duration_since(since) < 3 * CHOOSE_EVERY {
                 return;
             }
             self.risen = None;
@@ -401,8 +415,8 @@ mod tests {
                 waiting: 8,
                 workers: 2,
             };
-            world.ladder.measured(Level::Lz4, MIB_OF_CONTENT);
-            assert_eq!(world.ladder.choose(seen), Level::Lz4);
+            world.ladder.measured(START, MIB_OF_CONTENT);
+            assert_eq!(world.ladder.choose(seen), START);
             world.delivered += world.link * 0.1;
             world.link += 12.5e6 / 50.0;
             world.now += Duration::from_millis(100);
@@ -419,10 +433,7 @@ mod tests {
             waiting: 0,
             workers: 0,
         };
-        assert_eq!(
-            (ladder.choose(seen), ladder.choose(seen)),
-            (Level::Lz4, Level::Lz4)
-        );
+        assert_eq!((ladder.choose(seen), ladder.choose(seen)), (START, START));
         let nothing = Work {
             raw: 0,
             content: 0,
@@ -457,11 +468,7 @@ mod tests {
             ladder.level()
         };
         assert_eq!(level_after(1 << 20, 0), Level::Raw);
-        assert_eq!(
-            level_after(1 << 15, 0),
-            Level::Lz4,
-            "31 of 32 blocks are references"
-        );
+        assert_eq!(level_after(1 << 15, 0), START, "31 of 32 blocks are references");
         assert_eq!(level_after(1 << 15, 10), Level::Lz4, "they are so after a second");
     }
 }

@@ -2,14 +2,14 @@
 //!
 //! Owns the members (one per path of a connection), their base delays, who is active, and the cap. The window itself comes
 //! from `control`. Promises: the parts of active members add up to the window (but for a floor of two packets each); a member that
-//! is silent, or has nothing to send, gives its part to the others within half a second or four round trips; a member that went
-//! away is forgotten.
+//! is silent, or has nothing to send, gives its part to the others within half a second or four round trips; members that have
+//! something again at the same moment do not each take all; a member that went away is forgotten.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::control::Control;
-use super::epoch::{Acks, ControlConfig, Verdict};
+use super::epoch::{Acks, ControlConfig, Mode, Verdict};
 
 /// A member is active for so long after it last used its part.
 const ACTIVE: Duration = Duration::from_millis(500);
@@ -29,6 +29,45 @@ struct Member {
     heard: Option<f64>,
     /// When it last used its part.
     used: Option<Instant>,
+    in_flight: u64,
+    /// Since when an acknowledgement of it is awaited.
+    waits: Option<Instant>,
+}
+
+impl Member {
+    fn patience(&self) -> Duration {
+        ACTIVE.max(Duration::from_secs_f64(4.0 * self.base.unwrap_or(0.0).min(10.0)))
+    }
+
+    fn is_recent(&self, now: Instant, at: Option<Instant>) -> bool {
+        at.is_some_and(|at| now.saturating_duration_since(at) <= self.patience())
+    }
+}
+
+/// What a member needs to know of the others to tell its part.
+#[derive(Clone, Copy, Debug)]
+pub struct Share {
+    /// What all may have in flight together, in bytes.
+    pub window: u64,
+    /// How many lately used their part, at least 1; and how many there are.
+    pub active: usize,
+    pub members: usize,
+    /// What all have in flight, in bytes, without those that are not heard any more. 0 in the mode that shares the path: a newcomer
+    /// that begins so gently is pushed aside by those that are there: beside Cubic a tenth of the path is left instead of a third (simulated).
+    pub in_flight: u64,
+}
+
+impl Share {
+    /// What a member may have in flight that has `own` bytes there. One that has had nothing to send for a while counts for nobody, but all may
+    /// find something at once, so that beyond its part of all a member takes only what the others leave.
+    pub fn part(&self, own: u64, packet: u64) -> u64 {
+        let among = |members: usize| self.window / members.max(1) as u64;
+        let others = self.in_flight.saturating_sub(own);
+        let left = self.window.saturating_sub(others);
+        let part = among(self.active).min(left).max(among(self.members));
+        // quinn sends while less than the window would be in flight: two packets at least.
+        part.max(2 * packet + packet / 2)
+    }
 }
 
 /// What one acknowledgement showed to one member.
@@ -115,6 +154,8 @@ impl Budget {
         if acks.limited {
             member.used = Some(now);
         }
+        member.in_flight = acks.in_flight.saturating_sub(acks.bytes);
+        member.waits = (member.in_flight > 0).then_some(now);
         // With so few packets under way the peer must wait for its timer.
         let waited = if acks.in_flight < 12 * self.packet {
             ACK_WAIT
@@ -135,6 +176,14 @@ impl Budget {
         self.obey(verdict);
     }
 
+    /// A member has so many bytes in flight now.
+    pub fn on_sent(&mut self, now: Instant, id: MemberId, in_flight: u64) {
+        if let Some(member) = self.members.get_mut(&id) {
+            member.in_flight = in_flight;
+            member.waits.get_or_insert(now);
+        }
+    }
+
     fn obey(&mut self, verdict: Verdict) {
         for member in self.members.values_mut() {
             match verdict {
@@ -150,27 +199,27 @@ impl Budget {
         self.control.on_lost(now, sent, bytes, persistent);
     }
 
-    /// How many members share the window at `now`, at least 1.
-    pub fn active(&self, now: Instant) -> usize {
-        let round_trips =
-            |member: &Member| Duration::from_secs_f64(4.0 * member.base.unwrap_or(0.0).min(10.0));
-        let is_active = |member: &&Member| {
-            member
-                .used
-                .is_some_and(|at| now.saturating_duration_since(at) <= ACTIVE.max(round_trips(member)))
-        };
-        self.members.values().filter(is_active).count().max(1)
+    /// How the window is shared at `now`.
+    pub fn share(&self, now: Instant) -> Share {
+        let members = || self.members.values();
+        let heard = members().filter(|member| member.is_recent(now, member.waits));
+        Share {
+            window: self.window(),
+            active: members()
+                .filter(|member| member.is_recent(now, member.used))
+                .count()
+                .max(1),
+            members: self.members.len(),
+            in_flight: match self.control.mode() {
+                Mode::Shared => 0,
+                Mode::Dedicated | Mode::Background => heard.map(|member| member.in_flight).sum(),
+            },
+        }
     }
 
     /// What all members may have in flight together.
     pub fn window(&self) -> u64 {
         self.control.window()
-    }
-
-    /// What each of `active` members may have in flight of `window`.
-    pub fn part(window: u64, active: usize, packet: u64) -> u64 {
-        // quinn sends while less than the window would be in flight: two packets at least.
-        (window / active.max(1) as u64).max(2 * packet + packet / 2)
     }
 
     /// A full packet's size.

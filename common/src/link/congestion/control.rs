@@ -149,6 +149,11 @@ impl Control {
         wanted.min(most).max(self.floor()) as u64
     }
 
+    /// How it deals with others.
+    pub fn mode(&self) -> Mode {
+        self.config.mode
+    }
+
     /// Bytes/s that arrived lately.
     pub fn rate(&self) -> u64 {
         self.rate as u64

@@ -15,7 +15,7 @@ mod registry;
 mod rivalry;
 mod search;
 
-pub use budget::{Budget, MemberAcks, MemberId};
+pub use budget::{Budget, MemberAcks, MemberId, Share};
 pub use cap::{CapSchedule, CapWindow, TokenBucket};
 pub use control::Control;
 pub use epoch::{Acks, ControlConfig, Mode, Verdict};

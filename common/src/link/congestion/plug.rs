@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use quinn_proto::RttEstimator;
 use quinn_proto::congestion::{Controller, ControllerFactory};
 
-use super::budget::{Budget, MemberAcks, MemberId};
+use super::budget::{Budget, MemberAcks, MemberId, Share};
 use super::cap::CapSchedule;
 use super::epoch::ControlConfig;
 use crate::link::knock::KNOCK_EVERY;
@@ -23,6 +23,8 @@ const BURST: u64 = 12;
 /// Packets that may go beyond the window for each [`KNOCK_EVERY`] of silence: a knock, and the probes that QUIC sends beside it and
 /// counts.
 const KNOCK: u64 = 4;
+/// Others hear of what a member sends after so many packets.
+const TOLD_EVERY: u64 = 8;
 /// No more than so often.
 const KNOCKS_MAX: u64 = 25;
 /// How often the time of day is looked at.
@@ -36,6 +38,20 @@ struct Shared {
     timed: Mutex<Timed>,
     window: AtomicU64,
     active: AtomicUsize,
+    members: AtomicUsize,
+    in_flight: AtomicU64,
+}
+
+impl Shared {
+    /// Each as it was published last; that they may be of different moments does no harm.
+    fn share(&self) -> Share {
+        Share {
+            window: self.window.load(Ordering::Relaxed),
+            active: self.active.load(Ordering::Relaxed),
+            members: self.members.load(Ordering::Relaxed),
+            in_flight: self.in_flight.load(Ordering::Relaxed),
+        }
+    }
 }
 
 /// A [`SharedBudget`] that does not keep it alive.
@@ -119,6 +135,8 @@ impl SharedBudget {
             window: AtomicU64::new(timed.budget.window()),
             timed: Mutex::new(timed),
             active: AtomicUsize::new(1),
+            members: AtomicUsize::new(1),
+            in_flight: AtomicU64::new(0),
         }))
     }
 
@@ -131,8 +149,11 @@ impl SharedBudget {
     }
 
     fn publish(&self, budget: &Budget, now: Instant) {
-        self.0.window.store(budget.window(), Ordering::Relaxed);
-        self.0.active.store(budget.active(now), Ordering::Relaxed);
+        let share = budget.share(now);
+        self.0.window.store(share.window, Ordering::Relaxed);
+        self.0.active.store(share.active, Ordering::Relaxed);
+        self.0.members.store(share.members, Ordering::Relaxed);
+        self.0.in_flight.store(share.in_flight, Ordering::Relaxed);
     }
 
     /// Caps the rate from now on: bit/s with IP headers, at packets of `mtu` bytes.
@@ -157,6 +178,9 @@ struct Plugged {
     shared: SharedBudget,
     id: MemberId,
     mtu: u16,
+    /// Bytes in flight, and those of them that the others have not heard of.
+    in_flight: u64,
+    untold: u64,
     acked: u64,
     byte_seconds: f64,
     newest_sent: Option<Instant>,
@@ -175,6 +199,8 @@ impl Plugged {
             shared,
             id,
             mtu,
+            in_flight: 0,
+            untold: 0,
             acked: 0,
             byte_seconds: 0.0,
             newest_sent: None,
@@ -196,15 +222,29 @@ impl Plugged {
 
 impl Drop for Plugged {
     fn drop(&mut self) {
-        self.shared.lock().budget.leave(self.id);
+        let now = Instant::now();
+        let mut timed = self.shared.lock();
+        timed.budget.leave(self.id);
+        self.shared.publish(&timed.budget, now);
     }
 }
 
 impl Controller for Plugged {
     fn on_sent(&mut self, now: Instant, bytes: u64, _: u64) {
         // Acknowledgements are not acknowledged, and small words fill no window.
-        if bytes >= u64::from(self.mtu) / 2 {
-            self.silent_since.get_or_insert(now);
+        if bytes < u64::from(self.mtu) / 2 {
+            return;
+        }
+        self.silent_since.get_or_insert(now);
+        // quinn names the bytes of all packets that leave together, and calls for each of them.
+        let packet = u64::from(self.mtu);
+        self.in_flight += packet;
+        self.untold += packet;
+        if self.untold >= TOLD_EVERY * packet {
+            self.untold = 0;
+            let mut timed = self.shared.lock();
+            timed.budget.on_sent(now, self.id, self.in_flight);
+            self.shared.publish(&timed.budget, now);
         }
     }
 
@@ -218,6 +258,7 @@ impl Controller for Plugged {
 
     fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, _: Option<u64>) {
         self.silent_since = (in_flight > 0).then_some(now);
+        (self.in_flight, self.untold) = (in_flight, 0);
         let Some(newest_sent) = self.newest_sent.take() else {
             return;
         };
@@ -237,6 +278,7 @@ impl Controller for Plugged {
     }
 
     fn on_congestion_event(&mut self, now: Instant, sent: Instant, persistent: bool, lost_bytes: u64) {
+        self.in_flight = self.in_flight.saturating_sub(lost_bytes);
         let mut timed = self.shared.lock();
         timed.budget.on_lost(now, sent, lost_bytes, persistent);
         self.shared.publish(&timed.budget, now);
@@ -248,9 +290,8 @@ impl Controller for Plugged {
     }
 
     fn window(&self) -> u64 {
-        let window = self.shared.0.window.load(Ordering::Relaxed);
-        let active = self.shared.0.active.load(Ordering::Relaxed);
-        Budget::part(window, active, u64::from(self.mtu)) + self.room_to_knock(Instant::now())
+        let share = self.shared.0.share();
+        share.part(self.in_flight, u64::from(self.mtu)) + self.room_to_knock(Instant::now())
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {

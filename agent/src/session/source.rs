@@ -17,7 +17,7 @@ use longhaul_common::wire::session::{DiskCounts, FromSource, Refusal, RefusalKin
 use tokio::sync::{Semaphore, mpsc};
 
 use super::source_disks::{OpenDisk, OpenSource, open_or_take_up};
-use super::threads::on_thread;
+use super::threads::{ThreadFailed, on_thread};
 use super::{Agent, outcome};
 use crate::disk::have::HaveLeaves;
 use crate::disk::reader::{DiskRead, Outgoing};
@@ -213,14 +213,20 @@ impl Attempt {
         credit: &Semaphore,
         finish_asked: &mut mpsc::Receiver<()>,
     ) -> Result<(), Refusal> {
+        let mut left = self.source.disks.len();
         while let Some(event) = events.recv().await {
             match event {
                 Event::Batch(outgoing) => self.send_batch(outgoing, credit).await?,
                 Event::DiskDone(disk, digest, counts) => {
+                    left = left.saturating_sub(1);
                     say(send, &FromSource::DiskDone { disk, digest, counts }).await?;
                 }
                 Event::Failed(refusal) => return Err(refusal),
             }
+        }
+        // A thread that died has said nothing of what it did not read, and nobody would ask to finish.
+        if left > 0 {
+            return Err(Refusal::because(RefusalKind::Protocol, &ThreadFailed));
         }
         if finish_asked.recv().await.is_none() {
             // The control task says why; it ends this attempt.

@@ -134,7 +134,15 @@ pub(super) async fn base(
             return Err(Stop::Detached);
         }
     }
-    Ok(done)
+    Ok(whole(done, session.disks.len())?)
+}
+
+/// A thread that died has said nothing of what it did not read.
+fn whole<T>(done: Vec<T>, disks: usize) -> Result<Vec<T>, Refusal> {
+    match done.len() == disks {
+        true => Ok(done),
+        false => Err(Refusal::because(RefusalKind::Protocol, &ThreadFailed)),
+    }
 }
 
 fn read_base(
@@ -295,5 +303,12 @@ mod tests {
         assert!(matches!(died.blocking_recv(), Some(Err(_))));
         assert!(died.blocking_recv().is_none());
         assert!(reading("test", |_| Ok(())).unwrap().blocking_recv().is_none());
+    }
+
+    #[test]
+    fn a_round_0_without_one_of_its_disks_is_an_error() {
+        assert!(whole(vec![1, 2], 2).is_ok() && whole(Vec::<u8>::new(), 0).is_ok());
+        let refusal = whole(vec![1], 2).unwrap_err();
+        assert_eq!(refusal.kind, RefusalKind::Protocol);
     }
 }

@@ -336,3 +336,37 @@ fn no_room_for_a_reserved_copy_leaves_nothing() {
         assert_eq!(std::fs::read_dir(&small.path).unwrap().count(), 1);
     }
 }
+
+#[test]
+fn what_was_read_back_is_proven_until_it_is_written_to_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path(), "disk.raw");
+    let mut model = Model::random(&mut StdRng::seed_from_u64(33), SIZE);
+    let whole = |byte| Leaf {
+        stretches: vec![LEAF as usize],
+        bytes: vec![byte; LEAF as usize],
+    };
+    (0..3).for_each(|leaf| model.leaves[leaf] = whole(leaf as u8 + 1));
+    let (target, _) = Target::open(&options, SIZE).unwrap();
+    model.send(&target, (1, 0), |leaf| leaf < 3);
+    assert!(!target.read_back(), "nothing is durable yet");
+    target.flush().unwrap();
+    let read = |target: &Target| (0..).take_while(|_| target.read_back()).count();
+    assert_eq!(read(&target), 3);
+    // The last one was never read back, and the second is written again.
+    model.leaves[1] = whole(9);
+    model.send(&target, (1, 1), |leaf| leaf == 1 || leaf == 3);
+    target.flush().unwrap();
+    let digest = target.verify(2, &|_| Continue(())).unwrap();
+    assert_eq!(digest, model.digest());
+    let file = OpenOptions::new().write(true).open(partial(&options)).unwrap();
+    file.write_all_at(&[0xAA], LEAF + 7).unwrap();
+    let differs = |target: &Target| match target.verify(2, &|_| Continue(())) {
+        Err(TargetError::Differs { leaf, .. }) => leaf,
+        other => panic!("it was not found: {other:?}"),
+    };
+    assert_eq!(differs(&target), 1, "its first content was proven, not this");
+    // Reading it back finds no proof, and the end says why.
+    assert!(read(&target) > 0);
+    assert_eq!(differs(&target), 1);
+}

@@ -98,7 +98,8 @@ impl Attempt {
         );
         let written = targets.into_iter().map(Written::new).collect();
         let last_round = watch::Sender::default();
-        let writers = Writers::start(written, inbox, &agent.settings.limits, say, last_round);
+        let writers = Writers::start(written, inbox, &agent.settings.limits, say, last_round)
+            .and_then(Writers::reading_back);
         let writers = writers.map_err(|error| Refusal::because(RefusalKind::Protocol, &error))?;
         let mut stop = seat.stop.clone();
         let asked = self.asked(&mut stop).await;

@@ -8,7 +8,7 @@ mod due;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -31,6 +31,8 @@ use crate::settings::LimitsSection;
 const SPACE_AGAIN: u64 = 16 << 20;
 /// Between two looks whether another thread has written its batch.
 const WRITING: Duration = Duration::from_millis(1);
+/// Between two looks whether there is something to read back, and time for it.
+const READ_AGAIN: Duration = Duration::from_millis(10);
 /// Between two tries on a full disk.
 const SPACE_RETRY: Duration = Duration::from_secs(1);
 
@@ -77,6 +79,8 @@ struct Shared {
     written: AtomicU64,
     /// A flush is wanted at once.
     flush_now: AtomicBool,
+    /// Batches that are being written.
+    writing: AtomicUsize,
     /// Has the flusher look at both.
     wake: Sender<()>,
     /// A disk's writers never have more bytes than this on it that a crash could take: they flush first.
@@ -90,6 +94,8 @@ pub(super) struct Writers {
     shared: Arc<Shared>,
     writers: Vec<JoinHandle<()>>,
     flusher: JoinHandle<()>,
+    /// Reads back what is durable, where a proof is to follow.
+    reader: Option<JoinHandle<()>>,
 }
 
 impl Writers {
@@ -109,6 +115,7 @@ impl Writers {
             stop: AtomicBool::new(false),
             written: AtomicU64::new(0),
             flush_now: AtomicBool::new(false),
+            writing: AtomicUsize::new(0),
             wake,
             unflushed_max: limits.flush_bytes.0.saturating_mul(2),
             full: Mutex::default(),
@@ -128,7 +135,19 @@ impl Writers {
             shared,
             writers,
             flusher,
+            reader: None,
         })
+    }
+
+    /// Has what is durable read back while nothing is there to be written: the proof that follows has less to read.
+    pub(super) fn reading_back(mut self) -> std::io::Result<Self> {
+        let shared = Arc::clone(&self.shared);
+        let thread = std::thread::Builder::new().name("read-back".to_owned());
+        let started = thread.spawn(move || shared.read_back_all());
+        // Nobody stops the others where this one is not there.
+        self.shared.stop.fetch_or(started.is_err(), Ordering::Relaxed);
+        self.reader = Some(started?);
+        Ok(self)
     }
 
     /// Writes what is in the inbox (which must be closed), flushes, and gives the disks back. Blocks. `hurry`: batches that are not
@@ -147,6 +166,9 @@ impl Writers {
         self.shared.stop.store(true, Ordering::Relaxed);
         self.shared.ask_for_flush();
         self.flusher.join().map_err(died)?;
+        if let Some(reader) = self.reader {
+            reader.join().map_err(died)?;
+        }
         let shared = Arc::into_inner(self.shared);
         let shared = shared.ok_or_else(|| Refusal::new(RefusalKind::Protocol, "a writer thread lives on"))?;
         Ok(shared.disks.into_iter().map(|disk| disk.target).collect())
@@ -201,7 +223,9 @@ impl Shared {
                 continue;
             }
             let credit = arrived.header.credit();
+            self.writing.fetch_add(1, Ordering::Relaxed);
             let written = self.write(&arrived);
+            self.writing.fetch_sub(1, Ordering::Relaxed);
             // Its room must be free before the credit for it is given.
             drop(arrived);
             match written {
@@ -307,6 +331,17 @@ impl Shared {
                 return Ok(None);
             }
             std::thread::sleep(SPACE_RETRY);
+        }
+    }
+
+    /// What comes from the link goes first: a leaf is read while no batch is being written.
+    fn read_back_all(&self) {
+        while !self.stopping() {
+            let is_idle = self.writing.load(Ordering::Relaxed) == 0;
+            let read = is_idle && self.disks.iter().any(|disk| disk.target.read_back());
+            if !read {
+                std::thread::sleep(READ_AGAIN);
+            }
         }
     }
 

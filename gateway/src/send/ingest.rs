@@ -356,31 +356,38 @@ impl Ingest {
         }
     }
 
-    async fn reduce(&self, outflow: &Outflow, header: &BatchHeader, raw: &Bytes) -> Option<Reduced> {
+    async fn reduce(
+        self: &Arc<Self>,
+        outflow: &Arc<Outflow>,
+        header: &BatchHeader,
+        raw: &Bytes,
+    ) -> Option<Reduced> {
         let lane = Lane::of(header);
         self.reducing.fetch_add(1, Ordering::Relaxed);
-        let method = Method {
-            dedup: self.way.dedup,
-            xor: self.way.xor,
-            level: self.level(outflow, lane),
-        };
-        let (pair, vm) = (outflow.pair(), outflow.vm());
+        let (ingest, flow) = (Arc::clone(self), Arc::clone(outflow));
         let (data, of) = (raw.clone(), header.clone());
         let reduced = self.workers.run_as(header.urgent, move || {
+            // Chosen now: many may have waited for this thread, and the link's state is another one since they came.
+            let method = Method {
+                dedup: ingest.way.dedup,
+                xor: ingest.way.xor,
+                level: ingest.level(&flow, lane),
+            };
+            let (pair, vm) = (flow.pair(), flow.vm());
             let began = Instant::now();
             let reduced = reduction::reduce(&data, &of, vm, pair.as_deref(), method);
-            (reduced, began.elapsed())
+            (reduced, method.level, began.elapsed())
         });
         let reduced = reduced.await;
         self.reducing.fetch_sub(1, Ordering::Relaxed);
-        let (reduced, busy) = reduced.ok()?;
+        let (reduced, level, busy) = reduced.ok()?;
         let work = Work {
             raw: raw.len() as u64,
-            content: reduced.counts.content(method.level),
+            content: reduced.counts.content(level),
             payload: reduced.payload.bytes.len() as u64,
             busy,
         };
-        outflow.peer.measured(lane, method.level, work);
+        outflow.peer.measured(lane, level, work);
         Some(reduced)
     }
 

@@ -32,6 +32,7 @@ mod placed;
 mod progress_log;
 mod qcow2_server;
 mod qcow2_store;
+mod read_back;
 mod record;
 mod replay;
 mod scratch;

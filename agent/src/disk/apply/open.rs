@@ -20,6 +20,7 @@ use super::place::{self, Dir, Place};
 use super::progress_log::{LockedLog, ProgressLog};
 use super::qcow2_server;
 use super::qcow2_store::{self, Qcow2Store};
+use super::read_back::ReadBack;
 use super::record::{ENTRY, Header, Version};
 use super::replay::{self, Have};
 use super::shadow::{self, Shadow, Taken};
@@ -141,6 +142,7 @@ fn finish(options: &TargetOptions, size: u64, opened: Opened) -> Result<(Target,
         failed: AtomicBool::new(false),
         notes,
         patched: Mutex::default(),
+        read_back: ReadBack::default(),
         begun_with_shadow: begun,
     };
     Ok((target, have))

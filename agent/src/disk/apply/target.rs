@@ -22,6 +22,7 @@ use super::compact;
 use super::pending::{self, Pending, Taken};
 use super::place::Place;
 use super::progress_log::ProgressLog;
+use super::read_back::ReadBack;
 use super::record::{ENTRY, HEAD, Kind, Record, Version};
 use super::store::{Store, ZEROS};
 use super::{LeafRecord, Piece, TargetError, TargetOptions, open};
@@ -70,6 +71,8 @@ pub struct Target {
     pub(crate) notes: Vec<String>,
     /// Leaves that are whole, but whose digest no log states: a later round wrote parts of them.
     pub(crate) patched: Mutex<BTreeSet<u64>>,
+    /// Which leaves read as they were written.
+    pub(crate) read_back: ReadBack,
     /// In this life it was a shadow until it was opened.
     pub(crate) begun_with_shadow: bool,
 }
@@ -254,7 +257,16 @@ impl Target {
             && parts.all(|part| self.reads_as(&ZEROS[..part.len() as usize], part.offset()))
     }
 
+    /// Writes the pieces where they were admitted; no leaf of them counts as read back any more.
     pub(crate) fn write(&self, pieces: &[Piece<'_>], entered: &Entered<'_>) -> io::Result<()> {
+        self.read_back.forget(&entered.admitted);
+        let written = self.write_admitted(pieces, entered);
+        // Again: one may have been read in between.
+        self.read_back.forget(&entered.admitted);
+        written
+    }
+
+    fn write_admitted(&self, pieces: &[Piece<'_>], entered: &Entered<'_>) -> io::Result<()> {
         let mut run = WriteRun {
             store: &*self.store,
             parts: Vec::new(),
@@ -339,6 +351,7 @@ impl Target {
             lock(&self.pending).put_back(records);
             return Err(error);
         }
+        self.read_back.offer(&records);
         if compact::is_due(&log) {
             self.compact(&mut log)?;
         }

@@ -24,6 +24,8 @@ const THREADS_MAX: usize = 32;
 /// What was read.
 enum Read {
     Leaf(u64, Digest),
+    /// One that need not be read: it was, and reads as the log says.
+    Proven(u64),
     Zeros(Range<u64>),
 }
 
@@ -66,7 +68,8 @@ impl ZeroLeaves {
 }
 
 impl Target {
-    /// Flushes, drops what memory holds of the copy, reads everything back with `threads` threads and states the disk's digest.
+    /// Flushes, drops what memory holds of the copy, reads back with `threads` threads what was not read back since it was written, and
+    /// states the disk's digest.
     ///
     /// `progress` is told the bytes done so far after each leaf, on the calling thread, and may end it. Nothing may be applied
     /// meanwhile. Errors: `Incomplete` where a leaf was never written, `Differs` with a leaf that does not read as it was written,
@@ -93,27 +96,40 @@ impl Target {
                 Some(_) => Ok(()),
                 None => Err(TargetError::Incomplete { leaf }),
             };
-            read_back(&*self.store, self.size, range.clone(), threads, &mut |read| {
-                match read.map_err(TargetError::during("read", path))? {
-                    Read::Leaf(leaf, found) => {
-                        differs(leaf, found)?;
-                        digest.leaf(leaf, found)?;
-                        done += leaf_extent(leaf, self.size).len();
+            let proven = |leaf| self.read_back.is_proven(leaf);
+            read_back(
+                &*self.store,
+                self.size,
+                range.clone(),
+                threads,
+                &proven,
+                &mut |read| {
+                    match read.map_err(TargetError::during("read", path))? {
+                        Read::Proven(leaf) => {
+                            let found = expected(leaf).ok_or(TargetError::Incomplete { leaf })?;
+                            digest.leaf(leaf, found)?;
+                            done += leaf_extent(leaf, self.size).len();
+                        }
+                        Read::Leaf(leaf, found) => {
+                            differs(leaf, found)?;
+                            digest.leaf(leaf, found)?;
+                            done += leaf_extent(leaf, self.size).len();
+                        }
+                        Read::Zeros(leaves) => {
+                            leaves
+                                .clone()
+                                .try_for_each(|leaf| differs(leaf, zeros.digest(leaf)))?;
+                            digest.zeros(leaves.start, leaves.end - leaves.start)?;
+                            done += leaf_extent(leaves.end - 1, self.size).end()
+                                - leaf_extent(leaves.start, self.size).offset();
+                        }
                     }
-                    Read::Zeros(leaves) => {
-                        leaves
-                            .clone()
-                            .try_for_each(|leaf| differs(leaf, zeros.digest(leaf)))?;
-                        digest.zeros(leaves.start, leaves.end - leaves.start)?;
-                        done += leaf_extent(leaves.end - 1, self.size).end()
-                            - leaf_extent(leaves.start, self.size).offset();
+                    match progress(done) {
+                        ControlFlow::Continue(()) => Ok(()),
+                        ControlFlow::Break(()) => Err(TargetError::Stopped { path: path.clone() }),
                     }
-                }
-                match progress(done) {
-                    ControlFlow::Continue(()) => Ok(()),
-                    ControlFlow::Break(()) => Err(TargetError::Stopped { path: path.clone() }),
-                }
-            })?;
+                },
+            )?;
         }
         Ok(digest.finish()?)
     }
@@ -146,9 +162,10 @@ pub(crate) fn recheck(
                     states.set(leaf..leaf + 1, state);
                 }
             };
-            read_back(store, size, run, threads, &mut |read| {
+            read_back(store, size, run, threads, &|_| false, &mut |read| {
                 match read.map_err(TargetError::during("read the copy of", &path))? {
                     Read::Leaf(leaf, found) => check(leaf, found),
+                    Read::Proven(_) => {}
                     Read::Zeros(leaves) => leaves.for_each(|leaf| check(leaf, zeros.digest(leaf))),
                 }
                 Ok(())
@@ -171,7 +188,7 @@ pub(crate) fn state_all(
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
     for range in replay::windows(leaf_count(size)) {
         let mut digests = Vec::new();
-        read_back(store, size, range.clone(), threads, &mut |read| {
+        read_back(store, size, range.clone(), threads, &|_| false, &mut |read| {
             if let Read::Leaf(leaf, found) = read.map_err(TargetError::during("read the copy of", &path))?
                 && found != zeros.digest(leaf)
             {
@@ -202,12 +219,14 @@ pub(crate) fn state_all(
     Ok(())
 }
 
-/// Hands the leaves of `range` to `sink`, nearly in order, read and hashed by `threads` threads. The sink's first error ends it.
+/// Hands the leaves of `range` to `sink`, nearly in order, read and hashed by `threads` threads, but for those that are `proven`. The sink's
+/// first error ends it.
 fn read_back(
     store: &dyn Store,
     size: u64,
     range: Range<u64>,
     threads: usize,
+    proven: &(dyn Fn(u64) -> bool + Sync),
     sink: &mut dyn FnMut(io::Result<Read>) -> Result<(), TargetError>,
 ) -> Result<(), TargetError> {
     let threads = threads.clamp(1, THREADS_MAX);
@@ -225,7 +244,7 @@ fn read_back(
             scope.spawn(move || {
                 let mut buf = vec![0; LEAF as usize];
                 // The receiver is gone once the sink had enough.
-                while let Some(read) = next_read(walk, &mut buf)
+                while let Some(read) = next_read(walk, proven, &mut buf)
                     && results.send(read).is_ok()
                 {}
             });
@@ -237,9 +256,14 @@ fn read_back(
     })
 }
 
-fn next_read(walk: &Mutex<Walk<'_>>, buf: &mut [u8]) -> Option<io::Result<Read>> {
+fn next_read(
+    walk: &Mutex<Walk<'_>>,
+    proven: &(dyn Fn(u64) -> bool + Sync),
+    buf: &mut [u8],
+) -> Option<io::Result<Read>> {
     let step = walk.lock().unwrap_or_else(PoisonError::into_inner).step();
     let leaf = match step? {
+        Ok(Step::Leaf(leaf)) if proven(leaf) => return Some(Ok(Read::Proven(leaf))),
         Ok(Step::Leaf(leaf)) => leaf,
         Ok(Step::Zeros(leaves)) => return Some(Ok(Read::Zeros(leaves))),
         Err(error) => return Some(Err(error)),

@@ -141,7 +141,7 @@ impl Run<'_> {
         self.report.link_bytes = both.map(|(one, two)| (two.0 - one.0, two.1 - one.1));
         watch(Moment::Step("looking who runs the guest".to_owned()));
         self.settle()?;
-        self.idle(self.args.after.0)?;
+        self.listen_on(up, began, ended)?;
         self.measure(up, began, ended);
         if let Some(programs) = programs {
             let mut reduced = since(programs.reduced(&self.stage.lab), &before);

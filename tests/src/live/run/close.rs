@@ -17,6 +17,8 @@ use crate::report::{LinkReport, ProgramReport};
 const SETTLE_LIMIT: Duration = Duration::from_secs(30);
 /// So many of the longest times without a heartbeat are told.
 const SILENCES: usize = 5;
+/// Beyond the time that was asked for, how long the guest's figures are waited for.
+const COUNTS_LIMIT: Duration = Duration::from_secs(5);
 /// After the job, how long clearing up may take.
 const TIDY_LIMIT: Duration = Duration::from_secs(10);
 
@@ -35,6 +37,21 @@ impl Run<'_> {
             _ => "both",
         }
         .to_owned();
+        Ok(())
+    }
+
+    /// Hears the guest for a while after the job: as long as was asked for, and until it has said twice how much it did, where it says so at
+    /// all. It does once a second.
+    pub(super) fn listen_on(&mut self, up: Duration, began: Duration, ended: Duration) -> io::Result<()> {
+        let start = Instant::now();
+        self.idle(self.args.after.0)?;
+        let hears = |run: &Self, from, until| run.stage.consoles.hearing().throughput(from, until).is_some();
+        while hears(self, up, began)
+            && !hears(self, ended, self.stage.consoles.now())
+            && start.elapsed() < self.args.after.0 + COUNTS_LIMIT
+        {
+            self.idle(TICK * 10)?;
+        }
         Ok(())
     }
 

@@ -122,7 +122,8 @@ impl Jobs {
     /// Takes a new job.
     pub async fn submit(self: &Arc<Self>, spec: JobSpec) -> Result<JobRecord, JobError> {
         spec.check()?;
-        self.peer(&spec.target.site)?;
+        // Before it is kept: what is refused now is nobody's job.
+        self.context(&spec)?;
         let record = JobRecord {
             id: JobId::random().to_string(),
             spec,
@@ -166,11 +167,15 @@ impl Jobs {
     /// What a job of this spec works with.
     pub fn context(&self, spec: &JobSpec) -> Result<Context, JobError> {
         let peer = self.peer(&spec.target.site)?;
-        if !spec.tenant.is_empty() && peer.pair(&spec.tenant).is_none() {
+        if !spec.tenant.is_empty() && !peer.tenants().any(|tenant| tenant == spec.tenant) {
             let known: Vec<_> = peer.tenants().collect();
             return Err(JobError::NoSuchTenant {
                 tenant: spec.tenant.clone(),
-                known: known.join(", "),
+                known: if known.is_empty() {
+                    "none".to_owned()
+                } else {
+                    known.join(", ")
+                },
             });
         }
         Ok(Context {

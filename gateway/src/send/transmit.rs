@@ -90,6 +90,8 @@ pub struct Peer {
     delivered: AtomicU64,
     /// The windows shared with this peer, by tenant; the empty name is that of all others.
     pairs: BTreeMap<String, Arc<Pair>>,
+    /// Known ones, also where there are no windows.
+    tenants: Vec<String>,
     /// Something was pushed, accepted or closed.
     changed: Notify,
     links: Mutex<Links>,
@@ -105,6 +107,8 @@ impl Peer {
             .map(|identity| identity.to_string());
         let pair = |tenant: &str| Some((tenant.to_owned(), windows.with(name.as_ref()?, tenant)?));
         let pairs = windows.tenants().filter_map(pair).collect();
+        let named = windows.tenants().filter(|tenant| !tenant.is_empty());
+        let tenants = named.map(str::to_owned).collect();
         let peer = Arc::new(Self {
             settings,
             tls,
@@ -113,6 +117,7 @@ impl Peer {
             ladders: Mutex::default(),
             delivered: AtomicU64::new(0),
             pairs,
+            tenants,
             changed: Notify::new(),
             links: Mutex::default(),
             linked: Notify::new(),
@@ -129,10 +134,9 @@ impl Peer {
         self.pairs.get(tenant).cloned()
     }
 
-    /// The names of tenants with windows of their own.
+    /// The names of tenants, each with windows of its own where there are any.
     pub fn tenants(&self) -> impl Iterator<Item = &str> {
-        let names = self.pairs.keys().map(String::as_str);
-        names.filter(|tenant| !tenant.is_empty())
+        self.tenants.iter().map(String::as_str)
     }
 
     /// Has a flow send no more than so many bytes per second of payload.

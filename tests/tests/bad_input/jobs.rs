@@ -104,6 +104,26 @@ fn a_mistake_in_the_file_is_named_before_anything_is_asked() {
     }
 }
 
+#[test]
+fn a_job_of_a_tenant_that_the_gateway_does_not_know_never_begins() {
+    let running = running();
+    let good = running.sites.job("disk", "copy");
+    let job = good.replace("name = \"bad\"", "name = \"bad\"\ntenant = \"nobody\"");
+    let file = running.sites.write("tenant.toml", &job).display().to_string();
+    let output = running.sites.finish(running.longhaul(&["run", &file]));
+    let text = said(&output);
+    assert_eq!(output.status.code(), Some(4), "{text}");
+    assert!(
+        text.contains("tenant 'nobody'; add it to reduction.tenants") && text.contains("known: none"),
+        "{text}"
+    );
+    let output = running.sites.finish(running.longhaul(&["status", "--json"]));
+    assert!(
+        !String::from_utf8_lossy(&output.stdout).contains("nobody"),
+        "{output:?}"
+    );
+}
+
 /// The agents refuse; the job fails with their sentence, the plan shows it, nothing is left behind.
 #[test]
 fn what_only_the_agents_can_see_fails_the_job_in_one_sentence() {

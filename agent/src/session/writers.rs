@@ -75,12 +75,12 @@ struct Shared {
     say: mpsc::Sender<FromTarget>,
     last_round: watch::Sender<LastRound>,
     stop: AtomicBool,
+    /// Batches that are being written.
+    writing: AtomicUsize,
     /// Batches written so far.
     written: AtomicU64,
     /// A flush is wanted at once.
     flush_now: AtomicBool,
-    /// Batches that are being written.
-    writing: AtomicUsize,
     /// Has the flusher look at both.
     wake: Sender<()>,
     /// A disk's writers never have more bytes than this on it that a crash could take: they flush first.

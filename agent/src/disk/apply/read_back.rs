@@ -43,6 +43,8 @@ impl ReadBack {
             // A batch of zeros may cover terabytes; nothing counts behind what is known.
             (run.start..run.end.min(known)).for_each(|leaf| state.set(leaf, false));
             state.reading.retain(|leaf| !run.contains(leaf));
+            // What memory holds of the new content must not pass for the device's, even where it is the old content once more.
+            state.waiting.retain(|(leaf, _)| !run.contains(leaf));
         }
     }
 
@@ -129,6 +131,7 @@ mod tests {
         assert_eq!(known.begin().map(|(leaf, _)| leaf), Some(70));
         known.end(70, true);
         assert!(!known.is_proven(3) && known.is_proven(70) && !known.is_proven(6));
+        known.offer(&[durable(70)]);
         known.forget(std::slice::from_ref(&(64..200)));
         assert!(!known.is_proven(70) && known.begin().is_none());
     }

@@ -101,7 +101,7 @@ fn look_ups(criterion: &mut Criterion) {
     let mut index = Index::new(SLOTS);
     let key = |position: u64| position.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
     for position in 0..SLOTS {
-        index.insert(key(position), position, |slot| slot);
+        index.insert(key(position), position);
     }
     let mut group = criterion.benchmark_group("blocks of a MiB");
     group.throughput(Throughput::Bytes(LEN as u64)).sample_size(20);
@@ -150,6 +150,8 @@ fn whole(criterion: &mut Criterion) {
         }
         data
     };
+    // As compressible, and like nothing that is known.
+    let other = |stamp: u64| known.iter().map(|byte| byte ^ (1 + stamp % 63) as u8).collect();
     let mut stamp = 0_u64;
     let mut fresh = |kind: &str| {
         stamp += 1;
@@ -157,8 +159,9 @@ fn whole(criterion: &mut Criterion) {
         let (place, data) = match kind {
             "known" => (stamp << 30, known.to_vec()),
             "changed" => (0, change(stamp)),
-            // New in every block, and at a place of its own.
-            "new" => (stamp << 30, change(stamp)),
+            // Known nearly, from another place.
+            "alike" => (stamp << 30, change(stamp)),
+            "new" => (stamp << 30, other(stamp)),
             _ => {
                 let mut data = noise(LEN);
                 data.chunks_mut(BLOCK)
@@ -168,7 +171,7 @@ fn whole(criterion: &mut Criterion) {
         };
         (header(place, &data), Bytes::from(data))
     };
-    for kind in ["new", "known", "changed", "noise"] {
+    for kind in ["new", "alike", "known", "changed", "noise"] {
         group.bench_function(format!("reduce {kind}"), |bench| {
             let work = |(header, data): (BatchHeader, Bytes)| {
                 let reduced = reduce(&data, &header, vm, Some(&a), method);

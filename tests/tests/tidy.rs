@@ -42,6 +42,7 @@ const DOORS: &[(&str, &[&str])] = &[
     ("tracing_subscriber", &["common/src/telemetry.rs"]),
     ("lz4_flex", &["gateway/src/reduction/"]),
     ("zstd", &["gateway/src/reduction/"]),
+    ("aws_lc_rs", &["gateway/src/reduction/"]),
     ("rusqlite", &["gateway/src/store/"]),
     ("rcgen", &["gateway/src/pki/"]),
     ("axum", &["gateway/src/api/"]),

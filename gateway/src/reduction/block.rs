@@ -3,26 +3,58 @@
 //! Owns the inner loops. They are written over whole words and arrays so that the compiler turns them into vector instructions; the
 //! benchmarks say what comes of it. Promises nothing about lengths but what is said: all work on equal lengths or on the shorter.
 
+use std::sync::Arc;
+
+use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
+
 use super::layout::BLOCK_LEN;
 
-/// A block's digest under this gateway's key: BLAKE3, the first 16 bytes. Keyed, so that nobody finds two blocks of one digest who does
-/// not know the key.
+/// A block's digest under this gateway's key.
 pub type BlockDigest = [u8; 16];
 
 /// A gateway's key for block digests.
+///
+/// A digest is GMAC (NIST SP 800-38D) with one nonce for all: a polynomial in a secret point, so that who does not know the key, and has
+/// never seen a digest, finds two blocks of one digest with a chance of 2^-120 at each try (McGrew and Viega, "The Security and
+/// Performance of the Galois/Counter Mode of Operation", 2004). **Seen digests tell the key**: they stay in this program and its folder, beside
+/// the key. What is restored by them is held against the batch's own digest, which is BLAKE3. Four times as fast as that over 4 KiB.
 #[derive(Clone)]
-pub struct DigestKey(pub(super) [u8; 32]);
+pub struct DigestKey {
+    pub(super) bytes: [u8; 32],
+    /// None where the library will not take the key.
+    mac: Option<Arc<LessSafeKey>>,
+}
 
 impl DigestKey {
     /// A new one.
     pub fn random() -> Self {
-        Self(rand::random())
+        Self::of(rand::random())
+    }
+
+    pub(super) fn of(bytes: [u8; 32]) -> Self {
+        let key = UnboundKey::new(&AES_256_GCM, &bytes).ok();
+        Self {
+            bytes,
+            mac: key.map(|key| Arc::new(LessSafeKey::new(key))),
+        }
     }
 
     /// The digest of one block.
     pub fn digest(&self, block: &[u8]) -> BlockDigest {
+        self.gmac(block).unwrap_or_else(|| self.without_gmac(block))
+    }
+
+    fn gmac(&self, block: &[u8]) -> Option<BlockDigest> {
+        let nonce = Nonce::assume_unique_for_key([0; NONCE_LEN]);
+        let mac = self.mac.as_ref()?;
+        let tag = mac.seal_in_place_separate_tag(nonce, Aad::from(block), &mut []);
+        tag.ok()?.as_ref().try_into().ok()
+    }
+
+    /// Slower, and as good: a library that refuses to work costs time and nothing else.
+    fn without_gmac(&self, block: &[u8]) -> BlockDigest {
         let mut digest = [0; 16];
-        digest.copy_from_slice(&blake3::keyed_hash(&self.0, block).as_bytes()[..16]);
+        digest.copy_from_slice(&blake3::keyed_hash(&self.bytes, block).as_bytes()[..16]);
         digest
     }
 }
@@ -61,6 +93,8 @@ pub fn differing(block: &[u8], base: &[u8]) -> usize {
 
 /// Bytes that [`is_noise`] looks at.
 const SAMPLE: usize = 512;
+/// Of `SAMPLE` random bytes half of all bits are set on average, give or take 32.
+const NOISE_ONES: std::ops::Range<u32> = 2048 - 6 * 32..2048 + 6 * 32;
 /// Of `SAMPLE` random bytes the squares of how often each value occurs sum to 1534 on average, give or take 45.
 const NOISE_SQUARES: u32 = 1534 + 6 * 45;
 
@@ -69,11 +103,22 @@ pub fn is_noise(block: &[u8]) -> bool {
     if block.len() < BLOCK_LEN {
         return false;
     }
+    let sample = || {
+        block
+            .chunks_exact(BLOCK_LEN / 8)
+            .map(|piece| &piece[..SAMPLE / 8])
+    };
+    // Most content has too few bits set, which is seen at a glance.
+    let words = sample().flat_map(|piece| piece.as_chunks::<8>().0);
+    let ones = words
+        .map(|word| u64::from_ne_bytes(*word).count_ones())
+        .sum::<u32>();
+    if !NOISE_ONES.contains(&ones) {
+        return false;
+    }
     let mut counts = [0_u16; 256];
-    for piece in block.chunks_exact(BLOCK_LEN / 8) {
-        for byte in &piece[..SAMPLE / 8] {
-            counts[usize::from(*byte)] += 1;
-        }
+    for byte in sample().flatten() {
+        counts[usize::from(*byte)] += 1;
     }
     let squares = counts
         .iter()
@@ -104,6 +149,30 @@ mod tests {
             xor(&mut residue, &base);
             prop_assert_eq!(residue, block);
         }
+    }
+
+    #[test]
+    fn a_digest_is_of_all_of_its_block_under_one_key() {
+        let block: Vec<u8> = (0..BLOCK_LEN).map(|n| (n * n / 7) as u8).collect();
+        let (one, other) = (DigestKey::of([1; 32]), DigestKey::of([2; 32]));
+        let digest = one.gmac(&block).unwrap();
+        assert_eq!(
+            [one.digest(&block), DigestKey::of([1; 32]).digest(&block)],
+            [digest; 2]
+        );
+        assert_ne!(digest, other.digest(&block));
+        assert_ne!(digest, one.without_gmac(&block));
+        for at in (0..BLOCK_LEN).step_by(61) {
+            for bit in 0..8 {
+                let mut changed = block.clone();
+                changed[at] ^= 1 << bit;
+                assert_ne!(digest, one.digest(&changed), "bit {bit} of byte {at}");
+            }
+        }
+        assert_ne!(digest, one.digest(&block[..BLOCK_LEN - 1]));
+        // Test case 13 of the specification's authors, whose key and nonce are zeros: what is empty.
+        let expected = 0x530f_8afb_c745_36b9_a963_b4f1_c4cb_738b_u128.to_be_bytes();
+        assert_eq!(DigestKey::of([0; 32]).digest(&[]), expected);
     }
 
     #[test]

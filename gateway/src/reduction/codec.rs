@@ -93,35 +93,40 @@ thread_local! {
     /// A worker's compressor and the level it was made for: its tables are large.
     static COMPRESSOR: RefCell<Option<(i32, Compressor<'static>)>> = const { RefCell::new(None) };
     static DECOMPRESSOR: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
+    /// Where a worker compresses to: fresh memory costs a fault for each of its pages.
+    static SMALLER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
 /// `raw` at `level`, or `None` where it would not be smaller.
 pub(super) fn compress(raw: &[u8], level: Level) -> Option<(Codec, Vec<u8>)> {
+    compress_then(raw, level, |codec, smaller| (codec, smaller.to_vec()))
+}
+
+/// Gives `raw` at `level` to `then`, unless it would not be smaller.
+pub(super) fn compress_then<T>(raw: &[u8], level: Level, then: impl FnOnce(Codec, &[u8]) -> T) -> Option<T> {
     if raw.len() <= GAIN_MIN || level == Level::Raw {
         return None;
     }
-    let (codec, mut out) = match level.zstd() {
-        None => {
-            let mut out = vec![0; get_maximum_output_size(raw.len())];
-            let len = compress_into(raw, &mut out).ok()?;
-            out.truncate(len);
-            (Codec::Lz4, out)
+    SMALLER.with_borrow_mut(|kept| {
+        let most = get_maximum_output_size(raw.len()).max(compress_bound(raw.len()));
+        if kept.len() < most {
+            kept.resize(most, 0);
         }
-        Some(level) => (Codec::Zstd, zstd_at(raw, level)?),
-    };
-    if out.len() + GAIN_MIN > raw.len() {
-        return None;
-    }
-    out.shrink_to_fit();
-    Some((codec, out))
+        let (codec, len) = match level.zstd() {
+            None => (Codec::Lz4, compress_into(raw, kept).ok()?),
+            Some(level) => (Codec::Zstd, zstd_at(raw, level, kept)?),
+        };
+        let smaller = kept.get(..len)?;
+        (len + GAIN_MIN <= raw.len()).then(|| then(codec, smaller))
+    })
 }
 
-fn zstd_at(raw: &[u8], level: i32) -> Option<Vec<u8>> {
+fn zstd_at(raw: &[u8], level: i32, into: &mut [u8]) -> Option<usize> {
     COMPRESSOR.with_borrow_mut(|kept| {
         if kept.as_ref().is_none_or(|(of, _)| *of != level) {
             *kept = Some((level, Compressor::new(level).ok()?));
         }
-        kept.as_mut()?.1.compress(raw).ok()
+        kept.as_mut()?.1.compress_to_buffer(raw, into).ok()
     })
 }
 

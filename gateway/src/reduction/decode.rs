@@ -10,7 +10,7 @@ use longhaul_common::wire::batch::{BatchError, BatchHeader};
 use super::block::{self, BlockDigest};
 use super::codec::{self, Codec};
 use super::encode::{PATCHED, STORES, THEIRS};
-use super::layout::{BLOCK_LEN, Layout, Vm};
+use super::layout::{BLOCK_LEN, Layout, Vm, together};
 use super::pair::Pair;
 use super::plan::{self, Fate};
 use super::window::{BATCH_BLOCKS, Found, Read, Ring, Window};
@@ -84,7 +84,7 @@ fn restore_blocks(
 }
 
 /// A payload taken apart.
-struct Parts {
+struct Parts<'a> {
     flags: u8,
     epoch: u64,
     their_epoch: Option<u64>,
@@ -92,13 +92,13 @@ struct Parts {
     fates: Vec<Fate>,
     residues: Vec<u8>,
     /// What the residues are made of, once their bases are there.
-    patch: Option<Vec<u8>>,
-    plain: Vec<u8>,
-    raw: Vec<u8>,
+    patch: Option<&'a [u8]>,
+    plain: Section<'a>,
+    raw: &'a [u8],
 }
 
-impl Parts {
-    fn read(mut bytes: &[u8], layout: &Layout) -> Result<Self, BatchError> {
+impl<'a> Parts<'a> {
+    fn read(mut bytes: &'a [u8], layout: &Layout) -> Result<Self, BatchError> {
         let bytes = &mut bytes;
         let flags = plan::take(bytes, 1)?[0];
         let epoch = number(bytes)?;
@@ -120,12 +120,12 @@ impl Parts {
         let (residues, patch) = match bytes.first() {
             Some(codec) if residues > 0 && *codec == Codec::Patch as u8 => {
                 plan::take(bytes, 1)?;
-                (vec![0; residues], Some(sized(bytes)?.to_vec()))
+                (vec![0; residues], Some(sized(bytes)?))
             }
-            _ => (section(bytes, residues)?, None),
+            _ => (Section::take(bytes, residues)?.content()?, None),
         };
-        let plain = section(bytes, plain)?;
-        let raw = plan::take(bytes, raw)?.to_vec();
+        let plain = Section::take(bytes, plain)?;
+        let raw = plan::take(bytes, raw)?;
         if !bytes.is_empty() {
             return Err(BatchError::Payload("bytes follow its end"));
         }
@@ -153,7 +153,7 @@ impl Parts {
                 bases.extend_from_slice(&raw[block.at..block.at + BLOCK_LEN]);
             }
         }
-        codec::decompress_against(&small, &bases, &mut self.residues)
+        codec::decompress_against(small, &bases, &mut self.residues)
     }
 
     fn needs_window(&self) -> bool {
@@ -162,8 +162,8 @@ impl Parts {
 
     /// Fills in everything but what came from slots; differences are applied to the bases that stand in their places.
     fn fill(&self, layout: &Layout, raw: &mut [u8]) -> Result<(), BatchError> {
-        let [mut residues, mut plain, mut noise] =
-            [&self.residues, &self.plain, &self.raw].map(|part| &part[..]);
+        let content = self.add_plain(layout, raw)?;
+        let (mut residues, mut plain, mut noise) = (&self.residues[..], content.as_deref(), self.raw);
         for (index, (fate, place)) in self.fates.iter().zip(&layout.blocks).enumerate() {
             let block = place.at..place.at + BLOCK_LEN;
             match fate {
@@ -182,14 +182,29 @@ impl Parts {
                 Fate::XorOwn(_) | Fate::XorTheirs(_) => {
                     block::xor(&mut raw[block], plan::take(&mut residues, BLOCK_LEN)?);
                 }
-                Fate::Plain => raw[block].copy_from_slice(plan::take(&mut plain, BLOCK_LEN)?),
+                Fate::Plain => {
+                    if let Some(plain) = &mut plain {
+                        raw[block].copy_from_slice(plan::take(plain, BLOCK_LEN)?);
+                    }
+                }
                 Fate::Raw => raw[block].copy_from_slice(plan::take(&mut noise, BLOCK_LEN)?),
             }
         }
-        for range in &layout.loose {
-            raw[range.clone()].copy_from_slice(plan::take(&mut plain, range.len())?);
+        if let Some(mut plain) = plain {
+            for range in &layout.loose {
+                raw[range.clone()].copy_from_slice(plan::take(&mut plain, range.len())?);
+            }
         }
         Ok(())
+    }
+
+    /// Puts plain blocks and loose bytes into their places, where these lie together; else gives them.
+    fn add_plain(&self, layout: &Layout, raw: &mut [u8]) -> Result<Option<Vec<u8>>, BatchError> {
+        let blocks = layout.ranges(|index| self.fates.get(index) == Some(&Fate::Plain));
+        match together(blocks.chain(layout.loose.iter().cloned())) {
+            Some(range) => self.plain.write(&mut raw[range]).map(|()| None),
+            None => self.plain.content().map(Some),
+        }
     }
 }
 
@@ -198,19 +213,38 @@ fn number(bytes: &mut &[u8]) -> Result<u64, BatchError> {
     Ok(u64::from_le_bytes(std::array::from_fn(|n| taken[n])))
 }
 
-/// The `len` bytes that a section stands for; a section of nothing has no bytes at all.
-fn section(bytes: &mut &[u8], len: usize) -> Result<Vec<u8>, BatchError> {
-    if len == 0 {
-        return Ok(Vec::new());
+/// Content, as it came.
+struct Section<'a> {
+    codec: Codec,
+    small: &'a [u8],
+    /// Bytes that it stands for.
+    len: usize,
+}
+
+impl<'a> Section<'a> {
+    /// Takes the section that stands for `len` bytes; one of nothing has no bytes at all.
+    fn take(bytes: &mut &'a [u8], len: usize) -> Result<Self, BatchError> {
+        let (mut codec, mut small) = (Codec::Raw, &[][..]);
+        if len > 0 {
+            let known = Codec::from_wire(plan::take(bytes, 1)?[0]);
+            codec = known.ok_or(BatchError::Payload(
+                "its compression is unknown; the peer may run another version",
+            ))?;
+            small = sized(bytes)?;
+        }
+        Ok(Self { codec, small, len })
     }
-    let codec = Codec::from_wire(plan::take(bytes, 1)?[0]);
-    let codec = codec.ok_or(BatchError::Payload(
-        "its compression is unknown; the peer may run another version",
-    ))?;
-    let small = sized(bytes)?;
-    let mut content = vec![0; len];
-    codec::decompress(codec, small, &mut content)?;
-    Ok(content)
+
+    /// Writes what it stands for, over all of `into`.
+    fn write(&self, into: &mut [u8]) -> Result<(), BatchError> {
+        codec::decompress(self.codec, self.small, into)
+    }
+
+    fn content(&self) -> Result<Vec<u8>, BatchError> {
+        let mut content = vec![0; self.len];
+        self.write(&mut content)?;
+        Ok(content)
+    }
 }
 
 /// Bytes behind their length.
@@ -227,7 +261,7 @@ struct Fetched {
 
 /// Puts the content of slots into the places of those blocks that refer to them.
 fn fetch(
-    parts: &Parts,
+    parts: &Parts<'_>,
     layout: &Layout,
     incoming: &Window,
     pair: &Pair,
@@ -295,7 +329,7 @@ fn read(ring: &Ring, position: u64, at: usize, raw: &mut [u8]) -> Result<Fetched
 
 /// Stores what is new at the positions that the sender gave it, and notes where each place's content is, if this is its epoch's window.
 fn store(
-    parts: &Parts,
+    parts: &Parts<'_>,
     layout: &Layout,
     window: &Window,
     raw: &[u8],

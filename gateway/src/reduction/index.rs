@@ -58,25 +58,26 @@ impl Index {
         best
     }
 
-    /// From now on `key` leads to `position`. Where the bucket is full, what leads nowhere any more gives way, or else the oldest.
-    pub fn insert(&mut self, key: u64, position: u64, filled: impl Fn(u64) -> u64) {
+    /// From now on `key` leads to `position`. Where the bucket is full, the entry of the oldest position gives way, and so what leads
+    /// nowhere any more goes first. Looks at nothing but the bucket: the slots that it leads to are cache lines of their own.
+    pub fn insert(&mut self, key: u64, position: u64) {
         let new = self.pack(key, position);
         let (at, slots) = (self.bucket(key), self.slots);
         let Some(bucket) = self.buckets.get_mut(at) else {
             return;
         };
-        let age = |entry: u64| {
-            let held = filled((entry & 0xffff_ffff).wrapping_sub(1) % slots);
-            let stale = (held / slots) & 0xff != (entry >> 32) & 0xff;
-            match entry {
-                0 => 0,
-                // The same key, by all that is kept of it: this is its newer position.
-                entry if entry >> 40 == new >> 40 => 0,
-                _ if stale => 1,
-                _ => held,
-            }
+        // Positions are kept but for whole rounds of 256 laps.
+        let laps = slots * 256;
+        let kept = |entry: u64| (entry >> 32 & 0xff) * slots + (entry & 0xffff_ffff).wrapping_sub(1) % slots;
+        let age = |entry: u64| match (kept(new) + laps - kept(entry)) % laps {
+            _ if entry == 0 => u64::MAX,
+            // The same key, by all that is kept of it: this is its newer position.
+            _ if entry >> 40 == new >> 40 => u64::MAX,
+            // It came out of turn, and is newer.
+            age if age > laps / 2 => 0,
+            age => age,
         };
-        if let Some(entry) = bucket.iter_mut().min_by_key(|entry| age(**entry)) {
+        if let Some(entry) = bucket.iter_mut().max_by_key(|entry| age(**entry)) {
             *entry = new;
         }
     }
@@ -141,7 +142,7 @@ mod tests {
         let mut ring = vec![0; slots as usize];
         for position in 1..5 * slots {
             ring[(position % slots) as usize] = position;
-            index.insert(key(position), position, |slot| ring[slot as usize]);
+            index.insert(key(position), position);
         }
         let held = 4 * slots..5 * slots;
         let found = held.filter(|n| index.find(key(*n), |slot| ring[slot as usize], |_| true) == Some(*n));
@@ -154,12 +155,31 @@ mod tests {
     }
 
     #[test]
+    fn of_a_full_bucket_the_oldest_position_gives_way_over_any_number_of_laps() {
+        // One bucket only.
+        let slots = 4;
+        for begin in [2, 250 * slots, 256 * slots - 6, 1000 * slots] {
+            let mut index = Index::new(slots);
+            // Of two neighbours the newer comes first, as on many streams.
+            let positions = (begin..begin + 12).map(|n| n ^ 1);
+            for position in positions.clone() {
+                index.insert(key(position), position);
+            }
+            let held = |n: u64| index.find(key(n), |_| n, |_| true) == Some(n);
+            let found = positions.filter(|n| held(*n)).count();
+            assert_eq!(found, WAYS, "from {begin}");
+            let newest = begin + 12 - WAYS as u64..begin + 12;
+            assert!(newest.clone().all(held), "from {begin}");
+        }
+    }
+
+    #[test]
     fn a_key_leads_to_its_newest_position_until_that_is_removed() {
         let mut index = Index::new(100);
         let mut ring = vec![0; 100];
         for position in [5, 17] {
             ring[position as usize] = position;
-            index.insert(key(1), position, |slot| ring[slot as usize]);
+            index.insert(key(1), position);
         }
         let find = |index: &Index| index.find(key(1), |slot| ring[slot as usize], |_| true);
         assert_eq!(find(&index), Some(17));

@@ -93,10 +93,28 @@ impl Layout {
         }
     }
 
+    /// Where those blocks lie whose number `is` holds for.
+    pub(super) fn ranges(
+        &self,
+        is: impl Fn(usize) -> bool + Clone,
+    ) -> impl Iterator<Item = Range<usize>> + Clone {
+        let blocks = self.blocks.iter().enumerate();
+        let blocks = blocks.filter(move |(index, _)| is(*index));
+        blocks.map(|(_, block)| block.at..block.at + BLOCK_LEN)
+    }
+
     /// Bytes that are in no block.
     pub(super) fn loose_len(&self) -> usize {
         self.loose.iter().map(ExactSizeIterator::len).sum()
     }
+}
+
+/// The one range that these make, if each begins where the one before it ends.
+pub(super) fn together(mut ranges: impl Iterator<Item = Range<usize>>) -> Option<Range<usize>> {
+    let first = ranges.next().unwrap_or(0..0);
+    ranges.try_fold(first, |all, next| {
+        (next.start == all.end).then_some(all.start..next.end)
+    })
 }
 
 /// A number that is spread evenly, whatever device and block are.
@@ -116,6 +134,16 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn ranges_are_together_only_in_order_and_without_a_gap() {
+        let all = |ranges: &[Range<usize>]| together(ranges.iter().cloned());
+        assert_eq!(all(&[]), Some(0..0));
+        assert_eq!(together(std::iter::once(8..12)), Some(8..12));
+        assert_eq!(all(&[8..12, 12..20, 20..21]), Some(8..21));
+        assert_eq!(all(&[8..12, 13..20]), None);
+        assert_eq!(all(&[12..20, 8..12]), None);
+    }
 
     fn header(extents: &[(u64, u64)]) -> BatchHeader {
         let piece = |(offset, len): &(u64, u64)| Piece {

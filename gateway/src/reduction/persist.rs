@@ -8,7 +8,7 @@
 //! ```text
 //! key             32 bytes
 //! NAME.blocks     slot 0 | slot 1 | ...           4096 bytes each
-//! NAME.index      "LHWINDW1" | epoch, head, slots: u64 LE | slots: position u64, digest 16 bytes
+//! NAME.index      "LHWINDW2" | epoch, head, slots: u64 LE | slots: position u64, digest 16 bytes
 //!                 | entries by digest | entries by place: u64 LE each | BLAKE3 of all before
 //! ```
 
@@ -23,7 +23,7 @@ use super::layout::BLOCK_LEN;
 use super::slot_file::SlotFile;
 use super::window::{Image, Size, Slot, Window};
 
-const MAGIC: &[u8; 8] = b"LHWINDW1";
+const MAGIC: &[u8; 8] = b"LHWINDW2";
 /// Bytes of a slot in the index.
 const SLOT_LEN: usize = 24;
 
@@ -41,7 +41,7 @@ impl Folder {
         match File::open(&key).and_then(|mut file| file.read_exact(&mut bytes)) {
             Ok(()) => {}
             Err(_) => {
-                bytes = DigestKey::random().0;
+                bytes = DigestKey::random().bytes;
                 write_whole(&key, &[&bytes])?;
             }
         }
@@ -49,7 +49,7 @@ impl Folder {
             Self {
                 path: path.to_owned(),
             },
-            DigestKey(bytes),
+            DigestKey::of(bytes),
         ))
     }
 

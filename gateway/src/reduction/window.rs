@@ -418,22 +418,14 @@ impl Ring {
     /// Lets `position` be found by its content.
     pub(super) fn enter_digest(&mut self, position: u64) {
         let Some(slot) = self.slot(position) else { return };
-        let key = short(&slot.digest);
-        let slots = &self.slots;
-        self.by_digest.insert(key, position, |slot| {
-            slots.get(slot as usize).map_or(0, Slot::position)
-        });
+        self.by_digest.insert(short(&slot.digest), position);
     }
 
     /// Lets `position` be found as the newest content of a place.
     pub(super) fn enter_place(&mut self, place: u64, position: u64) {
-        if self.slot(position).is_none() {
-            return;
+        if self.slot(position).is_some() {
+            self.by_place.insert(place, position);
         }
-        let slots = &self.slots;
-        self.by_place.insert(place, position, |slot| {
-            slots.get(slot as usize).map_or(0, Slot::position)
-        });
     }
 
     fn erase(&mut self, position: u64) {

@@ -228,10 +228,12 @@ fn fresh(directory: &Path) -> io::Result<PathBuf> {
 
 /// `LONGHAUL_LAB_CACHE`, or `.lab/cache` in the repository that the lab is run from.
 fn cache_directory() -> PathBuf {
-    if let Some(directory) = std::env::var_os("LONGHAUL_LAB_CACHE") {
-        return directory.into();
-    }
-    crate::repository().unwrap_or_default().join(".lab/cache")
+    let directory = match std::env::var_os("LONGHAUL_LAB_CACHE") {
+        Some(directory) => PathBuf::from(directory),
+        None => crate::repository().unwrap_or_default().join(".lab/cache"),
+    };
+    // What is started elsewhere is told of it, too.
+    std::path::absolute(&directory).unwrap_or(directory)
 }
 
 fn recipe(words: &[&str], arguments: &[&std::ffi::OsStr]) -> io::Result<()> {

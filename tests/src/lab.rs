@@ -71,7 +71,14 @@ impl Lab {
             std::process::id(),
             NEXT.fetch_add(1, Ordering::Relaxed)
         );
-        let directory = parent.canonicalize()?.join(name);
+        let named = |error: io::Error| {
+            let problem = format!(
+                "the lab cannot work in {}: {error}; name a folder that is there",
+                parent.display()
+            );
+            io::Error::new(error.kind(), problem)
+        };
+        let directory = parent.canonicalize().map_err(named)?.join(name);
         if directory.as_os_str().len() > DIRECTORY_BYTES_MAX {
             let problem = format!(
                 "{}: too long for the sockets in it; choose another",

@@ -204,6 +204,12 @@ fn plain_job(link: LinkSpec) -> MoveArgs {
 }
 
 fn make_image(image: &Image) -> std::io::Result<()> {
+    // Before the minutes that making it takes.
+    let folder = image.out.parent().map(PathBuf::from).unwrap_or_default();
+    if !PathBuf::from(".").join(folder).is_dir() {
+        let problem = format!("{}: there is no folder to put it into", image.out.display());
+        return Err(std::io::Error::other(problem));
+    }
     let made = guest::disk(image.kind, &|step| eprintln!("{step} ..."))?;
     guest::copy(&made, &image.out)
 }

@@ -2,7 +2,7 @@
 //!
 //! Owns the promises about bad input, with the real programs on loopback: config files (`config`), job files and images (`jobs`),
 //! certificates and versions (`certificates`), garbage on the ports (`garbage`), peers that lie (`liars`), and the HTTP API
-//! (`api`). Leaves decoders alone: they have fuzz targets.
+//! (`api`), the lab itself (`lab`). Leaves decoders alone: they have fuzz targets.
 
 #![allow(clippy::too_many_lines, reason = "tables of mistakes read best in one piece")]
 #![allow(
@@ -15,5 +15,6 @@ mod certificates;
 mod config;
 mod garbage;
 mod jobs;
+mod lab;
 mod liars;
 mod site;

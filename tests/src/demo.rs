@@ -78,8 +78,9 @@ fn live_closing(report: &LiveReport) -> String {
             .to_owned();
     }
     let silence = report.blackout_heartbeat_ms.unwrap_or_default();
+    let handover = report.handover_heartbeat_ms.unwrap_or(silence);
     format!(
-        "The machine works at the other site after {}. Its users missed it for {silence:.0} ms.\n\
+        "The machine works at the other site after {}. Its users missed it for {silence:.0} ms at most, for {handover:.0} ms at the handover.\n\
          `lab demo --cold` moves a machine that is off; `lab live --help` has faults to try.",
         span(report.report.seconds)
     )

@@ -121,6 +121,16 @@ impl Hearing {
         gaps
     }
 
+    /// The time between the last beat on the source's console and the first one on the target's, between `from` and `until`.
+    pub fn handover_gap(&self, from: Duration, until: Duration) -> Option<Duration> {
+        let crosses = |pair: &&[Beat]| {
+            let inside = pair[0].at >= from && pair[1].at <= until;
+            inside && pair[0].end == End::Source && pair[1].end == End::Target
+        };
+        let pair = self.beats.windows(2).find(crosses)?;
+        Some(pair[1].at.saturating_sub(pair[0].at))
+    }
+
     /// Beats that were said and not heard, or heard twice: the counter must go up by one.
     pub fn irregular_beats(&self) -> u64 {
         let pairs = self.beats.windows(2);
@@ -196,6 +206,12 @@ mod tests {
         assert_eq!((gap.at, gap.length), (ms(200), ms(470)));
         assert_eq!(heard.longest_gap(ms(0), ms(160)).unwrap().length, ms(50));
         assert_eq!(heard.longest_gap(ms(5_000), ms(6_000)), None);
+        assert_eq!(heard.handover_gap(ms(0), ms(10_000)), Some(ms(470)));
+        assert_eq!(heard.handover_gap(ms(0), ms(160)), None);
+        // A longer silence elsewhere is not the handover's.
+        heard.bytes(ms(3_000), End::Target, b"HB 10 3000\n");
+        assert_eq!(heard.longest_gap(ms(0), ms(10_000)).unwrap().at, ms(870));
+        assert_eq!(heard.handover_gap(ms(0), ms(10_000)), Some(ms(470)));
     }
 
     #[test]

@@ -33,6 +33,13 @@ pub fn page(live: &LiveReport) -> String {
     moved(&mut page, live);
     heading(&mut page, "What its users noticed");
     row(&mut page, "longest silence", ms(live.blackout_heartbeat_ms));
+    if live.handover_heartbeat_ms.is_some() {
+        row(
+            &mut page,
+            "silence at the handover",
+            ms(live.handover_heartbeat_ms),
+        );
+    }
     row(&mut page, "stopped, as QEMU says", ms(live.blackout_qmp_ms));
     if live.predicted_blackout_ms.is_some() {
         row(&mut page, "forecast just before", ms(live.predicted_blackout_ms));

@@ -28,6 +28,8 @@ pub struct LiveReport {
     pub blackout_qmp_ms: Option<f64>,
     /// The longest time without a heartbeat during the job, heard across both consoles.
     pub blackout_heartbeat_ms: Option<f64>,
+    /// The same where the guest left one console for the other: at the handover.
+    pub handover_heartbeat_ms: Option<f64>,
     /// The longest times without a heartbeat, longest first: when each began, in seconds since the job did, and how many ms it took.
     pub silences: Vec<(f64, f64)>,
     /// The longest time without a heartbeat before the job: what the guest alone does.

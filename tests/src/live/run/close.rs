@@ -82,6 +82,8 @@ impl Run<'_> {
             gap.map(|gap| gap.length.as_secs_f64() * 1e3)
         };
         report.heartbeat_before_ms = gap(up, began);
+        let handover = hearing.handover_gap(began, now);
+        report.handover_heartbeat_ms = handover.map(|gap| gap.as_secs_f64() * 1e3);
         report.blackout_heartbeat_ms = gap(began.saturating_sub(TICK * 10), now);
         let silences = hearing.longest_gaps(began, now, SILENCES).into_iter();
         let told = |gap: Gap| {

@@ -186,6 +186,8 @@ struct Plugged {
     newest_sent: Option<Instant>,
     /// Since when an acknowledgement is awaited.
     silent_since: Option<Instant>,
+    /// The most that was in flight within this member's part since it was heard last.
+    granted: u64,
     rtt: Duration,
 }
 
@@ -205,18 +207,25 @@ impl Plugged {
             byte_seconds: 0.0,
             newest_sent: None,
             silent_since: None,
+            granted: 0,
             rtt: Duration::ZERO,
         }
     }
 
-    /// Room for knocks at a peer that is not heard. With a full window in flight nothing but QUIC's own, ever rarer probes would go out.
-    fn room_to_knock(&self, now: Instant) -> u64 {
+    /// This member's part of what all may have in flight.
+    fn part(&self) -> u64 {
+        let share = self.shared.0.share();
+        share.part(self.in_flight, u64::from(self.mtu))
+    }
+
+    /// How often a peer that is not heard may be knocked at by now.
+    fn knocks(&self, now: Instant) -> u64 {
         let Some(since) = self.silent_since else {
             return 0;
         };
         let every = KNOCK_EVERY.max(2 * self.rtt);
         let times = now.saturating_duration_since(since).as_millis() / every.as_millis();
-        KNOCK * u64::from(self.mtu) * u64::try_from(times).unwrap_or(KNOCKS_MAX).min(KNOCKS_MAX)
+        u64::try_from(times).unwrap_or(KNOCKS_MAX).min(KNOCKS_MAX)
     }
 }
 
@@ -239,6 +248,9 @@ impl Controller for Plugged {
         // quinn names the bytes of all packets that leave together, and calls for each of them.
         let packet = u64::from(self.mtu);
         self.in_flight += packet;
+        if self.in_flight <= self.part() {
+            self.granted = self.in_flight;
+        }
         self.untold += packet;
         if self.untold >= TOLD_EVERY * packet {
             self.untold = 0;
@@ -258,7 +270,7 @@ impl Controller for Plugged {
 
     fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, _: Option<u64>) {
         self.silent_since = (in_flight > 0).then_some(now);
-        (self.in_flight, self.untold) = (in_flight, 0);
+        (self.in_flight, self.granted, self.untold) = (in_flight, in_flight, 0);
         let Some(newest_sent) = self.newest_sent.take() else {
             return;
         };
@@ -279,6 +291,7 @@ impl Controller for Plugged {
 
     fn on_congestion_event(&mut self, now: Instant, sent: Instant, persistent: bool, lost_bytes: u64) {
         self.in_flight = self.in_flight.saturating_sub(lost_bytes);
+        self.granted = self.granted.min(self.in_flight);
         let mut timed = self.shared.lock();
         timed.budget.on_lost(now, sent, lost_bytes, persistent);
         self.shared.publish(&timed.budget, now);
@@ -290,8 +303,12 @@ impl Controller for Plugged {
     }
 
     fn window(&self) -> u64 {
-        let share = self.shared.0.share();
-        share.part(self.in_flight, u64::from(self.mtu)) + self.room_to_knock(Instant::now())
+        // With all of it in flight nothing but QUIC's own, ever rarer probes would go out at a peer that is not heard. What is in flight
+        // may be more than the part by then, for others have taken theirs of it.
+        match self.knocks(Instant::now()) {
+            0 => self.part(),
+            knocks => self.part().max(self.granted) + KNOCK * u64::from(self.mtu) * knocks,
+        }
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {
@@ -304,5 +321,60 @@ impl Controller for Plugged {
 
     fn into_any(self: Box<Self>) -> Box<dyn Any> {
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PACKET: u64 = 1200;
+
+    /// Sends as quinn does: while less than the window would be in flight.
+    fn fill(member: &mut Plugged, at: Instant) {
+        while member.in_flight + PACKET < member.window() {
+            member.on_sent(at, PACKET, 0);
+        }
+    }
+
+    #[test]
+    fn a_member_with_more_in_flight_than_its_part_can_knock() {
+        let settings = LinkSettings {
+            rate: Some(100_000_000),
+            rtt: Some(Duration::from_millis(80)),
+            ..LinkSettings::default()
+        };
+        let shared = SharedBudget::of_link(&settings);
+        let cut = Instant::now();
+        let long_ago = cut.checked_sub(Duration::from_secs(10)).unwrap_or(cut);
+        // One had the path for itself, and the others find their least parts of it: more than a window, and then the path is cut.
+        let mut members: Vec<_> = [cut, long_ago, long_ago, long_ago]
+            .map(|used| Plugged::join(shared.clone(), PACKET as u16, used))
+            .into();
+        members.iter_mut().for_each(|member| fill(member, cut));
+        let most = members[0].in_flight;
+        assert!(
+            most > 50 * PACKET && members[0].window() <= most,
+            "{most} of {}",
+            members[0].window()
+        );
+        for silent in [2_u64, 5, 9] {
+            let member = &mut members[0];
+            member.silent_since = Instant::now().checked_sub(Duration::from_millis(410 * silent));
+            let room = member.window() - most;
+            assert!(
+                (KNOCK * PACKET..=KNOCK * PACKET * silent).contains(&room),
+                "{room} bytes"
+            );
+            // A knock takes no more than its room, however large its packets are.
+            fill(member, Instant::now());
+            assert!(
+                member.in_flight <= most + KNOCK * PACKET * silent,
+                "{silent} knocks"
+            );
+        }
+        let member = &mut members[0];
+        member.on_end_acks(Instant::now(), 0, false, None);
+        assert_eq!((member.granted, member.silent_since), (0, None));
     }
 }

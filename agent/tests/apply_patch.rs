@@ -159,13 +159,41 @@ fn what_cannot_be_patched_is_refused() {
             "{pieces:?}"
         );
     }
-    target.patch(Attempt(1), Round(4), &[zero(0, 4096)]).unwrap();
-    let older = target.patch(Attempt(1), Round(3), &[zero(4096, 4096)]);
-    assert!(matches!(older, Err(TargetError::Stale { .. })));
     assert!(matches!(
         target.place().map(drop),
         Err(TargetError::Incomplete { .. })
     ));
+}
+
+/// A round that was given up may have batches on their way when the next one begins, which has all of it. They were an error once, which
+/// ended the job.
+#[test]
+fn what_comes_late_of_a_round_that_was_given_up_is_left_out() {
+    let mut rng = StdRng::seed_from_u64(12);
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path(), "web.img");
+    let (target, mut disk) = whole(&options, &mut rng);
+    let (older, newer): (&[u8], &[u8]) = (&[1; 4096], &[2; 4096]);
+    let piece = |leaf: u64, bytes: &'static [u8]| Piece::Data {
+        offset: leaf * LEAF + 8192,
+        bytes,
+    };
+    let patch = |round, pieces: &[Piece<'_>]| target.patch(Attempt(1), Round(round), pieces).unwrap();
+
+    assert_eq!(patch(3, &[piece(1, newer)]).stale_leaves, 0);
+    let all_late = patch(2, &[piece(1, older)]);
+    assert_eq!(all_late.stale_leaves, 1);
+    let half_late = patch(2, &[piece(1, older), piece(2, older)]);
+    assert_eq!(half_late.stale_leaves, 1);
+    // Whoever waits for one of them to be durable does not wait for ever.
+    assert!(target.flush().unwrap().through >= half_late.ticket);
+    assert!(half_late.ticket > all_late.ticket);
+
+    for (leaf, bytes) in [(1, newer), (2, older)] {
+        let at = (leaf * LEAF + 8192) as usize;
+        disk[at..at + 4096].copy_from_slice(bytes);
+    }
+    assert!(std::fs::read(partial(&options)).unwrap() == disk);
 }
 
 /// Bytes of a file that are in the page cache.

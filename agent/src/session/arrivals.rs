@@ -42,7 +42,7 @@ pub(in crate::session) struct RoomPart {
 }
 
 impl Room {
-    fn new(credit: u64) -> Arc<Self> {
+    pub(super) fn new(credit: u64) -> Arc<Self> {
         let left = Mutex::new((credit, credit.saturating_mul(BYTES_PER_CREDIT)));
         Arc::new(Self { left })
     }
@@ -52,7 +52,7 @@ impl Room {
     }
 
     /// `None` where the sender was not allowed so much.
-    fn take(self: &Arc<Self>, credit: u64, bytes: u64) -> Option<RoomPart> {
+    pub(super) fn take(self: &Arc<Self>, credit: u64, bytes: u64) -> Option<RoomPart> {
         let mut left = self.left();
         *left = (left.0.checked_sub(credit)?, left.1.checked_sub(bytes)?);
         let room = Arc::clone(self);

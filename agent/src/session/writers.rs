@@ -5,6 +5,8 @@
 //! flush behind its write, and that a full disk holds the job up instead of ending it.
 
 mod due;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

@@ -2,8 +2,9 @@
 //!
 //! Owns what is different there. A patched leaf keeps its version but loses its digest: the log says void before the first byte, so that
 //! after a crash of this host or program such a leaf counts as missing. While the program lives it counts as whole; `seal` states digests
-//! again. Leaves ordering between rounds to the sender, which begins one only when the earlier one is durable: a leaf's version
-//! is that of the newest patch, and an older one is left out. Promises that a leaf which was never given whole is never called whole.
+//! again. Leaves ordering between rounds to the sender, which begins one only when the earlier one is durable, and sends all of one that it
+//! gave up with the next: a leaf's version is that of the newest patch, and what comes late of an older one is left out. Promises that a
+//! leaf which was never given whole is never called whole.
 
 use std::ops::Range;
 
@@ -18,8 +19,9 @@ use super::{Piece, TargetError};
 impl Target {
     /// Writes `pieces`, which ascend and do not overlap, over leaves that are whole.
     ///
-    /// Errors: `Malformed` where a piece lies in a leaf that was never given whole, `Stale` where all leaves hold something newer,
-    /// and those of [`Target::apply`].
+    /// Leaves that hold something newer are left alone, all of them where that is so: the ticket stands for what they hold then.
+    ///
+    /// Errors: `Malformed` where a piece lies in a leaf that was never given whole, and those of [`Target::apply`] but `Stale`.
     pub fn patch(
         &self,
         attempt: Attempt,
@@ -37,9 +39,6 @@ impl Target {
             .map(|run| self.board.enter(run.clone(), version))
             .collect();
         let admitted: u64 = entered.iter().map(|entered| leaves(&entered.admitted)).sum();
-        if admitted == 0 {
-            return Err(TargetError::Stale { attempt, round });
-        }
         self.loosen(&entered, version)?;
         for entered in &mut entered {
             // Whatever was there before, zeros are written over it.
@@ -50,6 +49,7 @@ impl Target {
         }
         let (ticket, waiting) = {
             let mut pending = lock(&self.pending);
+            // All bytes of the batch, written or not: its writer counts them, too.
             let ticket = pending.push_patch(data_bytes(pieces));
             (Ticket(ticket), pending.waiting())
         };

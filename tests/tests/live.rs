@@ -135,6 +135,18 @@ fn a_running_vm_moves_with_a_short_pause_and_loses_nothing() {
     );
 }
 
+/// What QEMU does by itself is measured, too. Given up while its memory flows, it once went on, and the guest left after somebody had looked where it runs.
+#[test]
+fn a_migration_by_qemu_itself_that_is_given_up_leaves_the_guest_where_it_is() {
+    if no_link() {
+        return;
+    }
+    let report = play("--by qemu --limit 12s --after 8s --seed 8");
+    let cause = report.report.cause.as_deref();
+    assert_eq!(cause, Some("the job was given up after 12 s"));
+    assert_eq!(report.owner, "source");
+}
+
 /// The lab fails where the bulk is over first: the VM must not wait for it.
 #[test]
 fn a_vm_is_handed_over_in_the_midst_of_others_bulk() {

@@ -56,22 +56,24 @@ pub(super) fn capabilities(monitor: &Monitor, names: &[&str]) -> io::Result<()> 
         .map(|_| ())
 }
 
-pub(super) fn wait_status(monitor: &Monitor, wanted: &str, limit: Duration) -> io::Result<()> {
-    let reached = wait_until(limit, || {
-        let info = monitor.execute("query-migrate", Value::Null);
-        match info.map(|info| (info["status"].as_str().unwrap_or_default().to_owned(), info)) {
-            Err(error) => Some(Err(error)),
-            Ok((status, _)) if status == wanted => Some(Ok(())),
-            Ok((status, info)) if matches!(status.as_str(), "failed" | "cancelled") => {
-                Some(Err(io::Error::other(format!(
-                    "the migration {status}: {}",
-                    info["error-desc"].as_str().unwrap_or("QEMU gives no reason")
-                ))))
-            }
-            Ok(_) => None,
+/// Whether the migration has reached this state, or never will.
+pub(super) fn reached(monitor: &Monitor, wanted: &str) -> Option<io::Result<()>> {
+    let info = match monitor.execute("query-migrate", Value::Null) {
+        Ok(info) => info,
+        Err(error) => return Some(Err(error)),
+    };
+    match info["status"].as_str().unwrap_or_default() {
+        status if status == wanted => Some(Ok(())),
+        status @ ("failed" | "cancelled") => {
+            let reason = info["error-desc"].as_str().unwrap_or("QEMU gives no reason");
+            Some(Err(io::Error::other(format!("the migration {status}: {reason}"))))
         }
-    });
-    reached.unwrap_or_else(|| {
+        _ => None,
+    }
+}
+
+pub(super) fn wait_status(monitor: &Monitor, wanted: &str, limit: Duration) -> io::Result<()> {
+    wait_until(limit, || reached(monitor, wanted)).unwrap_or_else(|| {
         Err(io::Error::other(format!(
             "the migration did not reach '{wanted}'"
         )))

@@ -3,22 +3,26 @@
 //! Owns the commands: the disks mirrored to the incoming QEMU's NBD server, then RAM over TCP with a pause
 //! before the switchover in which the mirrors end. Leaves alone measuring, which is the same for all. It
 //! speaks the operator program's lines, so that nobody else needs to know who migrates. Promises to run the target only after the mirrors
-//! have ended and the NBD server is gone.
+//! have ended and the NBD server is gone, and that nothing moves any more once its last line is said.
 
 use std::io;
 use std::net::Ipv4Addr;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::monitor::Monitor;
-use super::plain::{capabilities, wait_status};
+use super::plain::{capabilities, reached, wait_status};
 use crate::usage::wait_until;
 
 const RAM_PORT: u16 = 7601;
 const DISK_PORT: u16 = 7602;
+/// How long QEMU may take to end a migration that was cancelled.
+const CANCEL_LIMIT: Duration = Duration::from_secs(10);
 
 /// How QEMU sends RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -43,6 +47,8 @@ pub struct Rival {
     pub mode: RamMode,
     pub downtime_ms: u64,
     pub limit: Duration,
+    /// Set where nobody waits for it any longer. Past its switchover it goes through all the same: then the guest belongs to the target.
+    pub given_up: Arc<AtomicBool>,
 }
 
 /// Makes an empty image of the source's size for the target.
@@ -76,11 +82,34 @@ impl Rival {
         let report = match self.migrate(say) {
             Ok(job) => json!({"state": "completed", "report": job}),
             Err(error) => {
-                let _ = self.source.execute("migrate_cancel", Value::Null);
+                self.cancel();
                 json!({"state": "failed", "message": error.to_string()})
             }
         };
         let _ = say.send(json!({"event": "report", "job": report}).to_string());
+    }
+
+    /// Ends a migration that is under way, and waits for its end: the guest must not leave after somebody has looked where it runs.
+    fn cancel(&self) {
+        let _ = self.source.execute("migrate_cancel", Value::Null);
+        wait_until(CANCEL_LIMIT, || {
+            let info = self.source.execute("query-migrate", Value::Null).ok()?;
+            let over = ["cancelled", "failed", "completed"];
+            info["status"]
+                .as_str()
+                .is_none_or(|status| over.contains(&status))
+                .then_some(())
+        });
+    }
+
+    /// Waits as long as the contestant is waited for.
+    fn wait<T>(&self, missed: &str, mut look: impl FnMut() -> Option<T>) -> io::Result<T> {
+        let given_up = || self.given_up.load(Ordering::Relaxed);
+        let seen = wait_until(self.limit, || match look() {
+            Some(seen) => Some(Some(seen)),
+            None => given_up().then_some(None),
+        });
+        seen.flatten().ok_or_else(|| io::Error::other(missed.to_owned()))
     }
 
     fn migrate(&self, say: &SyncSender<String>) -> io::Result<Value> {
@@ -110,7 +139,9 @@ impl Rival {
         self.source.execute("migrate-set-parameters", limits)?;
         self.source
             .execute("migrate", json!({"uri": format!("tcp:{host}:{RAM_PORT}")}))?;
-        wait_status(&self.source, "pre-switchover", self.limit)?;
+        self.wait("the guest's memory never was small enough", || {
+            reached(&self.source, "pre-switchover")
+        })??;
         for number in 0..self.disks {
             self.end_mirror(number)?;
         }
@@ -158,21 +189,15 @@ impl Rival {
 
     fn wait_ready(&self, number: usize) -> io::Result<()> {
         let name = format!("mirror{number}");
-        let ready = wait_until(self.limit, || {
+        let missed = format!("{name} did not become ready");
+        let ready = self.wait(&missed, || {
             let jobs = self.source.execute("query-block-jobs", Value::Null).ok()?;
-            let job = jobs
-                .as_array()?
-                .iter()
-                .find(|job| job["device"] == name.as_str())
-                .cloned();
-            match job {
-                None => Some(false),
-                Some(job) => (job["ready"] == true).then_some(true),
-            }
-        });
-        (ready == Some(true))
-            .then_some(())
-            .ok_or_else(|| io::Error::other(format!("{name} did not become ready")))
+            let jobs = jobs.as_array()?;
+            let job = jobs.iter().find(|job| job["device"] == name.as_str());
+            // One that is gone has failed.
+            job.map_or(Some(false), |job| (job["ready"] == true).then_some(true))
+        })?;
+        ready.then_some(()).ok_or_else(|| io::Error::other(missed))
     }
 
     fn end_mirror(&self, number: usize) -> io::Result<()> {

@@ -12,6 +12,8 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -99,7 +101,8 @@ struct Run<'a> {
 /// Somebody who migrates, and the lines in which it tells.
 enum Mover {
     Operator(Child),
-    Qemu,
+    /// Set where nobody waits for it any longer.
+    Qemu(Arc<AtomicBool>),
 }
 
 impl Run<'_> {
@@ -222,12 +225,18 @@ impl Run<'_> {
         }
         let (lines, mut mover) = match programs {
             Some(programs) => self.operator(programs)?,
-            None => (self.rival(), Mover::Qemu),
+            None => self.rival(),
         };
         let outcome = self.follow(&lines, &mover, programs, watch);
-        if let Mover::Operator(operator) = &mut mover {
-            let _ = operator.kill();
-            operator.wait()?;
+        match &mut mover {
+            Mover::Operator(operator) => {
+                let _ = operator.kill();
+                operator.wait()?;
+            }
+            Mover::Qemu(given_up) => {
+                given_up.store(true, Ordering::Relaxed);
+                self.hear_out(&lines)?;
+            }
         }
         outcome
     }
@@ -263,7 +272,8 @@ impl Run<'_> {
         Comparison::begin(self.stage.lab.directory(), source, target, bytes)
     }
 
-    fn rival(&self) -> Receiver<String> {
+    fn rival(&self) -> (Receiver<String>, Mover) {
+        let given_up = Arc::new(AtomicBool::new(false));
         let (sender, lines) = mpsc::sync_channel(64);
         let rival = Rival {
             source: self.stage.monitor(End::Source).clone(),
@@ -274,9 +284,10 @@ impl Run<'_> {
             mode: self.args.qemu_ram,
             downtime_ms: self.args.blackout.map_or(300, |span| span.0.as_millis() as u64),
             limit: self.args.limit.0,
+            given_up: Arc::clone(&given_up),
         };
         std::thread::spawn(move || rival.run(&sender));
-        lines
+        (lines, Mover::Qemu(given_up))
     }
 
     /// Follows the lines until the report, and lets happen what is to happen.

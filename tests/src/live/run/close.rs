@@ -4,6 +4,7 @@
 //! `verdict`. Promises that every program is ended, and that nothing waits without a limit.
 
 use std::io;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use super::super::faults::{SOURCE_QEMU, TARGET_QEMU};
@@ -23,6 +24,17 @@ const COUNTS_LIMIT: Duration = Duration::from_secs(5);
 const TIDY_LIMIT: Duration = Duration::from_secs(10);
 
 impl Run<'_> {
+    /// Waits until nobody has anything more to say: a migration that was given up may be past its switchover, and takes the guest along.
+    pub(super) fn hear_out(&mut self, lines: &Receiver<String>) -> io::Result<()> {
+        let start = Instant::now();
+        while start.elapsed() < SETTLE_LIMIT
+            && lines.recv_timeout(TICK) != Err(RecvTimeoutError::Disconnected)
+        {
+            self.stage.tend()?;
+        }
+        Ok(())
+    }
+
     /// Waits until exactly one machine runs the guest: after a kill, the programs may still be settling.
     pub(super) fn settle(&mut self) -> io::Result<()> {
         let start = Instant::now();

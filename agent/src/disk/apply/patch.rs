@@ -2,9 +2,9 @@
 //!
 //! Owns what is different there. A patched leaf keeps its version but loses its digest: the log says void before the first byte, so that
 //! after a crash of this host or program such a leaf counts as missing. While the program lives it counts as whole; `seal` states digests
-//! again. Leaves ordering between rounds to the sender, which begins one only when the earlier one is durable, and sends all of one that it
-//! gave up with the next: a leaf's version is that of the newest patch, and what comes late of an older one is left out. Promises that a
-//! leaf which was never given whole is never called whole.
+//! again. Leaves ordering between rounds to the sender, which begins one only when the earlier one is durable, or was given up and all of it
+//! goes with the next: a leaf's version is that of the newest patch, and what comes late of an older one is left out. Promises that a leaf
+//! which was never given whole is never called whole.
 
 use std::ops::Range;
 

@@ -74,11 +74,11 @@ impl Drive {
     }
 
     /// Beside RAM, through a round's exports: what was proven free, and is allocated now though no round has sent it, is sent with the round.
-    /// No proof needs it.
-    pub(super) async fn second_look(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
+    /// No proof needs it. Gives whether there was any.
+    pub(super) async fn second_look(&mut self, uplink: &Arc<Uplink>) -> Result<bool, Stop> {
         let is_due = self.looked.is_none_or(|at| at.elapsed() >= LOOK_AGAIN);
         if !self.vm.is_migrating() || !self.s.free.is_wanted() || !is_due {
-            return Ok(());
+            return Ok(false);
         }
         self.look_anew().await?;
         let free = Arc::clone(&self.s.free);
@@ -101,6 +101,6 @@ impl Drive {
                 uplink.send_disk(&header, batch.data).await?;
             }
         }
-        Ok(())
+        Ok(bytes > 0)
     }
 }

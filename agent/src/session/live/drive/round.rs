@@ -1,7 +1,7 @@
 //! One pass over what the guest wrote.
 //!
 //! Owns sending it and what is counted of it. Leaves when it is time for one to the parent. Promises that its bitmap is kept until all of it
-//! is durable at the target, and counts to the next one in doubt; and that nothing of an earlier one is on its way when it begins.
+//! is durable at the target, and counts to the next one in doubt; and that what is sent only once with it is never on its way beside the next.
 
 use std::sync::Arc;
 
@@ -19,8 +19,6 @@ impl Drive {
     /// One pass over what the guest wrote. It ends when all of it is durable, and until then its bitmap is kept; or when QEMU has stopped the
     /// VM with so much left that it was let go again.
     pub(super) async fn dirty_round(&mut self, uplink: &Arc<Uplink>) -> Result<(), Stop> {
-        // Of a last round whose handover was called off.
-        uplink.settle().await?;
         self.round += 1;
         self.outcome.rounds += 1;
         let bytes = self.pace.dirty();
@@ -31,11 +29,8 @@ impl Drive {
         let flows = self.let_ram_flow().await;
         match sent {
             Ok(true) => self.rounds.finish().await?,
-            // In doubt it counts to the next one, but for what the second look found: that is sent once, and must not come too late.
-            Ok(false) => {
-                self.rounds.give_back().await?;
-                uplink.settle().await?;
-            }
+            // In doubt it counts to the next one.
+            Ok(false) => self.rounds.give_back().await?,
             Err(stop) => {
                 self.rounds.give_back().await?;
                 return Err(stop);
@@ -92,14 +87,19 @@ impl Drive {
                 return Ok(false);
             }
         }
-        self.second_look(uplink).await?;
+        let found = self.second_look(uplink).await?;
         loop {
             tokio::select! {
                 settled = uplink.settle() => break settled?,
                 () = self.stopped(), if !alone => {
-                    if !self.goes_on(uplink, 0).await? {
-                        return Ok(false);
+                    if self.goes_on(uplink, 0).await? {
+                        continue;
                     }
+                    if found {
+                        // No bitmap knows of it, and what comes after the next round's is left out.
+                        uplink.settle().await?;
+                    }
+                    return Ok(false);
                 }
             }
         }

@@ -128,6 +128,30 @@ impl Piece<'_> {
     }
 }
 
+#[cfg(test)]
+impl TargetOptions {
+    /// A raw image, with all else in its folder.
+    pub(crate) fn raw(path: PathBuf, job: JobId) -> Self {
+        let folder = path.parent().map(PathBuf::from).unwrap_or_default();
+        Self {
+            path,
+            format: TargetFormat::Raw,
+            preallocate: false,
+            overwrite: false,
+            owner: None,
+            mode: None,
+            label: None,
+            flush_bytes: 1 << 20,
+            run_dir: folder.clone(),
+            state_dir: folder,
+            qemu_img: "qemu-img".into(),
+            qemu_nbd: "qemu-nbd".into(),
+            job,
+            disk: DiskIndex(0),
+        }
+    }
+}
+
 /// What the leaves of a batch hold: `count` leaves from `first` on, each covered completely by the batch's pieces.
 #[derive(Clone, Debug, Default)]
 pub struct LeafRecord {

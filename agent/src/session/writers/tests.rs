@@ -1,4 +1,6 @@
 //! What the gateway hears of a batch that comes too late.
+//!
+//! Owns the way from the inbox to the words. Leaves what a disk holds then to the tests of `disk::apply`.
 
 use bytes::Bytes;
 use longhaul_common::digest::{Digest, LEAF};
@@ -7,28 +9,8 @@ use longhaul_common::ids::JobId;
 use longhaul_common::wire::batch::{self, Leaves};
 
 use super::*;
-use crate::disk::apply::{TargetFormat, TargetOptions};
+use crate::disk::apply::TargetOptions;
 use crate::session::arrivals::Room;
-
-fn options(dir: &Path, job: JobId) -> TargetOptions {
-    let dir = dir.canonicalize().unwrap();
-    TargetOptions {
-        path: dir.join("web.img"),
-        format: TargetFormat::Raw,
-        preallocate: false,
-        overwrite: false,
-        owner: None,
-        mode: None,
-        label: None,
-        flush_bytes: 64 << 20,
-        run_dir: dir.clone(),
-        state_dir: dir,
-        qemu_img: "qemu-img".into(),
-        qemu_nbd: "qemu-nbd".into(),
-        job,
-        disk: DiskIndex(0),
-    }
-}
 
 /// A batch of this round with what the disk begins with: a whole leaf, or a part of one.
 fn batch(job: JobId, sequence: u64, round: u32, bytes: Vec<u8>) -> Arrived {
@@ -69,7 +51,8 @@ fn batch(job: JobId, sequence: u64, round: u32, bytes: Vec<u8>) -> Arrived {
 fn a_batch_that_comes_too_late_is_left_out_and_counts_as_durable() {
     let dir = tempfile::tempdir().unwrap();
     let job = JobId::random();
-    let (target, _) = Target::open(&options(dir.path(), job), LEAF).unwrap();
+    let path = dir.path().canonicalize().unwrap().join("web.img");
+    let (target, _) = Target::open(&TargetOptions::raw(path, job), LEAF).unwrap();
     let (into, inbox) = mpsc::channel(8);
     let (say, mut heard) = mpsc::channel(64);
     let limits = LimitsSection {
@@ -102,12 +85,10 @@ fn a_batch_that_comes_too_late_is_left_out_and_counts_as_durable() {
     }
     assert_eq!((credit, durable.len()), (expected, 3));
     drop(targets);
-    let partial = std::fs::read_dir(dir.path())
+    let mut files = std::fs::read_dir(dir.path())
         .unwrap()
         .map(|entry| entry.unwrap().path());
-    let partial = partial
-        .into_iter()
-        .find(|path| path.to_string_lossy().ends_with("partial"));
+    let partial = files.find(|path| path.to_string_lossy().ends_with("partial"));
     let content = std::fs::read(partial.unwrap()).unwrap();
     assert!(content[..4096] == [3; 4096] && content[4096..] == [7; LEAF as usize - 4096]);
 }

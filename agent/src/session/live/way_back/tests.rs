@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 
 use super::*;
-use crate::disk::apply::{Seal, TargetFormat};
+use crate::disk::apply::Seal;
 
 const SIZE: u64 = 3 << 20;
 
@@ -69,20 +69,9 @@ impl Host {
 
     fn options(&self, job: JobId) -> TargetOptions {
         TargetOptions {
-            path: self.image(),
-            format: TargetFormat::Raw,
-            preallocate: false,
-            overwrite: false,
-            owner: None,
-            mode: None,
-            label: None,
-            flush_bytes: 1 << 20,
             run_dir: self.dir.path().to_owned(),
             state_dir: self.state.clone(),
-            qemu_img: "qemu-img".into(),
-            qemu_nbd: "qemu-nbd".into(),
-            job,
-            disk: DiskIndex(0),
+            ..TargetOptions::raw(self.image(), job)
         }
     }
 
